@@ -1,0 +1,1 @@
+//! What is computed: checkpoints, families, attention, gates, expert kernels, tokenizer, sampling.

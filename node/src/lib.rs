@@ -1,0 +1,1 @@
+//! The volunteer, and the one binary with all commands.

@@ -1,0 +1,1 @@
+//! What peers say to each other: identity, adverts, frames, discovery and the data plane.
