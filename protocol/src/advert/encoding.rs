@@ -1,0 +1,134 @@
+//! Adverts as bytes, little-endian and without padding; the table is in `docs/protocol.md`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::{Advert, AdvertError, HostedError, HostedExperts, MAX_DATA_ADDRESSES, MAX_LAYERS};
+use crate::{ModelId, WireDtype};
+
+const FORMAT: u16 = 1;
+
+pub(super) fn encode(advert: &Advert) -> Vec<u8> {
+    let mut out = Vec::with_capacity(256);
+    out.extend(FORMAT.to_le_bytes());
+    out.extend(advert.model.0);
+    let bitmaps = advert.hosted.bitmaps();
+    out.extend((bitmaps.len() as u16).to_le_bytes());
+    for (layer, bitmap) in bitmaps {
+        out.extend((layer as u16).to_le_bytes());
+        out.extend((bitmap.len() as u16).to_le_bytes());
+        out.extend(bitmap);
+    }
+    out.push(advert.wire_dtypes.len() as u8);
+    out.extend(advert.wire_dtypes.iter().map(|dtype| dtype.code()));
+    out.push(advert.data_addresses.len() as u8);
+    for address in &advert.data_addresses {
+        match address.ip() {
+            IpAddr::V4(ip) => {
+                out.push(4);
+                out.extend(ip.octets());
+            }
+            IpAddr::V6(ip) => {
+                out.push(6);
+                out.extend(ip.octets());
+            }
+        }
+        out.extend(address.port().to_le_bytes());
+    }
+    out.extend(advert.capacity_rows.to_le_bytes());
+    out.extend(advert.load_permille.to_le_bytes());
+    out.push(advert.draining.into());
+    out.extend(advert.sequence.to_le_bytes());
+    out.extend(advert.expires_unix_ms.to_le_bytes());
+    out
+}
+
+pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
+    let mut rest = Reader(bytes);
+    let format = rest.u16()?;
+    if format != FORMAT {
+        return Err(AdvertError::Format(format));
+    }
+    let advert = Advert {
+        model: ModelId(rest.array()?),
+        hosted: hosted(&mut rest)?,
+        wire_dtypes: wire_dtypes(&mut rest)?,
+        data_addresses: data_addresses(&mut rest)?,
+        capacity_rows: u32::from_le_bytes(rest.array()?),
+        load_permille: rest.u16()?,
+        draining: match rest.u8()? {
+            0 => false,
+            1 => true,
+            _ => return Err(AdvertError::OutOfRange("draining flag")),
+        },
+        sequence: u64::from_le_bytes(rest.array()?),
+        expires_unix_ms: u64::from_le_bytes(rest.array()?),
+    };
+    match rest.0.len() {
+        0 => Ok(advert),
+        trailing => Err(AdvertError::TrailingBytes(trailing)),
+    }
+}
+
+fn hosted(rest: &mut Reader<'_>) -> Result<HostedExperts, AdvertError> {
+    let layers = rest.u16()?;
+    if u32::from(layers) > MAX_LAYERS {
+        return Err(HostedError::Layer(layers.into()).into());
+    }
+    let mut hosted = HostedExperts::new();
+    for _ in 0..layers {
+        let layer = rest.u16()?;
+        let length = rest.u16()?;
+        hosted.push_bitmap(layer.into(), rest.take(length.into())?)?;
+    }
+    Ok(hosted)
+}
+
+fn wire_dtypes(rest: &mut Reader<'_>) -> Result<Vec<WireDtype>, AdvertError> {
+    let count = rest.u8()?;
+    if usize::from(count) > WireDtype::ALL.len() {
+        return Err(AdvertError::OutOfRange("list of wire dtypes"));
+    }
+    (0..count).map(|_| WireDtype::from_code(rest.u8()?).ok_or(AdvertError::OutOfRange("wire dtype"))).collect()
+}
+
+fn data_addresses(rest: &mut Reader<'_>) -> Result<Vec<SocketAddr>, AdvertError> {
+    let count = rest.u8()?;
+    if usize::from(count) > MAX_DATA_ADDRESSES {
+        return Err(AdvertError::TooManyAddresses(count.into()));
+    }
+    (0..count)
+        .map(|_| {
+            let ip = match rest.u8()? {
+                4 => IpAddr::from(Ipv4Addr::from(rest.array::<4>()?)),
+                6 => IpAddr::from(Ipv6Addr::from(rest.array::<16>()?)),
+                _ => return Err(AdvertError::OutOfRange("address family")),
+            };
+            Ok(SocketAddr::new(ip, rest.u16()?))
+        })
+        .collect()
+}
+
+/// What is left to be read.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: usize) -> Result<&'a [u8], AdvertError> {
+        let (taken, rest) = self.0.split_at_checked(length).ok_or(AdvertError::Truncated)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], AdvertError> {
+        let (taken, rest) = self.0.split_first_chunk().ok_or(AdvertError::Truncated)?;
+        self.0 = rest;
+        Ok(*taken)
+    }
+
+    fn u8(&mut self) -> Result<u8, AdvertError> {
+        self.array().map(|[byte]| byte)
+    }
+
+    fn u16(&mut self) -> Result<u16, AdvertError> {
+        self.array().map(u16::from_le_bytes)
+    }
+}

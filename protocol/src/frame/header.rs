@@ -1,0 +1,260 @@
+//! Headers as bytes. The only file that knows bincode, so that another encoding could replace it.
+//!
+//! bincode 2 with fixed-size little-endian integers: fields in order without padding, `u64` before a sequence or a string,
+//! enumerations as plain integers. `docs/protocol.md` gives the tables.
+
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use bincode::{Decode, Encode};
+use bytes::Bytes;
+
+use super::limits::{MAX_HEADER_BYTES, MAX_MESSAGE_BYTES};
+use super::{
+    ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameKind, Hello, Malformed, Refusal, RefusalCode, Welcome,
+};
+use crate::{Combine, ModelId, WireDtype};
+
+// The limit also bounds what a decoded header occupies in memory, whatever lengths it claims.
+const CONFIG: Configuration<LittleEndian, Fixint, Limit<{ MAX_HEADER_BYTES as usize }>> =
+    bincode::config::standard().with_fixed_int_encoding().with_limit();
+
+#[derive(Encode, Decode)]
+struct HelloHeader {
+    network: String,
+    model: [u8; 32],
+}
+
+#[derive(Encode, Decode)]
+struct WelcomeHeader {
+    model: [u8; 32],
+    dtypes: Vec<u8>,
+    max_rows: u32,
+}
+
+#[derive(Encode, Decode)]
+struct CallHeader {
+    request_id: u64,
+    model: [u8; 32],
+    layer: u32,
+    hidden_size: u32,
+    rows: u32,
+    dtype: u8,
+    combine: u8,
+    deadline_ms: u32,
+    assignments: Vec<AssignmentHeader>,
+}
+
+#[derive(Encode, Decode)]
+struct AssignmentHeader {
+    expert: u32,
+    rows: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+#[derive(Encode, Decode)]
+struct AnswerHeader {
+    request_id: u64,
+    dtype: u8,
+    rows: u32,
+    hidden_size: u32,
+    queue_us: u32,
+    compute_us: u32,
+    queued_rows: u32,
+}
+
+#[derive(Encode, Decode)]
+struct RefusalHeader {
+    request_id: u64,
+    code: u16,
+    message: String,
+    retry_after_ms: u32,
+}
+
+impl Frame {
+    /// Appends the header to `out`.
+    pub(super) fn encode_header(&self, out: &mut Vec<u8>) -> Result<(), FrameError> {
+        match self {
+            Self::Hello(hello) => {
+                append(self.kind(), &HelloHeader { network: hello.network.clone(), model: hello.model.0 }, out)
+            }
+            Self::Welcome(welcome) => {
+                let dtypes = welcome.dtypes.iter().map(|dtype| dtype.code()).collect();
+                append(self.kind(), &WelcomeHeader { model: welcome.model.0, dtypes, max_rows: welcome.max_rows }, out)
+            }
+            Self::Call(call) => append(self.kind(), &CallHeader::from(call), out),
+            Self::Answer(answer) => append(self.kind(), &AnswerHeader::from(answer), out),
+            Self::Refusal(refusal) => append(self.kind(), &RefusalHeader::from(refusal), out),
+        }
+    }
+
+    /// Decodes a header and joins it with its body. The rules between fields are not yet checked.
+    pub(super) fn decode(kind: FrameKind, header: &[u8], body: Bytes) -> Result<Self, Malformed> {
+        Ok(match kind {
+            FrameKind::Hello => {
+                let header: HelloHeader = parse(kind, header)?;
+                Self::Hello(Hello { network: header.network, model: ModelId(header.model) })
+            }
+            FrameKind::Welcome => {
+                let header: WelcomeHeader = parse(kind, header)?;
+                let dtypes = header.dtypes.into_iter().map(dtype).collect::<Result<_, _>>()?;
+                Self::Welcome(Welcome { model: ModelId(header.model), dtypes, max_rows: header.max_rows })
+            }
+            FrameKind::Call => Self::Call(parse::<CallHeader>(kind, header)?.with_body(body)?),
+            FrameKind::Answer => Self::Answer(parse::<AnswerHeader>(kind, header)?.with_body(body)?),
+            FrameKind::Refusal => {
+                let header: RefusalHeader = parse(kind, header)?;
+                let mut message = header.message;
+                cut(&mut message);
+                Self::Refusal(Refusal {
+                    request_id: header.request_id,
+                    code: refusal_code(header.code)?,
+                    message,
+                    retry_after_ms: header.retry_after_ms,
+                })
+            }
+        })
+    }
+}
+
+fn append(kind: FrameKind, header: &impl Encode, out: &mut Vec<u8>) -> Result<(), FrameError> {
+    bincode::encode_into_std_write(header, out, CONFIG)
+        .map_err(|error| Malformed::Header { kind, reason: error.to_string() })?;
+    Ok(())
+}
+
+fn parse<T: Decode<()>>(kind: FrameKind, bytes: &[u8]) -> Result<T, Malformed> {
+    let (header, used) = bincode::decode_from_slice(bytes, CONFIG)
+        .map_err(|error| Malformed::Header { kind, reason: error.to_string() })?;
+    match bytes.len() - used {
+        0 => Ok(header),
+        trailing => Err(Malformed::TrailingBytes(trailing)),
+    }
+}
+
+impl From<&ExpertCall> for CallHeader {
+    fn from(call: &ExpertCall) -> Self {
+        Self {
+            request_id: call.request_id,
+            model: call.model.0,
+            layer: call.layer,
+            hidden_size: call.hidden_size,
+            rows: call.rows,
+            dtype: call.dtype.code(),
+            combine: match call.combine {
+                Combine::Peer => 0,
+                Combine::Client => 1,
+            },
+            deadline_ms: call.deadline_ms,
+            assignments: call
+                .assignments
+                .iter()
+                .map(|a| AssignmentHeader { expert: a.expert, rows: a.rows.clone(), weights: a.weights.clone() })
+                .collect(),
+        }
+    }
+}
+
+impl CallHeader {
+    fn with_body(self, body: Bytes) -> Result<ExpertCall, Malformed> {
+        Ok(ExpertCall {
+            request_id: self.request_id,
+            model: ModelId(self.model),
+            layer: self.layer,
+            hidden_size: self.hidden_size,
+            rows: self.rows,
+            dtype: dtype(self.dtype)?,
+            combine: match self.combine {
+                0 => Combine::Peer,
+                1 => Combine::Client,
+                found => return Err(Malformed::UnknownCode { what: "combine", found: found.into() }),
+            },
+            deadline_ms: self.deadline_ms,
+            assignments: self
+                .assignments
+                .into_iter()
+                .map(|a| ExpertRows { expert: a.expert, rows: a.rows, weights: a.weights })
+                .collect(),
+            body,
+        })
+    }
+}
+
+impl From<&ExpertAnswer> for AnswerHeader {
+    fn from(answer: &ExpertAnswer) -> Self {
+        Self {
+            request_id: answer.request_id,
+            dtype: answer.dtype.code(),
+            rows: answer.rows,
+            hidden_size: answer.hidden_size,
+            queue_us: answer.queue_us,
+            compute_us: answer.compute_us,
+            queued_rows: answer.queued_rows,
+        }
+    }
+}
+
+impl AnswerHeader {
+    fn with_body(self, body: Bytes) -> Result<ExpertAnswer, Malformed> {
+        Ok(ExpertAnswer {
+            request_id: self.request_id,
+            dtype: dtype(self.dtype)?,
+            rows: self.rows,
+            hidden_size: self.hidden_size,
+            queue_us: self.queue_us,
+            compute_us: self.compute_us,
+            queued_rows: self.queued_rows,
+            body,
+        })
+    }
+}
+
+impl From<&Refusal> for RefusalHeader {
+    fn from(refusal: &Refusal) -> Self {
+        let mut message = refusal.message.clone();
+        cut(&mut message);
+        Self {
+            request_id: refusal.request_id,
+            code: code_number(refusal.code),
+            message,
+            retry_after_ms: refusal.retry_after_ms,
+        }
+    }
+}
+
+fn cut(message: &mut String) {
+    message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+}
+
+fn dtype(code: u8) -> Result<WireDtype, Malformed> {
+    WireDtype::from_code(code).ok_or(Malformed::UnknownCode { what: "dtype", found: code.into() })
+}
+
+fn code_number(code: RefusalCode) -> u16 {
+    match code {
+        RefusalCode::UnsupportedVersion => 1,
+        RefusalCode::Malformed => 2,
+        RefusalCode::TooLarge => 3,
+        RefusalCode::ModelMismatch => 4,
+        RefusalCode::NotHosted => 5,
+        RefusalCode::Busy => 6,
+        RefusalCode::DeadlinePassed => 7,
+        RefusalCode::Draining => 8,
+        RefusalCode::Internal => 9,
+        RefusalCode::NetworkMismatch => 10,
+    }
+}
+
+fn refusal_code(number: u16) -> Result<RefusalCode, Malformed> {
+    Ok(match number {
+        1 => RefusalCode::UnsupportedVersion,
+        2 => RefusalCode::Malformed,
+        3 => RefusalCode::TooLarge,
+        4 => RefusalCode::ModelMismatch,
+        5 => RefusalCode::NotHosted,
+        6 => RefusalCode::Busy,
+        7 => RefusalCode::DeadlinePassed,
+        8 => RefusalCode::Draining,
+        9 => RefusalCode::Internal,
+        10 => RefusalCode::NetworkMismatch,
+        found => return Err(Malformed::UnknownCode { what: "refusal code", found: found.into() }),
+    })
+}

@@ -1,0 +1,130 @@
+//! The serving side of one stream.
+
+use std::sync::Arc;
+
+use quinn::{RecvStream, SendStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::settings::{CANCELLED, REFUSED};
+use crate::frame::{Encoded, read_frame_admitted};
+use crate::{Frame, FrameError, FrameLimits};
+
+/// Bodies that the calls of one connection may occupy together, in KiB: a stranger cannot fill the memory by opening many streams.
+/// Twice the largest body.
+pub(super) const BODY_BUDGET_KIB: u32 = 128 << 10;
+
+/// A stream on which the other side sends requests, one after another, and waits for the answer to each.
+///
+/// Dropped between frames it ends in the ordinary way; dropped inside a frame it is reset, so that the other side cannot take half
+/// a frame for the end.
+#[derive(Debug)]
+pub struct FrameStream {
+    send: SendStream,
+    recv: RecvStream,
+    budget: Arc<Semaphore>,
+    /// What the body of the last request took of the budget; given back when it is answered.
+    taken: Option<OwnedSemaphorePermit>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
+    /// Between two frames.
+    Ready,
+    /// Within a frame: for good, if a read or write failed or was dropped.
+    InFrame,
+    /// Ended with a refusal.
+    Ended,
+}
+
+impl FrameStream {
+    pub(super) fn new((send, recv): (SendStream, RecvStream), budget: Arc<Semaphore>) -> Self {
+        Self { send, recv, budget, taken: None, state: State::Ready }
+    }
+
+    /// The next request; waits for it as long as the connection lives.
+    ///
+    /// The body of a request counts against a budget that all streams of the connection share, until the answer is written: when
+    /// it is used up, bodies wait to be read, and the sender is held back.
+    ///
+    /// A dropped future leaves the stream unusable.
+    ///
+    /// # Errors
+    /// As for [`read_frame`](crate::read_frame); after an error write [`FrameError::refusal`] back, if there is one, and drop the
+    /// stream. [`FrameError::Poisoned`] if the stream can no longer be read.
+    pub async fn read(&mut self, limits: &FrameLimits) -> Result<Frame, FrameError> {
+        self.enter_frame()?;
+        self.taken = None;
+        let budget = self.budget.clone();
+        let admit = async move |bytes: u32| {
+            let kib = bytes.div_ceil(1024).min(BODY_BUDGET_KIB);
+            // The semaphore is never closed.
+            budget.acquire_many_owned(kib).await.ok()
+        };
+        let result = read_frame_admitted(&mut self.recv, limits, admit).await;
+        // What is wrong with the reading side does not hinder a refusal: nothing of a frame has been written.
+        self.state = State::Ready;
+        let (frame, taken) = result?;
+        self.taken = taken;
+        Ok(frame)
+    }
+
+    /// Writes an answer. After a refusal that [ends the stream](crate::RefusalCode::ends_stream) the stream is closed in both
+    /// directions, so that a sender in the middle of a large frame stops.
+    ///
+    /// A dropped future leaves the stream unusable; the other side sees a reset.
+    ///
+    /// # Errors
+    /// As for [`write_frame`](crate::write_frame), and [`FrameError::TooSlow`] if the other side does not take the frame within 30 s.
+    pub async fn write(&mut self, frame: &Frame) -> Result<(), FrameError> {
+        let encoded = Encoded::new(frame)?;
+        self.enter_frame()?;
+        let time = FrameLimits::default().frame_time;
+        match tokio::time::timeout(time, write_encoded(&mut self.send, encoded)).await {
+            Err(_) => return Err(FrameError::TooSlow(time)),
+            Ok(result) => result?,
+        }
+        self.state = State::Ready;
+        self.taken = None;
+        if matches!(frame, Frame::Refusal(refusal) if refusal.code.ends_stream()) {
+            self.state = State::Ended;
+            // Both fail only where the stream is closed already.
+            let _ = self.send.finish();
+            let _ = self.recv.stop(REFUSED);
+        }
+        Ok(())
+    }
+
+    /// Returns when nobody waits for the answer any more: the other side reset the stream, or the connection is gone.
+    ///
+    /// A dropped future leaves nothing behind.
+    pub async fn cancelled(&mut self) {
+        // Each of its results means the same here.
+        let _ = self.send.stopped().await;
+    }
+
+    fn enter_frame(&mut self) -> Result<(), FrameError> {
+        if self.state != State::Ready {
+            return Err(FrameError::Poisoned);
+        }
+        self.state = State::InFrame;
+        Ok(())
+    }
+}
+
+impl Drop for FrameStream {
+    fn drop(&mut self) {
+        if self.state == State::InFrame {
+            // Fails only where the stream is closed already.
+            let _ = self.send.reset(CANCELLED);
+        }
+    }
+}
+
+/// Writes head and body without copying them together.
+pub(super) async fn write_encoded(send: &mut SendStream, encoded: Encoded) -> Result<(), FrameError> {
+    let Encoded { head, body } = encoded;
+    let result =
+        if body.is_empty() { send.write_chunk(head).await } else { send.write_all_chunks(&mut [head, body]).await };
+    result.map_err(|error| FrameError::from_io(error.into()))
+}
