@@ -1,0 +1,206 @@
+//! The control plane: finding peers through a libp2p DHT.
+//!
+//! A volunteer publishes provider records (see [`keys`]) and answers requests for its signed advert; a client
+//! looks the records up and asks each provider for its advert. Nothing here is on the hot path of a token.
+//!
+//! One task owns the libp2p swarm; a [`Discovery`] is a clonable handle that sends it commands over a bounded
+//! channel. The task ends when the last handle is dropped or [`Discovery::shutdown`] is called.
+
+mod behaviour;
+pub mod exchange;
+pub mod keys;
+mod resolve;
+mod task;
+
+use std::time::Duration;
+
+use libp2p::{Multiaddr, PeerId};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{Identity, ModelId, SignedAdvert};
+use keys::ProviderKey;
+
+/// How many commands may wait for the swarm task before senders wait too.
+const COMMAND_QUEUE: usize = 64;
+/// How many found providers may wait for a slow reader of one look-up.
+const PROVIDER_QUEUE: usize = 256;
+
+/// What a member tells the control plane when it starts.
+#[derive(Debug, Clone)]
+pub struct DiscoveryConfig {
+    /// The network's name; members of differently named networks do not see each other. At most
+    /// [`keys::MAX_NETWORK_NAME`] characters of `a-z`, `0-9` and `-`.
+    pub network: String,
+    /// Multiaddrs to listen on; empty for a client, which then only dials and never serves the DHT.
+    pub listen: Vec<Multiaddr>,
+    /// Members to join through, as multiaddrs with or without `/p2p/<peer id>`.
+    pub bootstrap: Vec<Multiaddr>,
+    /// Whether to look for members on the local network by multicast DNS.
+    pub mdns: bool,
+}
+
+/// Why the control plane did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiscoveryError {
+    /// The network name has other characters than allowed, or too many. The user's fault.
+    #[error("network name {0:?} is not allowed: use 1 to {max} characters of a-z, 0-9 and -", max = keys::MAX_NETWORK_NAME)]
+    NetworkName(String),
+    /// A transport could not be set up.
+    #[error("cannot set up the control plane: {0}")]
+    Setup(String),
+    /// An address cannot be listened on: in use, not ours, or of an unknown kind.
+    #[error("cannot listen on {address}: {reason}")]
+    Listen {
+        /// The multiaddr as given.
+        address: Multiaddr,
+        /// What the operating system or the transport said.
+        reason: String,
+    },
+    /// A bootstrap address names a host that the system cannot resolve.
+    #[error("cannot resolve {address}: {reason}")]
+    Resolve {
+        /// The multiaddr as given.
+        address: Multiaddr,
+        /// What the resolver said.
+        reason: String,
+    },
+}
+
+/// Why a question to the control plane has no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LookupError {
+    /// The swarm task has ended.
+    #[error("the control plane has stopped")]
+    Stopped,
+    /// The peer could not be reached or did not answer.
+    #[error("{peer} did not answer: {reason}")]
+    Unreachable {
+        /// Who was asked.
+        peer: PeerId,
+        /// What went wrong.
+        reason: String,
+    },
+    /// None of the bootstrap addresses could be connected to in time.
+    #[error("none of the bootstrap addresses answered within {0:?}")]
+    NoBootstrap(Duration),
+}
+
+/// A handle on the running control plane.
+#[derive(Debug, Clone)]
+pub struct Discovery {
+    peer_id: PeerId,
+    commands: mpsc::Sender<Command>,
+    addresses: watch::Receiver<Vec<Multiaddr>>,
+    connected: watch::Receiver<usize>,
+}
+
+/// What handles ask of the swarm task.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Announce { adverts: Vec<(ModelId, Vec<u8>)>, keys: Vec<ProviderKey> },
+    Providers { key: ProviderKey, found: mpsc::Sender<PeerId> },
+    Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
+    Shutdown { done: oneshot::Sender<()> },
+}
+
+impl Discovery {
+    /// Starts the swarm task, listens, and dials the bootstrap addresses (without waiting for them).
+    ///
+    /// # Errors
+    /// A bad network name, an address that cannot be listened on, a host name that does not resolve.
+    pub async fn start(identity: &Identity, config: DiscoveryConfig) -> Result<Self, DiscoveryError> {
+        let config = DiscoveryConfig { bootstrap: resolve::resolve_all(&config.bootstrap).await?, ..config };
+        let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
+        let (addresses_out, addresses) = watch::channel(Vec::new());
+        let (connected_out, connected) = watch::channel(0);
+        let task = task::SwarmTask::new(identity, &config, inbox, addresses_out, connected_out)?;
+        let listening = task.listen(&config.listen).await?;
+        tokio::spawn(listening.run());
+        Ok(Self { peer_id: identity.peer_id(), commands, addresses, connected })
+    }
+
+    /// This member's own peer id.
+    #[must_use]
+    pub fn peer_id(&self) -> PeerId {
+        self.peer_id
+    }
+
+    /// The addresses this member listens on, each ending in `/p2p/<peer id>`, so that each can be given to others
+    /// as a bootstrap address. Empty for a client.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<Multiaddr> {
+        self.addresses.borrow().clone()
+    }
+
+    /// How many peers are connected on the control plane at present.
+    #[must_use]
+    pub fn connected_peers(&self) -> usize {
+        *self.connected.borrow()
+    }
+
+    /// Waits until at least one peer is connected.
+    ///
+    /// # Errors
+    /// [`LookupError::NoBootstrap`] when nobody is connected after `timeout`.
+    pub async fn wait_connected(&self, timeout: Duration) -> Result<(), LookupError> {
+        let mut connected = self.connected.clone();
+        match tokio::time::timeout(timeout, connected.wait_for(|peers| *peers > 0)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(LookupError::Stopped),
+            Err(_) => Err(LookupError::NoBootstrap(timeout)),
+        }
+    }
+
+    /// Sets what this member hosts: the adverts it answers with and the provider records it publishes, in place of
+    /// all earlier ones. Records are published again by themselves when new peers appear and every minute.
+    /// An empty list withdraws: the member then answers that it hosts nothing.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn announce(
+        &self,
+        adverts: Vec<(ModelId, SignedAdvert)>,
+        keys: Vec<ProviderKey>,
+    ) -> Result<(), LookupError> {
+        let adverts = adverts.into_iter().map(|(model, advert)| (model, advert.encode())).collect();
+        self.send(Command::Announce { adverts, keys }).await
+    }
+
+    /// Looks up who provides `key`; the channel yields each provider once, as soon as it is known, and closes when
+    /// the DHT has no more to say. Dropping the receiver ends the look-up early.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn providers(&self, key: ProviderKey) -> Result<mpsc::Receiver<PeerId>, LookupError> {
+        let (found, receiver) = mpsc::channel(PROVIDER_QUEUE);
+        self.send(Command::Providers { key, found }).await?;
+        Ok(receiver)
+    }
+
+    /// Asks `peer` for its advert of `model`, or of every model it hosts. The adverts' signatures are not checked
+    /// here: see [`SignedAdvert::verify`]. Adverts that do not even decode are left out.
+    ///
+    /// # Errors
+    /// [`LookupError::Unreachable`] when the peer cannot be dialled or does not answer in time.
+    pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<SignedAdvert>, LookupError> {
+        let (answer, receiver) = oneshot::channel();
+        self.send(Command::Adverts { peer, model, answer }).await?;
+        let encoded = receiver.await.map_err(|_| LookupError::Stopped)??;
+        Ok(encoded.iter().filter_map(|bytes| SignedAdvert::decode(bytes).ok()).collect())
+    }
+
+    /// Ends the swarm task and closes its connections; returns when it has ended.
+    pub async fn shutdown(&self) {
+        let (done, ended) = oneshot::channel();
+        if self.send(Command::Shutdown { done }).await.is_ok() {
+            // An error means that the task has ended already, which is what was wanted.
+            let _ = ended.await;
+        }
+    }
+
+    async fn send(&self, command: Command) -> Result<(), LookupError> {
+        self.commands.send(command).await.map_err(|_| LookupError::Stopped)
+    }
+}

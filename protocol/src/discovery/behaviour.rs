@@ -1,0 +1,112 @@
+//! The libp2p protocols a member speaks, and their limits.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use libp2p::connection_limits::{self, ConnectionLimits};
+use libp2p::kad::store::{MemoryStore, MemoryStoreConfig};
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{StreamProtocol, Swarm, SwarmBuilder, identify, kad, mdns, noise, ping, request_response, tcp, yamux};
+
+use super::exchange::{ADVERT_PROTOCOL, AdvertCodec};
+use super::{DiscoveryConfig, DiscoveryError, keys};
+use crate::Identity;
+
+/// Provider records live minutes: a volunteer that vanished is not looked for much longer.
+const PROVIDER_TTL: Duration = Duration::from_secs(5 * 60);
+/// Control connections carry little; idle ones are closed after this, and dialled again when needed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
+const ADVERT_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_CONNECTIONS: u32 = 1024;
+const MAX_CONNECTIONS_PER_PEER: u32 = 4;
+const MAX_PENDING_INCOMING: u32 = 128;
+/// Providers remembered per key. The default of 20 would hide most of a large network's volunteers.
+const MAX_PROVIDERS_PER_KEY: usize = 1024;
+
+#[derive(NetworkBehaviour)]
+pub(crate) struct Behaviour {
+    pub(crate) limits: connection_limits::Behaviour,
+    pub(crate) kad: kad::Behaviour<MemoryStore>,
+    pub(crate) identify: identify::Behaviour,
+    pub(crate) ping: ping::Behaviour,
+    pub(crate) adverts: request_response::Behaviour<AdvertCodec>,
+    pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+}
+
+/// The name of the network's DHT protocol: members of other networks do not even negotiate it.
+pub(crate) fn kad_protocol(network: &str) -> Result<StreamProtocol, DiscoveryError> {
+    if !keys::is_network_name(network) {
+        return Err(DiscoveryError::NetworkName(network.to_owned()));
+    }
+    StreamProtocol::try_from_owned(format!("/hanse/{network}/kad/1"))
+        .map_err(|_| DiscoveryError::NetworkName(network.to_owned()))
+}
+
+pub(crate) fn build_swarm(identity: &Identity, config: &DiscoveryConfig) -> Result<Swarm<Behaviour>, DiscoveryError> {
+    let setup = |e: &dyn std::fmt::Display| DiscoveryError::Setup(e.to_string());
+    let protocol = kad_protocol(&config.network)?;
+    let behaviour = behaviour(identity, config, protocol).map_err(|e| setup(&e))?;
+    Ok(SwarmBuilder::with_existing_identity(identity.keypair().clone())
+        .with_tokio()
+        .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
+        .map_err(|e| setup(&e))?
+        .with_quic()
+        .with_behaviour(|_| behaviour)
+        .map_err(|e| setup(&e))?
+        .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE_TIMEOUT))
+        .build())
+}
+
+fn behaviour(identity: &Identity, config: &DiscoveryConfig, protocol: StreamProtocol) -> std::io::Result<Behaviour> {
+    let peer_id = identity.peer_id();
+    let serves = !config.listen.is_empty();
+
+    let mut kad_config = kad::Config::new(protocol);
+    kad_config
+        .set_provider_record_ttl(Some(PROVIDER_TTL))
+        // Publishing again is ours (see the task): it also happens when new peers appear.
+        .set_provider_publication_interval(None)
+        .set_query_timeout(QUERY_TIMEOUT)
+        .set_periodic_bootstrap_interval(Some(Duration::from_secs(60)));
+    if let Some(parallelism) = NonZeroUsize::new(8) {
+        // Members that crashed stay in routing tables for a while; more look-ups at once step over them sooner.
+        kad_config.set_parallelism(parallelism);
+    }
+    let store = MemoryStore::with_config(
+        peer_id,
+        MemoryStoreConfig {
+            max_records: 0,
+            max_value_bytes: 0,
+            max_providers_per_key: MAX_PROVIDERS_PER_KEY,
+            max_provided_keys: 1024,
+        },
+    );
+    let mut kad = kad::Behaviour::with_config(peer_id, store, kad_config);
+    kad.set_mode(Some(if serves { kad::Mode::Server } else { kad::Mode::Client }));
+
+    let limits = ConnectionLimits::default()
+        .with_max_established(Some(MAX_CONNECTIONS))
+        .with_max_established_per_peer(Some(MAX_CONNECTIONS_PER_PEER))
+        .with_max_pending_incoming(Some(MAX_PENDING_INCOMING));
+    let support =
+        if serves { request_response::ProtocolSupport::Full } else { request_response::ProtocolSupport::Outbound };
+    let mdns = if config.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), peer_id)?) } else { None };
+    Ok(Behaviour {
+        limits: connection_limits::Behaviour::new(limits),
+        kad,
+        identify: identify::Behaviour::new(
+            identify::Config::new("hanse/1".to_owned(), identity.keypair().public())
+                .with_agent_version(concat!("hanse/", env!("CARGO_PKG_VERSION")).to_owned())
+                .with_push_listen_addr_updates(true),
+        ),
+        ping: ping::Behaviour::default(),
+        adverts: request_response::Behaviour::with_codec(
+            AdvertCodec,
+            [(ADVERT_PROTOCOL, support)],
+            request_response::Config::default().with_request_timeout(ADVERT_TIMEOUT),
+        ),
+        mdns: Toggle::from(mdns),
+    })
+}

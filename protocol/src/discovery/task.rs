@@ -1,0 +1,349 @@
+//! The one task that owns the libp2p swarm.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use futures::StreamExt;
+use libp2p::core::transport::ListenerId;
+use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, RecordKey};
+use libp2p::multiaddr::Protocol;
+use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
+use libp2p::swarm::SwarmEvent;
+use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, request_response};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
+use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
+use super::keys::ProviderKey;
+use super::{Command, DiscoveryConfig, DiscoveryError, LookupError};
+use crate::{Identity, ModelId};
+
+/// How long an address may take to be listened on.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a member without any connection dials its bootstrap addresses again.
+const BOOTSTRAP_RETRY: Duration = Duration::from_secs(2);
+/// Provider records are published again this often; well below their life time.
+const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
+/// New peers often come in bursts: publishing waits this long after one, so that a burst is one publication.
+const PUBLISH_DELAY: Duration = Duration::from_millis(200);
+/// The most addresses believed of one peer.
+const MAX_ADDRESSES: usize = 16;
+
+type AdvertAnswer = oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>>;
+
+/// A look-up of providers in progress.
+struct ProviderSearch {
+    found: mpsc::Sender<PeerId>,
+    seen: HashSet<PeerId>,
+}
+
+/// A question for a peer's adverts in progress.
+struct AdvertQuestion {
+    peer: PeerId,
+    model: AdvertRequest,
+    answer: AdvertAnswer,
+    /// Whether the DHT was already asked for the peer's addresses.
+    searched: bool,
+}
+
+pub(crate) struct SwarmTask {
+    swarm: Swarm<Behaviour>,
+    kad_protocol: StreamProtocol,
+    inbox: mpsc::Receiver<Command>,
+    addresses: watch::Sender<Vec<Multiaddr>>,
+    connected: watch::Sender<usize>,
+    bootstrap: Vec<Multiaddr>,
+    hosted: Vec<(ModelId, Vec<u8>)>,
+    keys: Vec<ProviderKey>,
+    publish_at: Instant,
+    searches: HashMap<QueryId, ProviderSearch>,
+    questions: HashMap<OutboundRequestId, AdvertQuestion>,
+    address_searches: HashMap<QueryId, AdvertQuestion>,
+}
+
+fn record_key(key: ProviderKey) -> RecordKey {
+    RecordKey::new(key.as_bytes())
+}
+
+impl SwarmTask {
+    pub(crate) fn new(
+        identity: &Identity,
+        config: &DiscoveryConfig,
+        inbox: mpsc::Receiver<Command>,
+        addresses: watch::Sender<Vec<Multiaddr>>,
+        connected: watch::Sender<usize>,
+    ) -> Result<Self, DiscoveryError> {
+        Ok(Self {
+            swarm: build_swarm(identity, config)?,
+            kad_protocol: kad_protocol(&config.network)?,
+            inbox,
+            addresses,
+            connected,
+            bootstrap: config.bootstrap.clone(),
+            hosted: Vec::new(),
+            keys: Vec::new(),
+            publish_at: Instant::now() + PUBLISH_INTERVAL,
+            searches: HashMap::new(),
+            questions: HashMap::new(),
+            address_searches: HashMap::new(),
+        })
+    }
+
+    /// Listens on every address and waits until each is bound.
+    pub(crate) async fn listen(mut self, addresses: &[Multiaddr]) -> Result<Self, DiscoveryError> {
+        let mut pending: HashMap<ListenerId, &Multiaddr> = HashMap::new();
+        for address in addresses {
+            let failed = |e: libp2p::TransportError<std::io::Error>| DiscoveryError::Listen {
+                address: address.clone(),
+                reason: e.to_string(),
+            };
+            pending.insert(self.swarm.listen_on(address.clone()).map_err(failed)?, address);
+        }
+        let deadline = Instant::now() + LISTEN_TIMEOUT;
+        while let Some(address) = pending.values().next().copied() {
+            let failed = |reason: String| DiscoveryError::Listen { address: address.clone(), reason };
+            let event = tokio::time::timeout_at(deadline, self.swarm.select_next_some())
+                .await
+                .map_err(|_| failed("it was not bound in time".into()))?;
+            match &event {
+                SwarmEvent::NewListenAddr { listener_id, .. } => {
+                    pending.remove(listener_id);
+                }
+                SwarmEvent::ListenerClosed { listener_id, reason, .. } => {
+                    if let Some(address) = pending.remove(listener_id) {
+                        let reason =
+                            reason.as_ref().err().map_or_else(|| "the listener closed".to_owned(), ToString::to_string);
+                        return Err(DiscoveryError::Listen { address: address.clone(), reason });
+                    }
+                }
+                _ => {}
+            }
+            self.on_event(event);
+        }
+        Ok(self)
+    }
+
+    /// Runs until told to shut down or until every handle is gone.
+    pub(crate) async fn run(mut self) {
+        self.dial_bootstrap();
+        let mut retry = tokio::time::interval(BOOTSTRAP_RETRY);
+        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        retry.tick().await;
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_event(event),
+                command = self.inbox.recv() => match command {
+                    None => return,
+                    Some(Command::Shutdown { done }) => {
+                        let _ = done.send(());
+                        return;
+                    }
+                    Some(command) => self.on_command(command),
+                },
+                _ = retry.tick() => {
+                    if self.swarm.connected_peers().next().is_none() {
+                        self.dial_bootstrap();
+                    }
+                }
+                () = tokio::time::sleep_until(self.publish_at) => self.publish(),
+            }
+        }
+    }
+
+    fn dial_bootstrap(&mut self) {
+        for address in &self.bootstrap {
+            if let Some(Protocol::P2p(peer)) = address.iter().last() {
+                if peer == *self.swarm.local_peer_id() {
+                    continue;
+                }
+                self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
+            }
+            if let Err(error) = self.swarm.dial(address.clone()) {
+                tracing::debug!(%address, %error, "bootstrap address not dialled");
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        self.publish_at = Instant::now() + PUBLISH_INTERVAL;
+        for key in &self.keys {
+            if let Err(error) = self.swarm.behaviour_mut().kad.start_providing(record_key(*key)) {
+                tracing::warn!(%error, "a provider record was not stored");
+            }
+        }
+    }
+
+    fn publish_soon(&mut self) {
+        self.publish_at = self.publish_at.min(Instant::now() + PUBLISH_DELAY);
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Announce { adverts, keys } => {
+                self.hosted = adverts;
+                self.hosted.truncate(MAX_ADVERTS);
+                if keys != self.keys {
+                    for gone in self.keys.iter().filter(|key| !keys.contains(key)) {
+                        self.swarm.behaviour_mut().kad.stop_providing(&record_key(*gone));
+                    }
+                    self.keys = keys;
+                    self.publish();
+                }
+            }
+            Command::Providers { key, found } => {
+                let query = self.swarm.behaviour_mut().kad.get_providers(record_key(key));
+                self.searches.insert(query, ProviderSearch { found, seen: HashSet::new() });
+            }
+            Command::Adverts { peer, model, answer } => {
+                self.ask(AdvertQuestion { peer, model, answer, searched: false }, Vec::new());
+            }
+            // Handled where the loop can end.
+            Command::Shutdown { done } => drop(done),
+        }
+    }
+
+    fn ask(&mut self, question: AdvertQuestion, addresses: Vec<Multiaddr>) {
+        if question.peer == *self.swarm.local_peer_id() {
+            let own = self.adverts_for(question.model);
+            let _ = question.answer.send(Ok(own));
+            return;
+        }
+        let request =
+            self.swarm.behaviour_mut().adverts.send_request_with_addresses(&question.peer, question.model, addresses);
+        self.questions.insert(request, question);
+    }
+
+    fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
+        self.hosted
+            .iter()
+            .filter(|(hosted, _)| model.is_none_or(|m| m == *hosted))
+            .map(|(_, advert)| advert.clone())
+            .collect()
+    }
+
+    fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        match event {
+            SwarmEvent::NewListenAddr { address, .. } => {
+                let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
+                self.addresses.send_modify(|all| {
+                    if !all.contains(&own) {
+                        all.push(own);
+                    }
+                });
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
+                self.addresses.send_modify(|all| all.retain(|known| *known != own));
+            }
+            SwarmEvent::ConnectionEstablished { .. } | SwarmEvent::ConnectionClosed { .. } => {
+                let connected = self.swarm.connected_peers().count();
+                self.connected.send_if_modified(|known| std::mem::replace(known, connected) != connected);
+            }
+            SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
+                tracing::debug!(?peer_id, %error, "dial failed")
+            }
+            SwarmEvent::Behaviour(event) => self.on_behaviour(event),
+            _ => {}
+        }
+    }
+
+    fn on_behaviour(&mut self, event: BehaviourEvent) {
+        match event {
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.on_identified(peer_id, info)
+            }
+            BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
+                for (peer, address) in found {
+                    self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
+                    if !self.swarm.is_connected(&peer) {
+                        // A failed dial is reported as an event.
+                        let _ = self.swarm.dial(address);
+                    }
+                }
+            }
+            BehaviourEvent::Kad(kad::Event::RoutingUpdated { is_new_peer: true, .. }) => self.publish_soon(),
+            BehaviourEvent::Kad(kad::Event::OutboundQueryProgressed { id, result, step, .. }) => {
+                self.on_query(id, result, step.last)
+            }
+            BehaviourEvent::Adverts(request_response::Event::Message { message, .. }) => match message {
+                Message::Request { request, channel, .. } => self.on_advert_request(request, channel),
+                Message::Response { request_id, response } => {
+                    if let Some(question) = self.questions.remove(&request_id) {
+                        let _ = question.answer.send(Ok(response));
+                    }
+                }
+            },
+            BehaviourEvent::Adverts(request_response::Event::OutboundFailure { request_id, error, .. }) => {
+                self.on_unanswered(request_id, &error)
+            }
+            _ => {}
+        }
+    }
+
+    fn on_identified(&mut self, peer: PeerId, info: identify::Info) {
+        // Clients are not part of the DHT, and nor are members of other networks.
+        if !info.protocols.contains(&self.kad_protocol) {
+            return;
+        }
+        for address in info.listen_addrs.into_iter().take(MAX_ADDRESSES) {
+            self.swarm.behaviour_mut().kad.add_address(&peer, address);
+        }
+    }
+
+    fn on_advert_request(&mut self, request: AdvertRequest, channel: ResponseChannel<AdvertResponse>) {
+        let adverts = self.adverts_for(request);
+        // The asker may have gone meanwhile; there is nobody to tell.
+        let _ = self.swarm.behaviour_mut().adverts.send_response(channel, adverts);
+    }
+
+    fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
+        match result {
+            QueryResult::GetProviders(outcome) => {
+                let Some(search) = self.searches.get_mut(&id) else { return };
+                if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = outcome {
+                    for peer in providers.into_iter().filter(|peer| search.seen.insert(*peer)) {
+                        // A reader that is gone, or so slow that its queue is full, gets no more.
+                        if search.found.try_send(peer).is_err() {
+                            if let Some(mut query) = self.swarm.behaviour_mut().kad.query_mut(&id) {
+                                query.finish();
+                            }
+                            break;
+                        }
+                    }
+                }
+                if last {
+                    self.searches.remove(&id);
+                }
+            }
+            QueryResult::GetClosestPeers(outcome) if last => {
+                let Some(question) = self.address_searches.remove(&id) else { return };
+                let peers = match outcome {
+                    Ok(GetClosestPeersOk { peers, .. }) => peers,
+                    Err(kad::GetClosestPeersError::Timeout { peers, .. }) => peers,
+                };
+                let addresses = peers
+                    .into_iter()
+                    .filter(|info| info.peer_id == question.peer)
+                    .flat_map(|info| info.addrs)
+                    .take(MAX_ADDRESSES);
+                let addresses: Vec<Multiaddr> = addresses.collect();
+                self.ask(question, addresses);
+            }
+            _ => {}
+        }
+    }
+
+    fn on_unanswered(&mut self, request: OutboundRequestId, error: &OutboundFailure) {
+        let Some(mut question) = self.questions.remove(&request) else { return };
+        if matches!(error, OutboundFailure::DialFailure) && !question.searched {
+            // Its addresses are unknown or old: the DHT may know better ones.
+            question.searched = true;
+            let query = self.swarm.behaviour_mut().kad.get_closest_peers(question.peer);
+            self.address_searches.insert(query, question);
+            return;
+        }
+        let failure = LookupError::Unreachable { peer: question.peer, reason: error.to_string() };
+        let _ = question.answer.send(Err(failure));
+    }
+}
