@@ -1,0 +1,129 @@
+//! A model folder: `config.json` and memory-mapped safetensors, checked before anything is computed.
+
+pub(crate) mod config;
+mod digest;
+mod error;
+mod layout;
+mod tensors;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use config::ConfigError;
+pub use error::{CheckpointError, LoadError};
+pub(crate) use layout::Swiglu;
+
+use crate::families::{self, Family};
+use crate::linear::Matrix;
+use crate::spec::ModelSpec;
+use tensors::TensorFiles;
+
+/// Bytes of `config.json` that are read at most.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
+/// An opened model folder. Cheap to clone: clones share the mapping.
+///
+/// The files are mapped, not read: they must not be truncated while the checkpoint is open.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    config_text: String,
+    spec: ModelSpec,
+    family: &'static Family,
+    tensors: TensorFiles,
+}
+
+/// How large the parts of a checkpoint are, in bytes as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sizes {
+    /// Everything that a client keeps: embeddings, attention, norms, gates, dense layers, shared experts, LM head.
+    pub trunk_bytes: u64,
+    /// All routed experts together.
+    pub expert_bytes: u64,
+    /// One routed expert of each layer; 0 for a dense layer.
+    pub bytes_per_expert: Vec<u64>,
+}
+
+impl Checkpoint {
+    /// Opens a folder in the layout of the model hubs: `config.json` and `model.safetensors`, or shards named by
+    /// `model.safetensors.index.json`. Reads the headers and checks that every tensor of the model is there with the
+    /// right shape and a dtype of f32, f16 or bf16. Tensors that the model does not use are left alone.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the folder, naming file, key or tensor. Retrying does not help.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let config_text = read_text(&dir.join("config.json"), MAX_CONFIG_BYTES)?;
+        let map = config::parse(&config_text)?;
+        let config = config::Config::new(&map);
+        let family = families::find(&config)?;
+        let spec = (family.spec)(&config)?;
+        let tensors = TensorFiles::open(dir)?;
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors };
+        inner.check()?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.inner.dir
+    }
+
+    /// What the model computes.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.inner.spec
+    }
+
+    /// How large trunk and experts are.
+    pub fn sizes(&self) -> Sizes {
+        let inner = &self.inner;
+        let bytes = |name: &str| inner.tensors.get(name).map_or(0, |tensor| tensor.bytes() as u64);
+        let trunk_bytes = inner.trunk_tensors().iter().map(|(name, _)| bytes(name)).sum();
+        let bytes_per_expert: Vec<u64> = (0..inner.spec.layers.len()).map(|layer| inner.expert_bytes(layer)).collect();
+        let expert_bytes =
+            inner.spec.moe_layers().map(|(layer, moe)| bytes_per_expert[layer] * moe.experts as u64).sum();
+        Sizes { trunk_bytes, expert_bytes, bytes_per_expert }
+    }
+
+    /// A matrix `[outputs, inputs]`, used in place where the mapping is aligned.
+    pub(crate) fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Matrix, CheckpointError> {
+        self.inner.tensors.matrix(name, &[outputs, inputs], 0..outputs)
+    }
+
+    /// A vector, widened to f32.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        self.inner.tensors.vector(name, &[len])
+    }
+
+    /// The gate's name in `layer`, below `model.layers.`.
+    pub(crate) fn gate_name(&self, layer: usize) -> String {
+        self.inner.gate_name(layer)
+    }
+
+    /// The matrices of one routed expert.
+    pub(crate) fn expert(&self, layer: usize, expert: usize) -> Result<Swiglu, LoadError> {
+        self.inner.expert(layer, expert)
+    }
+
+    /// The matrices of the shared expert of `layer` and, where it has one, its gate `[1, hidden]`.
+    pub(crate) fn shared_expert(&self, layer: usize) -> Result<Option<(Swiglu, Option<Matrix>)>, CheckpointError> {
+        self.inner.shared_expert(layer)
+    }
+}
+
+/// Reads a text file of at most `limit` bytes.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, CheckpointError> {
+    let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(CheckpointError::TooLarge { path: path.to_owned(), limit });
+    }
+    String::from_utf8(bytes).map_err(|_| CheckpointError::NotText { path: path.to_owned() })
+}

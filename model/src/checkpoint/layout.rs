@@ -1,0 +1,239 @@
+//! Which tensors the model consists of, by name and shape.
+
+use super::Inner;
+use super::error::{CheckpointError, LoadError};
+use crate::families::SharedNames;
+use crate::linear::Matrix;
+use crate::spec::{AttentionSpec, FeedForwardSpec, QkNorm};
+
+/// The three matrices of `down_proj(silu(gate_proj(x)) * up_proj(x))`.
+#[derive(Debug)]
+pub(crate) struct Swiglu {
+    /// `[intermediate, hidden]`
+    pub(crate) gate_proj: Matrix,
+    /// `[intermediate, hidden]`
+    pub(crate) up_proj: Matrix,
+    /// `[hidden, intermediate]`
+    pub(crate) down_proj: Matrix,
+}
+
+/// The tensors that hold a layer's routed experts.
+enum ExpertTensors {
+    /// `{prefix}.{expert}.{name}.weight`
+    Split {
+        prefix: String,
+        gate_proj: &'static str,
+        up_proj: &'static str,
+        down_proj: &'static str,
+    },
+    Fused {
+        gate_up_proj: String,
+        down_proj: String,
+    },
+}
+
+impl Inner {
+    fn path(layer: usize, name: &str) -> String {
+        format!("model.layers.{layer}.{name}")
+    }
+
+    pub(super) fn gate_name(&self, layer: usize) -> String {
+        let names = self.family.tensors.gate;
+        let found = names.iter().find(|name| self.tensors.get(&Self::path(layer, name)).is_some());
+        Self::path(layer, found.unwrap_or(&names[0]))
+    }
+
+    fn expert_tensors(&self, layer: usize) -> ExpertTensors {
+        let names = &self.family.tensors;
+        for (gate_up_proj, down_proj) in names.fused {
+            let (gate_up_proj, down_proj) = (Self::path(layer, gate_up_proj), Self::path(layer, down_proj));
+            if self.tensors.get(&gate_up_proj).is_some() {
+                return ExpertTensors::Fused { gate_up_proj, down_proj };
+            }
+        }
+        let Some(expert) = &names.expert else {
+            let (gate_up_proj, down_proj) = names.fused[0];
+            return ExpertTensors::Fused {
+                gate_up_proj: Self::path(layer, gate_up_proj),
+                down_proj: Self::path(layer, down_proj),
+            };
+        };
+        let found = expert.prefixes.iter().find(|prefix| {
+            let first = format!("{}.0.{}.weight", Self::path(layer, prefix), expert.gate_proj);
+            self.tensors.get(&first).is_some()
+        });
+        ExpertTensors::Split {
+            prefix: Self::path(layer, found.unwrap_or(&expert.prefixes[0])),
+            gate_proj: expert.gate_proj,
+            up_proj: expert.up_proj,
+            down_proj: expert.down_proj,
+        }
+    }
+
+    pub(super) fn expert(&self, layer: usize, expert: usize) -> Result<Swiglu, LoadError> {
+        let moe = self.spec.moe(layer).filter(|moe| expert < moe.experts);
+        let Some(moe) = moe else { return Err(LoadError::NoSuchExpert { layer, expert }) };
+        let (hidden, width) = (self.spec.hidden_size, moe.intermediate_size);
+        Ok(match self.expert_tensors(layer) {
+            ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
+                let matrix = |name, outputs, inputs| {
+                    self.tensors.matrix(&format!("{prefix}.{expert}.{name}.weight"), &[outputs, inputs], 0..outputs)
+                };
+                Swiglu {
+                    gate_proj: matrix(gate_proj, width, hidden)?,
+                    up_proj: matrix(up_proj, width, hidden)?,
+                    down_proj: matrix(down_proj, hidden, width)?,
+                }
+            }
+            ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                let both = [moe.experts, 2 * width, hidden];
+                let first = expert * 2 * width;
+                let down_rows = expert * hidden..(expert + 1) * hidden;
+                Swiglu {
+                    gate_proj: self.tensors.matrix(&gate_up_proj, &both, first..first + width)?,
+                    up_proj: self.tensors.matrix(&gate_up_proj, &both, first + width..first + 2 * width)?,
+                    down_proj: self.tensors.matrix(&down_proj, &[moe.experts, hidden, width], down_rows)?,
+                }
+            }
+        })
+    }
+
+    pub(super) fn shared_expert(&self, layer: usize) -> Result<Option<(Swiglu, Option<Matrix>)>, CheckpointError> {
+        let Some(shared) = self.spec.moe(layer).and_then(|moe| moe.shared) else { return Ok(None) };
+        let (hidden, width) = (self.spec.hidden_size, shared.intermediate_size);
+        let matrix =
+            |name: &str, outputs, inputs| self.tensors.matrix(&Self::path(layer, name), &[outputs, inputs], 0..outputs);
+        Ok(match self.family.tensors.shared {
+            SharedNames::None => None,
+            SharedNames::Split(prefix, gate) => {
+                let swiglu = Swiglu {
+                    gate_proj: matrix(&format!("{prefix}.gate_proj.weight"), width, hidden)?,
+                    up_proj: matrix(&format!("{prefix}.up_proj.weight"), width, hidden)?,
+                    down_proj: matrix(&format!("{prefix}.down_proj.weight"), hidden, width)?,
+                };
+                let gate = if shared.gated { Some(matrix(gate, 1, hidden)?) } else { None };
+                Some((swiglu, gate))
+            }
+            SharedNames::Fused(gate_up_proj, down_proj) => {
+                let both = [2 * width, hidden];
+                let gate_up_proj = Self::path(layer, gate_up_proj);
+                let swiglu = Swiglu {
+                    gate_proj: self.tensors.matrix(&gate_up_proj, &both, 0..width)?,
+                    up_proj: self.tensors.matrix(&gate_up_proj, &both, width..2 * width)?,
+                    down_proj: matrix(down_proj, hidden, width)?,
+                };
+                Some((swiglu, None))
+            }
+        })
+    }
+
+    /// Bytes of one routed expert of `layer`, 0 if it is dense.
+    pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
+        let Some(moe) = self.spec.moe(layer) else { return 0 };
+        let bytes = |name: &str| self.tensors.get(name).map_or(0, |tensor| tensor.bytes() as u64);
+        match self.expert_tensors(layer) {
+            ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
+                [gate_proj, up_proj, down_proj].iter().map(|name| bytes(&format!("{prefix}.0.{name}.weight"))).sum()
+            }
+            ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                (bytes(&gate_up_proj) + bytes(&down_proj)) / moe.experts as u64
+            }
+        }
+    }
+
+    /// Names and shapes of everything but the routed experts.
+    pub(super) fn trunk_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let spec = &self.spec;
+        let hidden = spec.hidden_size;
+        let mut tensors = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![spec.vocab_size, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ];
+        if !spec.tied_embeddings {
+            tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
+        }
+        for (number, layer) in spec.layers.iter().enumerate() {
+            let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
+            add("input_layernorm.weight", vec![hidden]);
+            add("post_attention_layernorm.weight", vec![hidden]);
+            let AttentionSpec::GroupedQuery(attention) = &layer.attention;
+            let queries = attention.heads * attention.head_dim;
+            let keys = attention.kv_heads * attention.head_dim;
+            for (name, outputs) in [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)] {
+                add(&format!("self_attn.{name}.weight"), vec![outputs, hidden]);
+                if attention.qkv_bias {
+                    add(&format!("self_attn.{name}.bias"), vec![outputs]);
+                }
+            }
+            add("self_attn.o_proj.weight", vec![hidden, queries]);
+            if attention.o_bias {
+                add("self_attn.o_proj.bias", vec![hidden]);
+            }
+            let norms = match attention.qk_norm {
+                QkNorm::None => None,
+                QkNorm::PerHead => Some((attention.head_dim, attention.head_dim)),
+                QkNorm::WholeVector => Some((queries, keys)),
+            };
+            if let Some((query_norm, key_norm)) = norms {
+                add("self_attn.q_norm.weight", vec![query_norm]);
+                add("self_attn.k_norm.weight", vec![key_norm]);
+            }
+            match &layer.feed_forward {
+                FeedForwardSpec::Dense { intermediate_size } => {
+                    add("mlp.gate_proj.weight", vec![*intermediate_size, hidden]);
+                    add("mlp.up_proj.weight", vec![*intermediate_size, hidden]);
+                    add("mlp.down_proj.weight", vec![hidden, *intermediate_size]);
+                }
+                FeedForwardSpec::Moe(moe) => {
+                    tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+                    let Some(shared) = moe.shared else { continue };
+                    let width = shared.intermediate_size;
+                    let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
+                    match self.family.tensors.shared {
+                        SharedNames::None => {}
+                        SharedNames::Split(prefix, gate) => {
+                            add(&format!("{prefix}.gate_proj.weight"), vec![width, hidden]);
+                            add(&format!("{prefix}.up_proj.weight"), vec![width, hidden]);
+                            add(&format!("{prefix}.down_proj.weight"), vec![hidden, width]);
+                            if shared.gated {
+                                add(gate, vec![1, hidden]);
+                            }
+                        }
+                        SharedNames::Fused(gate_up_proj, down_proj) => {
+                            add(gate_up_proj, vec![2 * width, hidden]);
+                            add(down_proj, vec![hidden, width]);
+                        }
+                    }
+                }
+            }
+        }
+        tensors
+    }
+
+    /// Checks that every tensor of the model is there with the right shape and a supported dtype.
+    pub(super) fn check(&self) -> Result<(), CheckpointError> {
+        for (name, shape) in self.trunk_tensors() {
+            self.tensors.expect(&name, &shape)?;
+        }
+        let hidden = self.spec.hidden_size;
+        for (layer, moe) in self.spec.moe_layers() {
+            let width = moe.intermediate_size;
+            match self.expert_tensors(layer) {
+                ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
+                    for expert in 0..moe.experts {
+                        for (name, shape) in
+                            [(gate_proj, [width, hidden]), (up_proj, [width, hidden]), (down_proj, [hidden, width])]
+                        {
+                            self.tensors.expect(&format!("{prefix}.{expert}.{name}.weight"), &shape)?;
+                        }
+                    }
+                }
+                ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                    self.tensors.expect(&gate_up_proj, &[moe.experts, 2 * width, hidden])?;
+                    self.tensors.expect(&down_proj, &[moe.experts, hidden, width])?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

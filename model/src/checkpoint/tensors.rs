@@ -1,0 +1,241 @@
+//! The safetensors files of a checkpoint: which tensor lies where.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, Metadata};
+use safetensors::{SafeTensorError, SafeTensors};
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+
+use super::error::CheckpointError;
+use super::read_text;
+use crate::linear::Matrix;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const MAX_INDEX_BYTES: u64 = 256 << 20;
+/// Bytes before the header: its length.
+const PREFIX: usize = 8;
+
+#[derive(Debug)]
+pub(super) struct TensorFiles {
+    pub(super) files: Vec<TensorFile>,
+    pub(super) tensors: BTreeMap<String, Tensor>,
+}
+
+#[derive(Debug)]
+pub(super) struct TensorFile {
+    pub(super) path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+/// Where a tensor lies. The range has been checked against the file and against shape and dtype.
+#[derive(Debug)]
+pub(super) struct Tensor {
+    pub(super) file: usize,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Bytes in the file.
+    pub(super) range: Range<usize>,
+}
+
+impl Tensor {
+    pub(super) fn bytes(&self) -> usize {
+        self.range.len()
+    }
+}
+
+impl TensorFiles {
+    pub(super) fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let mut this = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        if dir.join(SINGLE).exists() {
+            this.add(dir.join(SINGLE))?;
+            return Ok(this);
+        }
+        let index_path = dir.join(INDEX);
+        if !index_path.exists() {
+            return Err(CheckpointError::NoWeights { dir: dir.to_owned() });
+        }
+        let malformed = |reason: String| CheckpointError::Index { path: index_path.clone(), reason };
+        let text = read_text(&index_path, MAX_INDEX_BYTES)?;
+        let index: Index = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
+        let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
+        for (tensor, file) in &index.weight_map {
+            // A name with a directory in it could make us map a file outside the folder.
+            if file.is_empty() || file.contains(['/', '\\', '\0']) || file == "." || file == ".." {
+                return Err(malformed(format!("`{tensor}` is said to be in {file:?}, which is not a plain file name")));
+            }
+            shards.entry(file).or_insert(tensor);
+        }
+        if shards.is_empty() {
+            return Err(malformed("its `weight_map` is empty".into()));
+        }
+        for (file, tensor) in shards {
+            let path = dir.join(file);
+            if !path.exists() {
+                return Err(CheckpointError::MissingFile { path, tensor: tensor.to_owned() });
+            }
+            this.add(path)?;
+        }
+        for (tensor, file) in &index.weight_map {
+            let path = dir.join(file);
+            if this.tensors.get(tensor).is_none_or(|found| this.files[found.file].path != path) {
+                return Err(CheckpointError::NotInShard { path, tensor: tensor.clone() });
+            }
+        }
+        Ok(this)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
+        let map = Arc::new(map(&path)?);
+        let (data_start, metadata) = read_header(&path, &map)?;
+        let file = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let range = data_start + start..data_start + end;
+            let tensor = Tensor { file, dtype: info.dtype, shape: info.shape.clone(), range };
+            match self.tensors.entry(name) {
+                Entry::Vacant(slot) => slot.insert(tensor),
+                Entry::Occupied(slot) => {
+                    let first = self.files[slot.get().file].path.clone();
+                    return Err(CheckpointError::Duplicate { tensor: slot.key().clone(), first, second: path });
+                }
+            };
+        }
+        self.files.push(TensorFile { path, map });
+        Ok(())
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// The tensor, if its shape is the expected one and its dtype is supported.
+    pub(super) fn expect(&self, name: &str, shape: &[usize]) -> Result<&Tensor, CheckpointError> {
+        let tensor = self.get(name).ok_or_else(|| CheckpointError::MissingTensor { tensor: name.to_owned() })?;
+        if tensor.shape != shape {
+            let (expected, found) = (shape.to_vec(), tensor.shape.clone());
+            return Err(CheckpointError::Shape { tensor: name.to_owned(), expected, found });
+        }
+        match tensor.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(tensor),
+            other => Err(CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{other:?}") }),
+        }
+    }
+
+    /// Rows of a tensor seen as a matrix: all dimensions but the last are rows.
+    pub(super) fn matrix(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Matrix, CheckpointError> {
+        let tensor = self.expect(name, shape)?;
+        let (inputs, all_rows) = match shape.split_last() {
+            Some((inputs, outer)) => (*inputs, outer.iter().product::<usize>()),
+            None => (1, 1),
+        };
+        let row_bytes = tensor.bytes() / all_rows.max(1);
+        let start = tensor.range.start + rows.start * row_bytes;
+        Ok(Matrix::new(&self.files[tensor.file].map, start, tensor.dtype, rows.len(), inputs))
+    }
+
+    /// All values, widened to f32.
+    pub(super) fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        let elements = shape.iter().product();
+        let tensor = self.expect(name, shape)?;
+        let row = Matrix::new(&self.files[tensor.file].map, tensor.range.start, tensor.dtype, 1, elements);
+        let mut values = vec![0.0; elements];
+        row.widen_row(0, &mut values);
+        Ok(values)
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+fn map(path: &Path) -> Result<Mmap, CheckpointError> {
+    let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    if len < PREFIX as u64 {
+        return Err(CheckpointError::Truncated { path: path.to_owned(), expected: PREFIX as u64, found: len });
+    }
+    // SAFETY: the mapping is read-only; `Checkpoint` documents that its files must stay as they are while it is open.
+    unsafe { Mmap::map(&file) }.map_err(failed)
+}
+
+/// Where the data starts, and what the header says. All offsets have been checked against the file.
+fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), CheckpointError> {
+    let header = |reason: String| CheckpointError::Header { path: path.to_owned(), reason };
+    let found = bytes.len() as u64;
+    let (length, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| match error {
+        SafeTensorError::InvalidOffset(tensor) => CheckpointError::Overlapping { path: path.to_owned(), tensor },
+        SafeTensorError::InvalidHeaderLength => CheckpointError::Truncated {
+            path: path.to_owned(),
+            expected: header_length(bytes).saturating_add(PREFIX as u64),
+            found,
+        },
+        SafeTensorError::MetadataIncompleteBuffer => incomplete(path, bytes),
+        other => header(other.to_string()),
+    })?;
+    let text = bytes.get(PREFIX..PREFIX + length).unwrap_or_default();
+    let names: Names = serde_json::from_slice(text).map_err(|error| header(error.to_string()))?;
+    if let Some(tensor) = names.repeated {
+        return Err(CheckpointError::Duplicate { tensor, first: path.to_owned(), second: path.to_owned() });
+    }
+    Ok((PREFIX + length, metadata))
+}
+
+fn header_length(bytes: &[u8]) -> u64 {
+    bytes.first_chunk::<PREFIX>().map_or(0, |prefix| u64::from_le_bytes(*prefix))
+}
+
+/// The header is sound, but the file has another length than it calls for.
+fn incomplete(path: &Path, bytes: &[u8]) -> CheckpointError {
+    let found = bytes.len() as u64;
+    let data_start = header_length(bytes).saturating_add(PREFIX as u64);
+    let text = usize::try_from(data_start).ok().and_then(|end| bytes.get(PREFIX..end)).unwrap_or_default();
+    let data = serde_json::from_slice::<Metadata>(text).map_or(0, |metadata| metadata.data_len() as u64);
+    let expected = data_start.saturating_add(data);
+    if found < expected {
+        CheckpointError::Truncated { path: path.to_owned(), expected, found }
+    } else {
+        CheckpointError::TrailingBytes { path: path.to_owned(), extra: found - expected }
+    }
+}
+
+/// The keys of a header, to see whether one is there twice, which a JSON map would hide.
+struct Names {
+    repeated: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(NamesVisitor)
+    }
+}
+
+struct NamesVisitor;
+
+impl<'de> Visitor<'de> for NamesVisitor {
+    type Value = Names;
+
+    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Names, A::Error> {
+        let mut seen = std::collections::HashSet::new();
+        let mut repeated = None;
+        while let Some((key, _)) = map.next_entry::<String, IgnoredAny>()? {
+            if let Some(key) = seen.replace(key) {
+                repeated = Some(key);
+            }
+        }
+        Ok(Names { repeated })
+    }
+}

@@ -1,0 +1,174 @@
+//! Sixteen f32 lanes, in the same arithmetic on every machine.
+//!
+//! Every kernel is written once over [`Lanes`] and instantiated for AVX-512, AVX2 with FMA, and portable code (which on
+//! aarch64 is NEON, as its fused multiply-add is part of the base). Each operation rounds once, as IEEE 754 says, and
+//! sums go through one fixed tree, so that all instantiations give the same bits.
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+use half::{bf16, f16};
+
+/// Lanes in a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Operations on sixteen f32 lanes.
+///
+/// # Safety
+/// Every function may only be called on a machine that has the instructions of the implementation, and pointers must
+/// be valid for [`LANES`] values.
+pub(crate) trait Lanes {
+    type V: Copy;
+
+    unsafe fn splat(value: f32) -> Self::V;
+    unsafe fn load(from: *const f32) -> Self::V;
+    unsafe fn load_f16(from: *const f16) -> Self::V;
+    unsafe fn load_bf16(from: *const bf16) -> Self::V;
+    unsafe fn store(v: Self::V, to: *mut f32);
+    /// `a * b + c`, rounded once.
+    unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `if a > b { a } else { b }`
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// `if a < b { a } else { b }`
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest whole number, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// Two to the power of whole numbers from -126 to 127.
+    unsafe fn exp2_whole(a: Self::V) -> Self::V;
+    /// Lane i with i+8, the results i with i+4, then 2, then 1.
+    unsafe fn sum(a: Self::V) -> f32;
+}
+
+/// A dtype in which weights are stored.
+pub(crate) trait Stored: Copy + Send + Sync + 'static {
+    const ZERO: Self;
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V;
+}
+
+impl Stored for f32 {
+    const ZERO: Self = 0.0;
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        unsafe { L::load(from) }
+    }
+}
+
+impl Stored for f16 {
+    const ZERO: Self = f16::ZERO;
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        unsafe { L::load_f16(from) }
+    }
+}
+
+impl Stored for bf16 {
+    const ZERO: Self = bf16::ZERO;
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
+        unsafe { L::load_bf16(from) }
+    }
+}
+
+/// Copies up to sixteen values into a buffer padded with zeros: how every kernel treats the end of a row.
+///
+/// # Safety
+/// `from` must be valid for `len` values, and `len` at most [`LANES`].
+#[inline(always)]
+pub(crate) unsafe fn padded<W: Stored>(from: *const W, len: usize) -> [W; LANES] {
+    let mut buffer = [W::ZERO; LANES];
+    unsafe { std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), len) };
+    buffer
+}
+
+/// e to the power of each lane, within 2 units in the last place. Below -87 it stays at e^-87, above 88 at e^88.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+pub(crate) unsafe fn exp<L: Lanes>(x: L::V) -> L::V {
+    unsafe {
+        let x = L::max(L::splat(-87.0), L::min(L::splat(88.0), x));
+        let n = L::round(L::mul(x, L::splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, the first exact when multiplied by n.
+        let r = L::mul_add(n, L::splat(-0.693_359_4), x);
+        let r = L::mul_add(n, L::splat(2.121_944_4e-4), r);
+        let mut p = L::splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = L::mul_add(p, r, L::splat(c));
+        }
+        let p = L::mul_add(p, L::mul(r, r), L::add(r, L::splat(1.0)));
+        L::mul(p, L::exp2_whole(n))
+    }
+}
+
+/// The instructions that a kernel may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// The best that this machine has.
+    pub(crate) fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// All that this machine has, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            if avx2 && is_x86_feature_detected!("avx512f") {
+                found.push(Self::Avx512);
+            }
+            if avx2 {
+                found.push(Self::Avx2);
+            }
+        }
+        found.push(Self::Portable);
+        found
+    }
+}
+
+/// Defines a function that runs a body, generic over [`Lanes`], with the instructions that an [`Isa`] allows.
+macro_rules! instantiate {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$generic:ident: $bound:path>)? ($($arg:ident: $type:ty),* $(,)?) = $body:ident) => {
+        $(#[$meta])*
+        $vis unsafe fn $name $(<$generic: $bound>)? (isa: $crate::lanes::Isa, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+            unsafe fn avx512 $(<$generic: $bound>)? ($($arg: $type),*) {
+                unsafe { $body::<$crate::lanes::Avx512 $(, $generic)?>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2 $(<$generic: $bound>)? ($($arg: $type),*) {
+                unsafe { $body::<$crate::lanes::Avx2 $(, $generic)?>($($arg),*) }
+            }
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                $crate::lanes::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                $crate::lanes::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::lanes::Isa::Portable => unsafe { $body::<$crate::lanes::Portable $(, $generic)?>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use instantiate;

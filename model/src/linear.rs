@@ -1,0 +1,199 @@
+//! Matrices in their stored dtype, and `y = x W^T` with results that do not depend on batch, threads or machine.
+
+pub(crate) mod kernel;
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::ThreadPool;
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+use crate::lanes::Isa;
+
+/// A matrix `[outputs, inputs]`, row-major, in its stored dtype.
+pub(crate) struct Matrix {
+    values: Values,
+    outputs: usize,
+    inputs: usize,
+}
+
+enum Values {
+    F32(Slab<f32>),
+    F16(Slab<f16>),
+    Bf16(Slab<bf16>),
+}
+
+/// Values in the mapping, or a copy where the mapping is not aligned for them.
+enum Slab<T: 'static> {
+    /// `values` points into `_map`, which keeps it alive.
+    Mapped {
+        values: &'static [T],
+        _map: Arc<Mmap>,
+    },
+    Owned(Vec<T>),
+}
+
+impl<T> Slab<T> {
+    fn values(&self) -> &[T] {
+        match self {
+            Self::Mapped { values, .. } => values,
+            Self::Owned(values) => values,
+        }
+    }
+}
+
+impl<T: Copy + Default> Slab<T> {
+    /// `len` values from byte `start` of the mapping. Panics if they do not lie in it.
+    fn new(map: &Arc<Mmap>, start: usize, len: usize) -> Self {
+        let bytes = &map[start..start + len * size_of::<T>()];
+        // SAFETY: T is f32, f16 or bf16, for which every bit pattern is a value.
+        let (before, values, after) = unsafe { bytes.align_to::<T>() };
+        if before.is_empty() && after.is_empty() {
+            // SAFETY: the slice lies in the mapping, whose address does not change and which lives in the same value.
+            let values = unsafe { std::slice::from_raw_parts(values.as_ptr(), values.len()) };
+            return Self::Mapped { values, _map: Arc::clone(map) };
+        }
+        let mut copy = vec![T::default(); len];
+        // SAFETY: `copy` has room for `len` values, and bytes are valid values of T.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast(), bytes.len()) };
+        Self::Owned(copy)
+    }
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let dtype = match self.values {
+            Values::F32(_) => "f32",
+            Values::F16(_) => "f16",
+            Values::Bf16(_) => "bf16",
+        };
+        write!(formatter, "Matrix({dtype} [{}, {}])", self.outputs, self.inputs)
+    }
+}
+
+impl Matrix {
+    /// The caller has checked that the values lie in the mapping and that the dtype is f32, f16 or bf16.
+    pub(crate) fn new(map: &Arc<Mmap>, start: usize, dtype: Dtype, outputs: usize, inputs: usize) -> Self {
+        let len = outputs * inputs;
+        let values = match dtype {
+            Dtype::F16 => Values::F16(Slab::new(map, start, len)),
+            Dtype::BF16 => Values::Bf16(Slab::new(map, start, len)),
+            _ => Values::F32(Slab::new(map, start, len)),
+        };
+        Self { values, outputs, inputs }
+    }
+
+    /// Rows: values of an output.
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Columns: values of an input.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes as stored.
+    pub(crate) fn bytes(&self) -> u64 {
+        let size = match self.values {
+            Values::F32(_) => 4,
+            Values::F16(_) | Values::Bf16(_) => 2,
+        };
+        (self.outputs * self.inputs * size) as u64
+    }
+
+    /// Copies one row, widened to f32; `to` is `[inputs]`.
+    pub(crate) fn widen_row(&self, row: usize, to: &mut [f32]) {
+        let range = row * self.inputs..(row + 1) * self.inputs;
+        match &self.values {
+            Values::F32(slab) => to.copy_from_slice(&slab.values()[range]),
+            Values::F16(slab) => to.iter_mut().zip(&slab.values()[range]).for_each(|(to, v)| *to = v.to_f32()),
+            Values::Bf16(slab) => to.iter_mut().zip(&slab.values()[range]).for_each(|(to, v)| *to = v.to_f32()),
+        }
+    }
+
+    /// Computes some columns of `y = x W^T` in this thread.
+    ///
+    /// # Safety
+    /// `x` must be valid for `rows * inputs` values, `y` for `rows * outputs`, `columns` lie within `outputs`, and
+    /// nobody else may touch those columns of `y` meanwhile.
+    pub(crate) unsafe fn multiply(&self, isa: Isa, x: *const f32, y: *mut f32, rows: usize, columns: (usize, usize)) {
+        let shape = kernel::Shape { rows, inputs: self.inputs, outputs: self.outputs, columns };
+        unsafe {
+            match &self.values {
+                Values::F32(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
+                Values::F16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
+                Values::Bf16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
+            }
+        }
+    }
+}
+
+/// Multiplications below which another thread is not worth waking.
+pub(crate) const MIN_TASK: usize = 1 << 17;
+
+/// Splits `outputs` into ranges of columns such that a task has about [`MIN_TASK`] multiplications or more, and there
+/// are not many more tasks than it takes to keep `threads` busy.
+pub(crate) fn column_ranges(
+    outputs: usize,
+    work_per_column: usize,
+    threads: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let smallest = MIN_TASK.div_ceil(work_per_column.max(1));
+    let step = outputs.div_ceil(threads * 4).max(smallest).next_multiple_of(8).max(8);
+    (0..outputs).step_by(step).map(move |first| (first, outputs.min(first + step)))
+}
+
+/// A pointer that tasks share; each writes to columns of its own.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut(pub(crate) *mut f32);
+
+// SAFETY: whoever sends it promises that tasks write to disjoint places.
+unsafe impl Send for SharedMut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut {}
+
+impl SharedMut {
+    /// A method, so that closures capture the whole value and not the bare pointer.
+    pub(crate) fn pointer(self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// `y = x W^T` for several matrices of the same input, as one piece of work. `x` is `[rows, inputs]`; each result is
+/// `[rows, outputs]`. The same row gives the same bits alone and in any batch, on any number of threads.
+pub(crate) fn linears<const N: usize>(x: &[f32], matrices: [&Matrix; N], pool: &ThreadPool) -> [Vec<f32>; N] {
+    let inputs = matrices[0].inputs();
+    let rows = x.len() / inputs;
+    assert!(x.len() == rows * inputs && matrices.iter().all(|m| m.inputs() == inputs), "rows of {inputs} values");
+    let isa = Isa::detect();
+    let threads = pool.current_num_threads();
+    let mut results = matrices.map(|matrix| vec![0.0; rows * matrix.outputs()]);
+    let mut tasks = Vec::new();
+    for (matrix, y) in matrices.into_iter().zip(&mut results) {
+        let y = SharedMut(y.as_mut_ptr());
+        tasks.extend(column_ranges(matrix.outputs(), rows * inputs, threads).map(|columns| (matrix, y, columns)));
+    }
+    // SAFETY: the lengths asserted and allocated above, and ranges that do not overlap.
+    run_tasks(tasks, pool, |(matrix, y, columns)| unsafe {
+        matrix.multiply(isa, x.as_ptr(), y.pointer(), rows, columns);
+    });
+    results
+}
+
+/// `y = x W^T`; see [`linears`].
+pub(crate) fn linear(x: &[f32], matrix: &Matrix, pool: &ThreadPool) -> Vec<f32> {
+    let [y] = linears(x, [matrix], pool);
+    y
+}
+
+/// Runs tasks over the pool, or in this thread where a second one would not help.
+pub(crate) fn run_tasks<T: Send>(tasks: Vec<T>, pool: &ThreadPool, run: impl Fn(T) + Sync + Send) {
+    if tasks.len() > 1 && pool.current_num_threads() > 1 {
+        pool.install(|| tasks.into_par_iter().with_max_len(1).for_each(run));
+    } else {
+        tasks.into_iter().for_each(run);
+    }
+}

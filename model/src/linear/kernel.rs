@@ -1,0 +1,148 @@
+//! The inner loops. An output is one dot product: sixteen lanes, each a chain of fused multiply-adds in ascending
+//! order, the end of a row padded with zeros, then one fixed tree of additions. Tiles only decide how many outputs
+//! are computed side by side.
+
+use crate::lanes::{LANES, Lanes, Stored, instantiate, padded};
+
+/// What to compute: `y[row][column]` for all rows and a range of columns.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    /// Distance between rows of `y`.
+    pub(crate) outputs: usize,
+    pub(crate) columns: (usize, usize),
+}
+
+instantiate! {
+    /// Computes columns of `y = x W^T`.
+    ///
+    /// # Safety
+    /// The machine must have `isa`; `x` is `[rows, inputs]`, `w` `[outputs, inputs]`, `y` `[rows, outputs]`.
+    pub(crate) fn multiply<W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) = multiply_with
+}
+
+#[inline(always)]
+unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
+    let (mut column, end) = shape.columns;
+    while end - column >= 4 {
+        unsafe { rows::<L, W, 4>(x, w, y, shape, column) };
+        column += 4;
+    }
+    while column < end {
+        unsafe { rows::<L, W, 1>(x, w, y, shape, column) };
+        column += 1;
+    }
+}
+
+#[inline(always)]
+unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
+    x: *const f32,
+    w: *const W,
+    y: *mut f32,
+    shape: Shape,
+    column: usize,
+) {
+    let mut row = 0;
+    unsafe {
+        while shape.rows - row >= 4 {
+            tile::<L, W, 4, C>(x, w, y, shape, row, column);
+            row += 4;
+        }
+        if shape.rows - row >= 2 {
+            tile::<L, W, 2, C>(x, w, y, shape, row, column);
+            row += 2;
+        }
+        if row < shape.rows {
+            tile::<L, W, 1, C>(x, w, y, shape, row, column);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
+    x: *const f32,
+    w: *const W,
+    y: *mut f32,
+    shape: Shape,
+    row: usize,
+    column: usize,
+) {
+    let inputs = shape.inputs;
+    unsafe {
+        let x = x.add(row * inputs);
+        let w = w.add(column * inputs);
+        let mut sums = [[L::splat(0.0); C]; R];
+        let mut at = 0;
+        while inputs - at >= LANES {
+            let mut weights = [L::splat(0.0); C];
+            for c in 0..C {
+                weights[c] = W::load::<L>(w.add(c * inputs + at));
+            }
+            for r in 0..R {
+                let values = L::load(x.add(r * inputs + at));
+                for c in 0..C {
+                    sums[r][c] = L::mul_add(values, weights[c], sums[r][c]);
+                }
+            }
+            at += LANES;
+        }
+        if at < inputs {
+            let left = inputs - at;
+            let mut weights = [L::splat(0.0); C];
+            for c in 0..C {
+                weights[c] = W::load::<L>(padded(w.add(c * inputs + at), left).as_ptr());
+            }
+            for r in 0..R {
+                let values = L::load(padded(x.add(r * inputs + at), left).as_ptr());
+                for c in 0..C {
+                    sums[r][c] = L::mul_add(values, weights[c], sums[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                *y.add((row + r) * shape.outputs + column + c) = L::sum(sums[r][c]);
+            }
+        }
+    }
+}
+
+instantiate! {
+    /// `gate[i] = silu(gate[i]) * up[i]` for `len` values.
+    ///
+    /// # Safety
+    /// The machine must have `isa`; both pointers are valid for `len` values.
+    pub(crate) fn silu_mul(gate: *mut f32, up: *const f32, len: usize) = silu_mul_with
+}
+
+#[inline(always)]
+unsafe fn silu_mul_with<L: Lanes>(gate: *mut f32, up: *const f32, len: usize) {
+    unsafe {
+        let mut at = 0;
+        while len - at >= LANES {
+            let value = silu_mul_lanes::<L>(L::load(gate.add(at)), L::load(up.add(at)));
+            L::store(value, gate.add(at));
+            at += LANES;
+        }
+        if at < len {
+            let left = len - at;
+            let value = silu_mul_lanes::<L>(
+                L::load(padded(gate.add(at), left).as_ptr()),
+                L::load(padded(up.add(at), left).as_ptr()),
+            );
+            let mut buffer = [0.0; LANES];
+            L::store(value, buffer.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), gate.add(at), left);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn silu_mul_lanes<L: Lanes>(gate: L::V, up: L::V) -> L::V {
+    unsafe {
+        let minus = L::mul(gate, L::splat(-1.0));
+        let denominator = L::add(L::splat(1.0), crate::lanes::exp::<L>(minus));
+        L::mul(L::div(gate, denominator), up)
+    }
+}
