@@ -199,6 +199,15 @@ impl Frame {
         }
     }
 
+    /// Puts the body behind a header that was read without one.
+    fn set_body(&mut self, body: Bytes) {
+        match self {
+            Self::Call(call) => call.body = body,
+            Self::Answer(answer) => answer.body = body,
+            Self::Hello(_) | Self::Welcome(_) | Self::Refusal(_) => {}
+        }
+    }
+
     /// Whether `answer` may come back for this frame: right kind, same request, and the shape that was asked for.
     ///
     /// A refusal with request id 0 answers anything, since its sender may not have been able to read the request.

@@ -43,7 +43,7 @@ pub use frame::{
     Refusal, RefusalCode, VERSION, Welcome, read_frame, write_frame,
 };
 pub use identity::{Identity, IdentityError, verify_signature};
-pub use libp2p::{Multiaddr, PeerId};
+pub use libp2p::{Multiaddr, PeerId, multiaddr};
 pub use model_id::{ModelId, ParseModelIdError};
 pub use transport::{
     ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream,

@@ -5,8 +5,8 @@ use super::{ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits
 use crate::WireDtype;
 
 impl Frame {
-    /// Checks every rule of the protocol and every limit.
-    pub(super) fn check(&self, limits: &FrameLimits) -> Result<(), FrameError> {
+    /// Checks every rule of the protocol and every limit, with a body of `body_bytes`, which need not be there yet.
+    pub(super) fn check(&self, body_bytes: usize, limits: &FrameLimits) -> Result<(), FrameError> {
         match self {
             Self::Hello(hello) => {
                 FrameError::limit("bytes of network name", hello.network.len() as u64, MAX_NETWORK_BYTES as u32)
@@ -20,17 +20,17 @@ impl Frame {
                 }
                 Ok(())
             }
-            Self::Call(call) => check_call(call, limits),
-            Self::Answer(answer) => check_answer(answer, limits),
+            Self::Call(call) => check_call(call, body_bytes, limits),
+            Self::Answer(answer) => check_answer(answer, body_bytes, limits),
             Self::Refusal(_) => Ok(()),
         }
     }
 }
 
-fn check_call(call: &ExpertCall, limits: &FrameLimits) -> Result<(), FrameError> {
+fn check_call(call: &ExpertCall, body_bytes: usize, limits: &FrameLimits) -> Result<(), FrameError> {
     FrameError::limit("rows", call.rows.into(), limits.max_rows)?;
     FrameError::limit("experts", call.assignments.len() as u64, limits.max_experts)?;
-    check_body(call.rows, call.hidden_size, call.dtype, call.body.len(), limits)?;
+    check_body(call.rows, call.hidden_size, call.dtype, body_bytes, limits)?;
     if call.assignments.is_empty() {
         return Err(Malformed::Empty("assignments").into());
     }
@@ -46,7 +46,7 @@ fn check_call(call: &ExpertCall, limits: &FrameLimits) -> Result<(), FrameError>
         check_rows(assignment, call.rows)?;
     }
     // The answer obeys the same limit: better refused now than after computing.
-    let answer_bytes = body_bytes(call.answer_rows(), call.hidden_size, call.dtype);
+    let answer_bytes = bytes_of(call.answer_rows(), call.hidden_size, call.dtype);
     FrameError::limit("bytes of the answer's body", answer_bytes, limits.max_body_bytes)
 }
 
@@ -74,9 +74,9 @@ fn check_rows(assignment: &ExpertRows, rows: u32) -> Result<(), Malformed> {
     Ok(())
 }
 
-fn check_answer(answer: &ExpertAnswer, limits: &FrameLimits) -> Result<(), FrameError> {
+fn check_answer(answer: &ExpertAnswer, body_bytes: usize, limits: &FrameLimits) -> Result<(), FrameError> {
     FrameError::limit("rows", answer.rows.into(), limits.max_assignments.max(limits.max_rows))?;
-    check_body(answer.rows, answer.hidden_size, answer.dtype, answer.body.len(), limits)
+    check_body(answer.rows, answer.hidden_size, answer.dtype, body_bytes, limits)
 }
 
 fn check_body(
@@ -89,7 +89,7 @@ fn check_body(
     non_zero("rows", rows)?;
     non_zero("values in a row", hidden_size)?;
     FrameError::limit("values in a row", hidden_size.into(), limits.max_hidden_size)?;
-    let expected = body_bytes(rows.into(), hidden_size, dtype);
+    let expected = bytes_of(rows.into(), hidden_size, dtype);
     FrameError::limit("body bytes", expected, limits.max_body_bytes)?;
     if found as u64 != expected {
         return Err(Malformed::BodyLength { found: found as u64, expected }.into());
@@ -98,7 +98,7 @@ fn check_body(
 }
 
 /// `rows * hidden_size` values; stays at `u64::MAX` where it would overflow, which no limit allows.
-fn body_bytes(rows: u64, hidden_size: u32, dtype: WireDtype) -> u64 {
+fn bytes_of(rows: u64, hidden_size: u32, dtype: WireDtype) -> u64 {
     rows.saturating_mul(hidden_size.into()).saturating_mul(dtype.bytes_per_value() as u64)
 }
 

@@ -86,8 +86,8 @@ impl Frame {
         }
     }
 
-    /// Decodes a header and joins it with its body. The rules between fields are not yet checked.
-    pub(super) fn decode(kind: FrameKind, header: &[u8], body: Bytes) -> Result<Self, Malformed> {
+    /// Decodes a header, with an empty body. The rules between fields are not yet checked.
+    pub(super) fn decode_header(kind: FrameKind, header: &[u8]) -> Result<Self, Malformed> {
         Ok(match kind {
             FrameKind::Hello => {
                 let header: HelloHeader = parse(kind, header)?;
@@ -98,8 +98,8 @@ impl Frame {
                 let dtypes = header.dtypes.into_iter().map(dtype).collect::<Result<_, _>>()?;
                 Self::Welcome(Welcome { model: ModelId(header.model), dtypes, max_rows: header.max_rows })
             }
-            FrameKind::Call => Self::Call(parse::<CallHeader>(kind, header)?.with_body(body)?),
-            FrameKind::Answer => Self::Answer(parse::<AnswerHeader>(kind, header)?.with_body(body)?),
+            FrameKind::Call => Self::Call(parse::<CallHeader>(kind, header)?.try_into()?),
+            FrameKind::Answer => Self::Answer(parse::<AnswerHeader>(kind, header)?.try_into()?),
             FrameKind::Refusal => {
                 let header: RefusalHeader = parse(kind, header)?;
                 let mut message = header.message;
@@ -153,27 +153,29 @@ impl From<&ExpertCall> for CallHeader {
     }
 }
 
-impl CallHeader {
-    fn with_body(self, body: Bytes) -> Result<ExpertCall, Malformed> {
-        Ok(ExpertCall {
-            request_id: self.request_id,
-            model: ModelId(self.model),
-            layer: self.layer,
-            hidden_size: self.hidden_size,
-            rows: self.rows,
-            dtype: dtype(self.dtype)?,
-            combine: match self.combine {
+impl TryFrom<CallHeader> for ExpertCall {
+    type Error = Malformed;
+
+    fn try_from(header: CallHeader) -> Result<Self, Malformed> {
+        Ok(Self {
+            request_id: header.request_id,
+            model: ModelId(header.model),
+            layer: header.layer,
+            hidden_size: header.hidden_size,
+            rows: header.rows,
+            dtype: dtype(header.dtype)?,
+            combine: match header.combine {
                 0 => Combine::Peer,
                 1 => Combine::Client,
                 found => return Err(Malformed::UnknownCode { what: "combine", found: found.into() }),
             },
-            deadline_ms: self.deadline_ms,
-            assignments: self
+            deadline_ms: header.deadline_ms,
+            assignments: header
                 .assignments
                 .into_iter()
                 .map(|a| ExpertRows { expert: a.expert, rows: a.rows, weights: a.weights })
                 .collect(),
-            body,
+            body: Bytes::new(),
         })
     }
 }
@@ -192,17 +194,19 @@ impl From<&ExpertAnswer> for AnswerHeader {
     }
 }
 
-impl AnswerHeader {
-    fn with_body(self, body: Bytes) -> Result<ExpertAnswer, Malformed> {
-        Ok(ExpertAnswer {
-            request_id: self.request_id,
-            dtype: dtype(self.dtype)?,
-            rows: self.rows,
-            hidden_size: self.hidden_size,
-            queue_us: self.queue_us,
-            compute_us: self.compute_us,
-            queued_rows: self.queued_rows,
-            body,
+impl TryFrom<AnswerHeader> for ExpertAnswer {
+    type Error = Malformed;
+
+    fn try_from(header: AnswerHeader) -> Result<Self, Malformed> {
+        Ok(Self {
+            request_id: header.request_id,
+            dtype: dtype(header.dtype)?,
+            rows: header.rows,
+            hidden_size: header.hidden_size,
+            queue_us: header.queue_us,
+            compute_us: header.compute_us,
+            queued_rows: header.queued_rows,
+            body: Bytes::new(),
         })
     }
 }
@@ -221,7 +225,11 @@ impl From<&Refusal> for RefusalHeader {
 }
 
 fn cut(message: &mut String) {
-    message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
+    let mut end = message.len().min(MAX_MESSAGE_BYTES);
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    message.truncate(end);
 }
 
 fn dtype(code: u8) -> Result<WireDtype, Malformed> {

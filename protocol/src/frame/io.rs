@@ -14,7 +14,7 @@ const BODY_STEP: usize = 1 << 20;
 /// Reads one frame.
 ///
 /// A frame that comes back satisfies every rule of the protocol. Lengths are checked against `limits` before anything is
-/// allocated, and a body's memory grows with the bytes that really arrive. A future dropped half-way leaves the reader inside a
+/// allocated, a body is read only behind a header that is right, and its memory grows with the bytes that really arrive. A future dropped half-way leaves the reader inside a
 /// frame, of no further use.
 ///
 /// # Errors
@@ -41,10 +41,10 @@ pub(crate) async fn read_frame_admitted<R: AsyncRead + Unpin, P>(
         }
         let prefix = Prefix::parse(prefix, limits)?;
         let header = read_bytes(reader, prefix.header_bytes).await?;
+        let mut frame = Frame::decode_header(prefix.kind, &header)?;
+        frame.check(prefix.body_bytes as usize, limits)?;
         let permit = admit(prefix.body_bytes).await;
-        let body = read_bytes(reader, prefix.body_bytes).await?;
-        let frame = Frame::decode(prefix.kind, &header, Bytes::from(body))?;
-        frame.check(limits)?;
+        frame.set_body(read_bytes(reader, prefix.body_bytes).await?.into());
         Ok((frame, permit))
     })
     .await
@@ -74,8 +74,8 @@ pub(crate) struct Encoded {
 impl Encoded {
     pub(crate) fn new(frame: &Frame) -> Result<Self, FrameError> {
         let limits = FrameLimits::default();
-        frame.check(&limits)?;
         let body = frame.body();
+        frame.check(body.len(), &limits)?;
         let mut head = vec![0; PREFIX_BYTES];
         frame.encode_header(&mut head)?;
         let header_bytes = (head.len() - PREFIX_BYTES) as u64;

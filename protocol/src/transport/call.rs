@@ -109,10 +109,11 @@ async fn ask(
     request: &Frame,
     encoded: Encoded,
 ) -> Result<Frame, CallError> {
-    while let Some(streams) = idle.take() {
+    if let Some(streams) = idle.take() {
         let mut lease = Lease { streams: Some(streams), idle };
         match lease.exchange(encoded.clone()).await {
-            // The server had ended the idle stream, and not for this request: a new one will do.
+            // Most likely the server had ended the idle stream before: once more, on a new one. Experts are pure functions, so
+            // that it does no harm if the call was already computed.
             Err(FrameError::Closed | FrameError::Reset) if connection.close_reason().is_none() => {}
             result => return finish(connection, request, lease, result),
         }

@@ -82,3 +82,67 @@ impl DataConnection {
         self.inner.connection.close(CLOSED, reason.as_bytes());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        Combine, DataEndpoint, ExpertCall, ExpertRows, FrameLimits, Identity, ModelId, Refusal, RefusalCode, WireDtype,
+    };
+
+    #[tokio::test]
+    async fn bodies_beyond_the_budget_wait_until_an_earlier_call_is_answered() {
+        let patience = Duration::from_secs(20);
+        let identity = Identity::generate();
+        let localhost = "127.0.0.1:0".parse().expect("an address");
+        let far = DataEndpoint::bind(&identity, localhost).expect("a free port");
+        let near = DataEndpoint::bind(&Identity::generate(), localhost).expect("a free port");
+        let address = far.local_addr().expect("it is bound");
+        let accept = async { far.accept().await.expect("open").establish(patience).await.expect("a handshake") };
+        let (client, server) = tokio::join!(near.connect(identity.peer_id(), address, patience), accept);
+        let client = client.expect("a handshake");
+
+        let call = Frame::Call(ExpertCall {
+            request_id: 1,
+            model: ModelId([0; 32]),
+            layer: 0,
+            hidden_size: 256,
+            rows: 1,
+            dtype: WireDtype::F32,
+            combine: Combine::Peer,
+            deadline_ms: 20_000,
+            assignments: vec![ExpertRows { expert: 0, rows: vec![0], weights: vec![1.0] }],
+            body: Bytes::from(vec![0; 1024]),
+        });
+        let calls: Vec<_> = (0..2)
+            .map(|_| {
+                let (client, call) = (client.clone(), call.clone());
+                tokio::spawn(async move { client.call(&call, patience).await })
+            })
+            .collect();
+
+        let budget = Arc::new(Semaphore::new(1));
+        let mut streams = Vec::new();
+        for _ in 0..2 {
+            let stream = server.inner.connection.accept_bi().await.expect("a stream");
+            streams.push(FrameStream::new(stream, budget.clone()));
+        }
+        let (mut second, mut first) = (streams.pop().expect("two"), streams.pop().expect("two"));
+        first.read(&FrameLimits::default()).await.expect("a call");
+        let mut reading = tokio::spawn(async move {
+            second.read(&FrameLimits::default()).await.expect("a call");
+            second
+        });
+        let waited = tokio::time::timeout(Duration::from_millis(50), &mut reading).await;
+        assert!(waited.is_err(), "the budget is used up");
+        let busy = Frame::Refusal(Refusal::new(1, RefusalCode::Busy, "try later"));
+        first.write(&busy).await.expect("the client waits");
+        let mut second = reading.await.expect("no panic");
+        second.write(&busy).await.expect("the client waits");
+        for call in calls {
+            assert!(call.await.expect("no panic").is_ok());
+        }
+    }
+}

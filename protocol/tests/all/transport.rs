@@ -1,0 +1,424 @@
+//! The data plane over loopback.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hanse_protocol::{
+    ALPN, CallError, Combine, ConnectError, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError,
+    FrameLimits, FrameStream, Hello, Identity, PeerId, Refusal, RefusalCode, Welcome, WireDtype, read_frame,
+};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use tokio::sync::mpsc;
+
+use crate::golden::{call, model};
+
+/// Long enough for a busy machine; no test waits for it to pass.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A deadline that is meant to pass.
+const SOON: Duration = Duration::from_millis(50);
+
+struct Pair {
+    client: DataConnection,
+    server: DataConnection,
+    client_id: PeerId,
+    server_id: PeerId,
+    // Kept, since a dropped endpoint stops its connections.
+    endpoints: (DataEndpoint, DataEndpoint),
+}
+
+async fn pair_at(address: &str) -> Pair {
+    let (client_identity, server_identity) = (Identity::generate(), Identity::generate());
+    let address: SocketAddr = address.parse().expect("an address");
+    let near = DataEndpoint::bind(&client_identity, address).expect("a free port");
+    let far = DataEndpoint::bind(&server_identity, address).expect("a free port");
+    let far_address = far.local_addr().expect("it is bound");
+    let accept = async { far.accept().await.expect("open").establish(PATIENCE).await.expect("a handshake") };
+    let (client, server) = tokio::join!(near.connect(server_identity.peer_id(), far_address, PATIENCE), accept);
+    Pair {
+        client: client.expect("a handshake"),
+        server,
+        client_id: client_identity.peer_id(),
+        server_id: server_identity.peer_id(),
+        endpoints: (near, far),
+    }
+}
+
+async fn pair() -> Pair {
+    pair_at("127.0.0.1:0").await
+}
+
+/// Answers every call on every stream with its own body, and what cannot be read with a refusal.
+async fn echo(connection: DataConnection) {
+    while let Some(stream) = connection.accept_stream().await {
+        tokio::spawn(echo_stream(stream));
+    }
+}
+
+async fn echo_stream(mut stream: FrameStream) {
+    loop {
+        let answer = match stream.read(&FrameLimits::default()).await {
+            Ok(Frame::Call(call)) => answer_to(call),
+            Ok(Frame::Hello(hello)) => {
+                Frame::Welcome(Welcome { model: hello.model, dtypes: vec![WireDtype::F16], max_rows: 8 })
+            }
+            Ok(_) => return,
+            Err(error) => match error.refusal() {
+                Some(refusal) => Frame::Refusal(refusal),
+                None => return,
+            },
+        };
+        if stream.write(&answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn answer_to(call: ExpertCall) -> Frame {
+    Frame::Answer(ExpertAnswer {
+        request_id: call.request_id,
+        dtype: call.dtype,
+        rows: call.rows,
+        hidden_size: call.hidden_size,
+        queue_us: 0,
+        compute_us: 0,
+        queued_rows: 0,
+        body: call.body,
+    })
+}
+
+fn numbered(request_id: u64) -> Frame {
+    let body = vec![request_id as u8 & 0x3f; 8].into();
+    Frame::Call(ExpertCall { request_id, body, ..call() })
+}
+
+fn assert_answers(answer: Frame, request_id: u64) {
+    match answer {
+        Frame::Answer(answer) => {
+            assert_eq!(answer.request_id, request_id);
+            assert_eq!(answer.body, vec![request_id as u8 & 0x3f; 8]);
+        }
+        other => panic!("no answer: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn both_sides_learn_who_the_other_is() {
+    let pair = pair().await;
+    assert_eq!(pair.client.peer_id(), pair.server_id);
+    assert_eq!(pair.server.peer_id(), pair.client_id);
+    assert!(!pair.client.is_closed() && pair.client.round_trip() > Duration::ZERO);
+}
+
+#[tokio::test]
+async fn hello_is_answered_over_ipv4_and_ipv6() {
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let pair = pair_at(address).await;
+        tokio::spawn(echo(pair.server.clone()));
+        let hello = Frame::Hello(Hello { network: "hanse".into(), model: model() });
+        let answer = pair.client.call(&hello, PATIENCE).await.expect("an answer");
+        assert!(matches!(answer, Frame::Welcome(welcome) if welcome.model == model()));
+    }
+}
+
+#[tokio::test]
+async fn a_peer_with_another_identity_than_the_one_dialled_is_refused() {
+    let expected = Identity::generate().peer_id();
+    let impostor = Identity::generate();
+    let far = DataEndpoint::bind(&impostor, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let near = DataEndpoint::bind(&Identity::generate(), "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let address = far.local_addr().expect("it is bound");
+    let accept = async { far.accept().await.expect("open").establish(PATIENCE).await };
+    let (dialled, accepted) = tokio::join!(near.connect(expected, address, PATIENCE), accept);
+    match dialled {
+        Err(ConnectError::WrongPeer { expected: e, found, address: a }) => {
+            assert_eq!((e, found, a), (expected, impostor.peer_id(), address));
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+    assert!(accepted.is_err(), "the impostor does not learn who dialled");
+}
+
+#[tokio::test]
+async fn an_address_where_nobody_answers_times_out() {
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    let near = DataEndpoint::bind(&Identity::generate(), "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let address = silent.local_addr().expect("it is bound");
+    let error = near.connect(Identity::generate().peer_id(), address, SOON).await.expect_err("nobody is there");
+    assert!(matches!(error, ConnectError::Timeout { .. }), "{error}");
+    let v6 = "[::1]:9".parse().expect("v6");
+    let error = near.connect(Identity::generate().peer_id(), v6, PATIENCE).await.expect_err("an IPv4 socket");
+    assert!(matches!(error, ConnectError::Address { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_an_error() {
+    let taken = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    let error = DataEndpoint::bind(&Identity::generate(), taken.local_addr().expect("it is bound"));
+    assert!(error.expect_err("taken").to_string().contains("cannot bind UDP address"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_calls_each_get_their_own_answer() {
+    let pair = pair().await;
+    tokio::spawn(echo(pair.server.clone()));
+    for round in 0..4 {
+        let mut calls = tokio::task::JoinSet::new();
+        for id in 0..64 {
+            let client = pair.client.clone();
+            let id = round * 64 + id;
+            calls.spawn(
+                async move { assert_answers(client.call(&numbered(id), PATIENCE).await.expect("an answer"), id) },
+            );
+        }
+        calls.join_all().await;
+    }
+}
+
+#[tokio::test]
+async fn a_large_body_arrives_whole() {
+    let pair = pair().await;
+    tokio::spawn(echo(pair.server.clone()));
+    let (rows, hidden_size) = (1024, 2048);
+    let body: Vec<u8> = (0..rows * hidden_size * 2).map(|i| (i % 61) as u8).collect();
+    let big = ExpertCall { rows, hidden_size, body: body.clone().into(), ..call() };
+    match pair.client.call(&Frame::Call(big), PATIENCE).await.expect("an answer") {
+        Frame::Answer(answer) => assert!(answer.body == body),
+        other => panic!("no answer: {:?}", other.kind()),
+    }
+}
+
+/// Holds the first call until its caller gives up and reports that; answers the later ones.
+async fn hang_once(connection: DataConnection, cancelled: mpsc::Sender<()>, began: mpsc::Sender<()>) {
+    let mut stream = connection.accept_stream().await.expect("a stream");
+    stream.read(&FrameLimits::default()).await.expect("a call");
+    began.send(()).await.expect("the test waits");
+    stream.cancelled().await;
+    cancelled.send(()).await.expect("the test waits");
+    assert!(stream.write(&numbered(0)).await.is_err(), "nobody is there to take an answer");
+    echo(connection).await;
+}
+
+#[tokio::test]
+async fn a_late_call_resets_its_stream_and_the_next_call_works() {
+    let pair = pair().await;
+    let (cancelled, mut was_cancelled) = mpsc::channel(1);
+    let (began, _keep) = mpsc::channel(1);
+    tokio::spawn(hang_once(pair.server.clone(), cancelled, began));
+    let error = pair.client.call(&numbered(1), SOON).await.expect_err("nobody answers");
+    assert!(matches!(error, CallError::Late(deadline) if deadline == SOON), "{error}");
+    was_cancelled.recv().await.expect("the server noticed");
+    assert_answers(pair.client.call(&numbered(2), PATIENCE).await.expect("an answer"), 2);
+}
+
+#[tokio::test]
+async fn a_dropped_call_is_noticed_by_the_server() {
+    let pair = pair().await;
+    let (cancelled, mut was_cancelled) = mpsc::channel(1);
+    let (began, mut has_begun) = mpsc::channel(1);
+    tokio::spawn(hang_once(pair.server.clone(), cancelled, began));
+    let request = numbered(1);
+    tokio::select! {
+        _ = pair.client.call(&request, PATIENCE) => panic!("nobody answers"),
+        _ = has_begun.recv() => {}
+    }
+    was_cancelled.recv().await.expect("the server noticed");
+    assert_answers(pair.client.call(&numbered(2), PATIENCE).await.expect("an answer"), 2);
+}
+
+#[tokio::test]
+async fn an_idle_stream_that_the_server_ended_is_replaced() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    tokio::spawn(async move {
+        // One call per stream, then the stream is dropped.
+        while let Some(mut stream) = server.accept_stream().await {
+            if let Ok(Frame::Call(call)) = stream.read(&FrameLimits::default()).await {
+                stream.write(&answer_to(call)).await.expect("the client waits");
+            }
+        }
+    });
+    for id in 1..6 {
+        assert_answers(pair.client.call(&numbered(id), PATIENCE).await.expect("an answer"), id);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_to_something_else_is_the_peers_fault() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    tokio::spawn(async move {
+        while let Some(mut stream) = server.accept_stream().await {
+            if let Ok(Frame::Call(call)) = stream.read(&FrameLimits::default()).await {
+                let other = ExpertCall { request_id: call.request_id + 1, ..call };
+                stream.write(&answer_to(other)).await.expect("the client waits");
+            }
+        }
+    });
+    let error = pair.client.call(&numbered(1), PATIENCE).await.expect_err("another request's answer");
+    assert!(matches!(error, CallError::BadAnswer(_)), "{error}");
+}
+
+#[tokio::test]
+async fn requests_that_break_a_rule_are_not_sent() {
+    let pair = pair().await;
+    let wrong = Frame::Call(ExpertCall { rows: 3, combine: Combine::Peer, ..call() });
+    assert!(matches!(pair.client.call(&wrong, PATIENCE).await, Err(CallError::Request(FrameError::Malformed(_)))));
+    let refusal = Frame::Refusal(Refusal::new(0, RefusalCode::Busy, ""));
+    assert!(matches!(pair.client.call(&refusal, PATIENCE).await, Err(CallError::NotARequest(_))));
+}
+
+#[tokio::test]
+async fn a_lost_connection_fails_its_calls() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    tokio::spawn(async move {
+        let mut stream = server.accept_stream().await.expect("a stream");
+        stream.read(&FrameLimits::default()).await.expect("a call");
+        server.close("going home");
+    });
+    let error = pair.client.call(&numbered(1), PATIENCE).await.expect_err("the server left");
+    assert!(matches!(&error, CallError::ConnectionLost(reason) if reason.contains("going home")), "{error}");
+    assert!(pair.client.closed().await.contains("going home"));
+    assert!(pair.client.is_closed() && pair.server.accept_stream().await.is_none());
+    let error = pair.client.call(&numbered(2), PATIENCE).await.expect_err("it stays closed");
+    assert!(matches!(error, CallError::ConnectionLost(_)), "{error}");
+}
+
+#[tokio::test]
+async fn a_closed_endpoint_tells_its_peers_and_accepts_nobody() {
+    let pair = pair().await;
+    pair.endpoints.1.close().await;
+    assert!(pair.endpoints.1.accept().await.is_none());
+    assert!(pair.client.closed().await.contains("the endpoint was closed"));
+}
+
+/// A stranger with libp2p's own TLS configuration and quinn's defaults, dialling one of our endpoints.
+async fn stranger(
+    alpn: &[u8],
+) -> (Result<quinn::Connection, quinn::ConnectionError>, Option<DataConnection>, PeerId, Vec<Box<dyn Send>>) {
+    let far_identity = Identity::generate();
+    let far = DataEndpoint::bind(&far_identity, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let identity = Identity::generate();
+    let mut tls =
+        libp2p_tls::make_client_config(identity.keypair(), Some(far_identity.peer_id())).expect("a certificate");
+    tls.alpn_protocols = vec![alpn.to_vec()];
+    let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).expect("TLS 1.3")));
+    let near = quinn::Endpoint::client("127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let dialling = near.connect_with(config, far.local_addr().expect("it is bound"), "l").expect("an address");
+    let accept = async { far.accept().await.expect("open").establish(PATIENCE).await.ok() };
+    let (connection, accepted) = tokio::join!(dialling, accept);
+    (connection, accepted, identity.peer_id(), vec![Box::new(near), Box::new(far)])
+}
+
+#[tokio::test]
+async fn libp2ps_own_tls_configuration_can_dial_us() {
+    let (connection, accepted, id, _endpoints) = stranger(ALPN).await;
+    assert!(connection.is_ok());
+    assert_eq!(accepted.expect("a handshake").peer_id(), id);
+}
+
+#[tokio::test]
+async fn we_can_dial_libp2ps_own_tls_configuration() {
+    let identity = Identity::generate();
+    let mut tls = libp2p_tls::make_server_config(identity.keypair()).expect("a certificate");
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls).expect("TLS 1.3")));
+    let far = quinn::Endpoint::server(config, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let near_identity = Identity::generate();
+    let near = DataEndpoint::bind(&near_identity, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let address = far.local_addr().expect("it is bound");
+    let accept = async { far.accept().await.expect("open").await.expect("a handshake") };
+    let (dialled, accepted) = tokio::join!(near.connect(identity.peer_id(), address, PATIENCE), accept);
+    assert_eq!(dialled.expect("a handshake").peer_id(), identity.peer_id());
+    let certificates = accepted.peer_identity().expect("a certificate");
+    let certificates = certificates.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().expect("rustls");
+    let certificate = libp2p_tls::certificate::parse(&certificates[0]).expect("one of libp2p");
+    assert_eq!(certificate.peer_id(), near_identity.peer_id());
+}
+
+#[tokio::test]
+async fn another_application_protocol_is_refused() {
+    let (connection, accepted, ..) = stranger(b"libp2p").await;
+    assert!(connection.is_err() && accepted.is_none());
+}
+
+/// Sends raw bytes on a stream of its own and reads the one frame that comes back.
+async fn send_raw(connection: &quinn::Connection, bytes: &[u8], finish: bool) -> Result<Frame, FrameError> {
+    let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+    // It may be stopped in the middle, which is what some tests are about.
+    let _ = send.write_all(bytes).await;
+    if finish {
+        let _ = send.finish();
+    }
+    let frame = read_frame(&mut recv, &FrameLimits::default()).await;
+    assert!(frame.is_err() || matches!(read_frame(&mut recv, &FrameLimits::default()).await, Err(FrameError::Closed)));
+    frame
+}
+
+fn refusal_code(frame: Result<Frame, FrameError>) -> RefusalCode {
+    match frame {
+        Ok(Frame::Refusal(refusal)) => refusal.code,
+        other => panic!("no refusal: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn bad_frames_are_refused_and_disturb_no_other_stream() {
+    let (connection, accepted, _, _endpoints) = stranger(ALPN).await;
+    let connection = connection.expect("a handshake");
+    tokio::spawn(echo(accepted.expect("a handshake")));
+    let good = crate_encode(&numbered(5)).await;
+    let mut other_version = good.clone();
+    other_version[4] = 2;
+    let mut oversized = good.clone();
+    oversized[12..16].fill(0xff);
+    oversized.resize(8 << 20, 0);
+    let cases: [(&[u8], bool, RefusalCode); 5] = [
+        (b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", true, RefusalCode::Malformed),
+        (&other_version, false, RefusalCode::UnsupportedVersion),
+        (&oversized, false, RefusalCode::TooLarge),
+        (&good[..good.len() - 1], true, RefusalCode::Malformed),
+        (&[0; 4096], false, RefusalCode::Malformed),
+    ];
+    // A stream that is in use all the while.
+    let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+    for (bytes, finish, code) in cases {
+        assert_eq!(refusal_code(send_raw(&connection, bytes, finish).await), code);
+        send.write_all(&good).await.expect("the stream lives");
+        assert_answers(read_frame(&mut recv, &FrameLimits::default()).await.expect("an answer"), 5);
+    }
+}
+
+async fn crate_encode(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    hanse_protocol::write_frame(&mut bytes, frame).await.expect("a proper frame");
+    bytes
+}
+
+#[tokio::test]
+async fn a_refusal_that_ends_the_stream_does_not_end_the_connection() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    tokio::spawn(async move {
+        // This server takes calls of one row only.
+        let limits = FrameLimits { max_rows: 1, ..FrameLimits::default() };
+        while let Some(mut stream) = server.accept_stream().await {
+            while let Ok(answer) = match stream.read(&limits).await {
+                Ok(Frame::Call(call)) => Ok(answer_to(call)),
+                Ok(_) => Err(()),
+                Err(error) => error.refusal().map(Frame::Refusal).ok_or(()),
+            } {
+                if stream.write(&answer).await.is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    let answer = pair.client.call(&numbered(1), PATIENCE).await;
+    assert!(matches!(answer, Ok(Frame::Refusal(refusal)) if refusal.code == RefusalCode::TooLarge));
+    let body = vec![0; 4].into();
+    let assignments = vec![hanse_protocol::ExpertRows { expert: 0, rows: vec![0], weights: vec![1.0] }];
+    let small = Frame::Call(ExpertCall { rows: 1, assignments, body, ..call() });
+    assert!(matches!(pair.client.call(&small, PATIENCE).await, Ok(Frame::Answer(_))));
+}
