@@ -100,6 +100,15 @@ impl Checkpoint {
         self.inner.tensors.vector(name, &[len])
     }
 
+    /// The LM head, if it is not the embedding.
+    pub(crate) fn lm_head(&self) -> Result<Option<Matrix>, CheckpointError> {
+        let spec = &self.inner.spec;
+        if !self.inner.has_lm_head() {
+            return Ok(None);
+        }
+        self.matrix("lm_head.weight", spec.vocab_size, spec.hidden_size).map(Some)
+    }
+
     /// The gate's name in `layer`, below `model.layers.`.
     pub(crate) fn gate_name(&self, layer: usize) -> String {
         self.inner.gate_name(layer)

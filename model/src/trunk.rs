@@ -63,8 +63,6 @@ impl Trunk {
     pub fn load(checkpoint: &Checkpoint, pool: Arc<ThreadPool>) -> Result<Self, LoadError> {
         let spec = checkpoint.spec();
         let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
-        let lm_head =
-            if spec.tied_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight", vocab, hidden)?) };
         let layers: Vec<_> =
             (0..spec.layers.len()).map(|number| Layer::load(checkpoint, number)).collect::<Result<_, _>>()?;
         Ok(Self {
@@ -72,7 +70,7 @@ impl Trunk {
             embedding: checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?,
             layers,
             norm: Tensor::new(checkpoint.vector("model.norm.weight", hidden)?, &Device::Cpu)?,
-            lm_head,
+            lm_head: checkpoint.lm_head()?,
             checkpoint: checkpoint.clone(),
             pool,
         })

@@ -93,7 +93,7 @@ fn the_bundled_model_gives_the_reference_logits_and_greedy_tokens() {
                 assert_eq!(chosen, expected, "p{n} layer {layer} row {row}");
             }
         }
-        let expected = golden.f32(&format!("prompt{n}.logits")).unwrap();
+        let expected = golden.f32(&format!("{n}.logits")).unwrap();
         let mean = expected.iter().sum::<f32>() / expected.len() as f32;
         let variance = expected.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / expected.len() as f32;
         let difference = largest_difference(&logits, &expected) / variance.sqrt();

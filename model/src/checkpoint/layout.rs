@@ -37,6 +37,12 @@ impl Inner {
         format!("model.layers.{layer}.{name}")
     }
 
+    /// The LM head has a tensor of its own. A file may hold one although embeddings are said to be tied: the reference
+    /// then uses it, as it would not have been written if it were the same.
+    pub(super) fn has_lm_head(&self) -> bool {
+        !self.spec.tied_embeddings || self.tensors.get("lm_head.weight").is_some()
+    }
+
     pub(super) fn gate_name(&self, layer: usize) -> String {
         let names = self.family.tensors.gate;
         let found = names.iter().find(|name| self.tensors.get(&Self::path(layer, name)).is_some());
@@ -149,7 +155,7 @@ impl Inner {
             ("model.embed_tokens.weight".to_owned(), vec![spec.vocab_size, hidden]),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ];
-        if !spec.tied_embeddings {
+        if self.has_lm_head() {
             tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
         }
         for (number, layer) in spec.layers.iter().enumerate() {

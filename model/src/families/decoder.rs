@@ -1,7 +1,7 @@
 //! The part of `config.json` that all families share: sizes, norms, heads, rope.
 
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};
+use crate::spec::{GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};
 
 /// Upper bounds of sizes. Their products stay far below the range of `usize`.
 pub(super) const MAX_LAYERS: usize = 1024;
@@ -12,12 +12,15 @@ const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
-/// What a family assumes when `config.json` leaves a key out.
+/// What a family assumes when `config.json` leaves a key out: what the configuration classes of transformers say.
 pub(super) struct Defaults {
     pub(super) rms_norm_eps: f64,
     pub(super) rope_theta: f64,
     /// `None`: as many as query heads.
     pub(super) kv_heads: Option<usize>,
+    pub(super) max_positions: usize,
+    pub(super) experts: usize,
+    pub(super) top_k: usize,
 }
 
 /// The keys common to all families.
@@ -60,7 +63,8 @@ impl Decoder {
             let reason = format!("{kv_heads} key/value heads do not divide `num_attention_heads` ({heads})");
             return Err(config.invalid("num_key_value_heads", reason));
         }
-        let max_positions = config.size("max_position_embeddings", MAX_POSITIONS)?;
+        let max_positions =
+            config.whole("max_position_embeddings", 1, MAX_POSITIONS)?.unwrap_or(defaults.max_positions);
         match config.text("hidden_act")? {
             None | Some("silu" | "swish") => {}
             Some(_) => return Err(config.invalid("hidden_act", "only silu is supported")),
@@ -115,11 +119,13 @@ impl Decoder {
 /// Reads the routed experts: `intermediate_key` names their width. The gate and the shared expert are the family's.
 pub(super) fn read_moe(
     config: &Config<'_>,
+    defaults: &Defaults,
     intermediate_key: &str,
-    gate: crate::spec::GateSpec,
+    gate: GateSpec,
 ) -> Result<MoeSpec, ConfigError> {
-    let experts = config.size(config.first(&["num_local_experts", "num_experts"]), MAX_EXPERTS)?;
-    let top_k = config.size("num_experts_per_tok", MAX_EXPERTS)?;
+    let experts_key = config.first(&["num_local_experts", "num_experts"]);
+    let experts = config.whole(experts_key, 1, MAX_EXPERTS)?.unwrap_or(defaults.experts);
+    let top_k = config.whole("num_experts_per_tok", 1, MAX_EXPERTS)?.unwrap_or(defaults.top_k);
     if top_k > experts {
         return Err(config.invalid("num_experts_per_tok", format!("there are only {experts} experts")));
     }

@@ -8,7 +8,8 @@ use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, La
 pub(super) const FAMILY: Family =
     Family { name: "granitemoe", spec: |config| spec(config, "granitemoe", None), tensors: tensors(SharedNames::None) };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: None };
+const DEFAULTS: Defaults =
+    Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: None, max_positions: 2048, experts: 8, top_k: 2 };
 
 pub(super) const fn tensors(shared: SharedNames) -> TensorNames {
     TensorNames {
@@ -40,7 +41,7 @@ pub(super) fn spec(
         scale: multiplier("attention_multiplier")?,
         ..decoder.attention()
     };
-    let mut moe = read_moe(config, "intermediate_size", GateSpec::TopKThenSoftmax)?;
+    let mut moe = read_moe(config, &DEFAULTS, "intermediate_size", GateSpec::TopKThenSoftmax)?;
     moe.shared = shared;
     let layer =
         LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };

@@ -16,7 +16,8 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4, kv_heads: None };
+const DEFAULTS: Defaults =
+    Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4, kv_heads: None, max_positions: 4096, experts: 64, top_k: 8 };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -29,7 +30,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
         ..decoder.attention()
     };
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let moe = read_moe(config, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
+    let moe = read_moe(config, &DEFAULTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
     let layer =
         LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };
     let layers = vec![layer; decoder.layers];

@@ -16,7 +16,8 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(16) };
+const DEFAULTS: Defaults =
+    Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(16), max_positions: 32_768, experts: 60, top_k: 4 };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -24,7 +25,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let windows = read_windows(config, decoder.layers)?;
     let intermediate_size = config.size("shared_expert_intermediate_size", MAX_SIZE)?;
     let shared = SharedExpertSpec { intermediate_size, gated: true };
-    let layers = read_feed_forward(config, decoder.layers, Some(shared))?
+    let layers = read_feed_forward(config, &DEFAULTS, decoder.layers, Some(shared))?
         .into_iter()
         .zip(windows)
         .map(|(feed_forward, sliding_window)| LayerSpec {
@@ -68,11 +69,12 @@ fn read_windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>
 /// `decoder_sparse_step` leaves out.
 pub(super) fn read_feed_forward(
     config: &Config<'_>,
+    defaults: &Defaults,
     layers: usize,
     shared: Option<SharedExpertSpec>,
 ) -> Result<Vec<FeedForwardSpec>, ConfigError> {
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let mut moe = read_moe(config, "moe_intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
+    let mut moe = read_moe(config, defaults, "moe_intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
     moe.shared = shared;
     let step = config.whole("decoder_sparse_step", 1, MAX_LAYERS)?.unwrap_or(1);
     let mut dense = vec![false; layers];
