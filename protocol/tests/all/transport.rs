@@ -194,6 +194,8 @@ async fn hang_once(connection: DataConnection, cancelled: mpsc::Sender<()>, bega
     stream.read(&FrameLimits::default()).await.expect("a call");
     began.send(()).await.expect("the test waits");
     stream.cancelled().await;
+    let next = stream.read(&FrameLimits::default()).await;
+    assert!(matches!(next, Err(FrameError::Reset)), "the other direction is reset as well, not ended");
     cancelled.send(()).await.expect("the test waits");
     assert!(stream.write(&numbered(0)).await.is_err(), "nobody is there to take an answer");
     echo(connection).await;
@@ -421,4 +423,27 @@ async fn a_refusal_that_ends_the_stream_does_not_end_the_connection() {
     let assignments = vec![hanse_protocol::ExpertRows { expert: 0, rows: vec![0], weights: vec![1.0] }];
     let small = Frame::Call(ExpertCall { rows: 1, assignments, body, ..call() });
     assert!(matches!(pair.client.call(&small, PATIENCE).await, Ok(Frame::Answer(_))));
+}
+
+#[tokio::test]
+async fn a_sender_in_the_middle_of_a_refused_frame_is_stopped_and_reads_the_refusal() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    let (done, is_done) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(async move {
+        let limits = FrameLimits { max_body_bytes: 1 << 20, ..FrameLimits::default() };
+        let mut stream = server.accept_stream().await.expect("a stream");
+        let error = stream.read(&limits).await.expect_err("more than 1 MiB");
+        stream.write(&Frame::Refusal(error.refusal().expect("it can be refused"))).await.expect("the client reads");
+        assert!(matches!(stream.read(&limits).await, Err(FrameError::Poisoned)));
+        // The stream is kept, so that it is the refusal that stops the client and not the end of the stream.
+        is_done.await.expect("the client has its answer");
+    });
+    // Larger than the window of a stream: the client cannot have written it all.
+    let (rows, hidden_size) = (1024, 8192);
+    let big = ExpertCall { rows, hidden_size, body: vec![0; 16 << 20].into(), ..call() };
+    let answer = pair.client.call(&Frame::Call(big), PATIENCE).await.expect("a refusal");
+    assert!(matches!(answer, Frame::Refusal(refusal) if refusal.code == RefusalCode::TooLarge));
+    done.send(()).expect("the server waits");
+    serving.await.expect("no panic");
 }
