@@ -65,6 +65,19 @@ struct NoExpert {
 
 impl Experts for LocalExperts {
     fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        self.compute(layer, hidden, routing)
+    }
+}
+
+/// One set of experts for several requests at once.
+impl Experts for Arc<LocalExperts> {
+    fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        self.compute(layer, hidden, routing)
+    }
+}
+
+impl LocalExperts {
+    fn compute(&self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
         let size = self.hidden_size;
         let experts = self.layers.get(layer).map(Vec::as_slice).unwrap_or_default();
         let mut rows_of: Vec<Vec<usize>> = vec![Vec::new(); experts.len()];
