@@ -1,1 +1,19 @@
-//! The volunteer, and the one binary with all commands.
+//! The volunteer's side of Hanse: hold experts, serve them, announce them.
+//!
+//! [`Volunteer::start`] is all that a program needs; the binary `hanse` is made of the same parts.
+//!
+//! Inside: `store` holds the experts, `server` checks every frame, `batcher` joins the rows of all clients for one expert,
+//! [`placement`] chooses experts for a given memory, [`experts_spec`] reads what a person wrote.
+
+mod batcher;
+mod counters;
+pub mod experts_spec;
+pub mod placement;
+mod server;
+mod store;
+mod volunteer;
+
+pub use counters::{Counters, Counts};
+pub use experts_spec::{ExpertsSpec, ExpertsSpecError};
+pub use store::ExpertStore;
+pub use volunteer::{Hosting, Volunteer, VolunteerConfig, VolunteerError};

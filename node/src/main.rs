@@ -1,1 +1,61 @@
-fn main() {}
+//! The one binary with all commands: see `hanse --help`.
+
+mod cli;
+mod commands;
+mod model_id;
+mod output;
+mod paths;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(cli.verbose);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Demo(args) => commands::demo::run(args).await,
+            Command::Node(args) => commands::node::run(args).await,
+            Command::Generate(args) => commands::generate::run(args).await,
+            Command::Chat(args) => commands::chat::run(args).await,
+            Command::Score(args) => commands::score::run(args).await,
+            Command::Status(args) => commands::status::run(args).await,
+            Command::Inspect(args) => commands::inspect::run(&args),
+            Command::Bench(args) => commands::bench::run(args).await,
+        }
+    });
+    // A thread that still reads standard input or computes must not keep the process.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs go to standard error; `HANSE_LOG` (such as `debug` or `hanse_node=debug`) wins over `-v`.
+fn start_logging(verbose: u8) {
+    let default = match verbose {
+        0 => "warn",
+        1 => "warn,hanse_protocol=info,hanse_router=info,hanse_node=info,hanse=info",
+        2 => "info,hanse_protocol=debug,hanse_router=debug,hanse_node=debug,hanse=debug",
+        _ => "debug",
+    };
+    let filter = std::env::var("HANSE_LOG").unwrap_or_else(|_| default.to_owned());
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}

@@ -1,1 +1,29 @@
-//! The client: who hosts what, which replica, dispatch and combine, the decoding engine.
+//! The client's side of Hanse: find the peers that host a model's experts, call them, and decode.
+//!
+//! Two layers, both public:
+//!
+//! * [`Client`] holds the trunk and generates: [`Client::connect`] for a network, [`Client::local`] for experts in the
+//!   same process, then [`Client::generate`], which is a stream of tokens, or [`Client::score`].
+//! * [`ExpertNetwork`] below it is for people who bring their own trunk: [`ExpertNetwork::join`], then
+//!   [`ExpertNetwork::forward`] for the routed experts of one layer.
+//!
+//! Inside: [`directory`] knows who hosts what, `membership` keeps it true, [`plan`] chooses replicas, [`dispatch`] calls
+//! them, retries and adds up, [`generate`] is the decoding loop.
+
+pub mod client;
+pub mod directory;
+pub mod dispatch;
+pub mod generate;
+mod membership;
+pub mod network;
+pub mod plan;
+mod remote;
+pub mod stats;
+
+pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
+pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
+pub use dispatch::{DispatchError, Usage};
+pub use generate::{FinishReason, GenerateError, GenerateRequest, Timings, Token};
+pub use network::{ExpertNetwork, JoinError, NetworkConfig};
+pub use remote::{Cancelled, RemoteExperts};
+pub use stats::{NetworkUse, PeerStats};

@@ -1,0 +1,312 @@
+//! What the command line understands.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use hanse_node::ExpertsSpec;
+use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
+use hanse_protocol::{Combine, Multiaddr, WireDtype};
+use hanse_router::{ModelConfig, NetworkConfig};
+
+/// Serve one large mixture-of-experts model from many small machines.
+#[derive(Debug, Parser)]
+#[command(name = "hanse", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Say more on standard error; repeat for more (HANSE_LOG=FILTER says exactly what).
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a small network on this machine, generate over it, and compare with one process that holds everything.
+    Demo(DemoArgs),
+    /// Volunteer: host experts of a model and serve them.
+    Node(NodeArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Talk with a model.
+    Chat(ChatArgs),
+    /// Log probabilities and perplexity of a text.
+    Score(ScoreArgs),
+    /// What a network hosts: coverage per layer, replicas, peers.
+    Status(StatusArgs),
+    /// What a model folder holds: trunk, experts, sizes.
+    Inspect(InspectArgs),
+    /// Measure on this machine: the price of distribution, one expert call, memory.
+    Bench(BenchArgs),
+}
+
+/// The model and who computes its experts.
+#[derive(Debug, Args)]
+pub(crate) struct ClientArgs {
+    /// A Hugging Face model folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Compute the experts in this process as well: the reference for what a network gives.
+    #[arg(long, conflicts_with = "bootstrap")]
+    pub(crate) local: bool,
+    #[command(flatten)]
+    pub(crate) join: JoinArgs,
+    /// Encoding of hidden states on the wire: f32 (exact), f16 or bf16 (half the bytes).
+    #[arg(long, default_value = "f32", value_name = "DTYPE")]
+    pub(crate) wire: WireDtype,
+    /// Who adds the experts' rows up: `client` (the same bits whoever computes) or `peer` (fewest bytes). By default
+    /// client with f32, peer with the others.
+    #[arg(long, value_name = "WHO", value_parser = parse_combine)]
+    pub(crate) combine: Option<Combine>,
+    /// Threads for the trunk; 0 takes one per core.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) threads: usize,
+    /// Seconds that joining the network may take.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    pub(crate) join_timeout: u64,
+}
+
+/// How to find a network.
+#[derive(Debug, Args)]
+pub(crate) struct JoinArgs {
+    /// A member to join through, such as /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...; may be given more than once.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) bootstrap: Vec<Multiaddr>,
+    /// The network's name.
+    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]
+    pub(crate) network: String,
+    /// Look for members on the local network too (multicast DNS).
+    #[arg(long)]
+    pub(crate) mdns: bool,
+}
+
+impl ClientArgs {
+    pub(crate) fn model_config(&self) -> ModelConfig {
+        ModelConfig { dir: self.model.clone(), threads: self.threads }
+    }
+
+    pub(crate) fn network_config(&self) -> NetworkConfig {
+        NetworkConfig {
+            network: self.join.network.clone(),
+            bootstrap: self.join.bootstrap.clone(),
+            mdns: self.join.mdns,
+            wire: self.wire,
+            combine: self.combine,
+            join_timeout: Duration::from_secs(self.join_timeout),
+            ..NetworkConfig::default()
+        }
+    }
+
+    /// Whether some way to the network was named.
+    pub(crate) fn names_network(&self) -> bool {
+        !self.join.bootstrap.is_empty() || self.join.mdns
+    }
+}
+
+/// How tokens are drawn. What is not given is taken from the model's generation_config.json.
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// 0 always takes the likeliest token.
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Draw among the K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Draw among the likeliest tokens that together have probability P.
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// The same seed gives the same text.
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// A model folder; by default the small model that comes with the source.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// The text to continue.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// How many volunteer processes to start.
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=64))]
+    pub(crate) nodes: u16,
+    /// How many volunteers host each expert.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=63))]
+    pub(crate) replicas: u16,
+    /// Kill one volunteer in the middle of the answer.
+    #[arg(long)]
+    pub(crate) kill: bool,
+    /// How many tokens to generate.
+    #[arg(long, default_value_t = 96, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NodeArgs {
+    /// A Hugging Face model folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Which experts to host: `all`, or layers and experts such as 0-3:0-31,5:7. Without this and --memory: all.
+    #[arg(long, value_name = "SPEC", conflicts_with = "memory")]
+    pub(crate) experts: Option<ExpertsSpec>,
+    /// How much memory to give to experts, such as 6GiB: those with the fewest replicas in the network are taken.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<bytesize::ByteSize>,
+    /// Control-plane address to listen on; may be given more than once.
+    #[arg(long, value_name = "ADDR", default_values = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"])]
+    pub(crate) listen: Vec<Multiaddr>,
+    /// Data-plane UDP address; by default a free port on the address of the first --listen.
+    #[arg(long, value_name = "IP:PORT")]
+    pub(crate) data_listen: Option<SocketAddr>,
+    /// A member to join through; may be given more than once. None for the first member of a network.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) bootstrap: Vec<Multiaddr>,
+    /// The network's name.
+    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]
+    pub(crate) network: String,
+    /// Do not look for members on the local network (multicast DNS). It is never done when listening on loopback only.
+    #[arg(long)]
+    pub(crate) no_mdns: bool,
+    /// Where the identity key is kept; by default hanse in the user's data folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Threads that compute experts; 0 takes one per core.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) threads: usize,
+    /// One JSON line on standard output when ready to serve.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Leave when standard input closes: for programs that start volunteers and must not leave any behind.
+    #[arg(long, hide = true)]
+    pub(crate) until_stdin_closes: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids"])))]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// The text to continue.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// The prompt as token ids, such as 1,2,3.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+    /// The most tokens to add.
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Stop before this text; may be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Go on after an end-of-sequence token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// What the model is told before the conversation.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// The most tokens of one answer.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids", "file"])))]
+pub(crate) struct ScoreArgs {
+    /// Without --bootstrap the experts are computed in this process.
+    #[command(flatten)]
+    pub(crate) client: ClientArgs,
+    /// The text.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// The text as token ids, such as 1,2,3.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) prompt_ids: Option<Vec<u32>>,
+    /// A file with the text.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// Write the logits at every position here: tensor `logits`, [tokens, vocab], f32.
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) logits_out: Option<PathBuf>,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) join: JoinArgs,
+    /// A model folder or a model id; needed only when the network hosts several models.
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) model: Option<String>,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A Hugging Face model folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// A model folder; by default the small model that comes with the source.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// How many loopback volunteers to start; the experts are split evenly among them.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) nodes: u16,
+    /// Tokens generated in each round.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    /// Rounds; each generates once locally and once over the network.
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    pub(crate) rounds: usize,
+    /// Single-row expert calls to time.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    pub(crate) calls: usize,
+    /// Encoding of hidden states on the wire.
+    #[arg(long, default_value = "f32", value_name = "DTYPE")]
+    pub(crate) wire: WireDtype,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn parse_combine(text: &str) -> Result<Combine, String> {
+    match text {
+        "client" => Ok(Combine::Client),
+        "peer" => Ok(Combine::Peer),
+        _ => Err("it is `client` or `peer`".to_owned()),
+    }
+}
+
+/// Ends the process as a wrong argument does: a line that says what is wrong, exit status 2.
+pub(crate) fn usage_error(message: &str) -> ! {
+    Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit()
+}

@@ -1,0 +1,12 @@
+//! One file per command; each takes its parsed arguments and says what went wrong as an error.
+
+pub(crate) mod bench;
+pub(crate) mod chat;
+mod client;
+pub(crate) mod demo;
+pub(crate) mod generate;
+pub(crate) mod inspect;
+pub(crate) mod node;
+pub(crate) mod score;
+pub(crate) mod status;
+mod testnet;

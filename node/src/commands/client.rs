@@ -1,0 +1,59 @@
+//! What the commands that use a model share: make a client, read the prompt.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use hanse_model::Checkpoint;
+use hanse_protocol::Identity;
+use hanse_router::Client;
+
+use crate::cli::ClientArgs;
+use crate::{model_id, output};
+
+/// A client that computes the experts here, or on the network that `args` name.
+pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Client> {
+    let config = args.model_config();
+    let opening = {
+        let config = config.clone();
+        move || -> anyhow::Result<_> {
+            if local {
+                return Ok((Some(Client::local(&config)?), None));
+            }
+            let checkpoint = Checkpoint::open(&config.dir)?;
+            Ok((None, Some(model_id::of(&checkpoint)?)))
+        }
+    };
+    let (client, id) = tokio::task::spawn_blocking(opening).await??;
+    if let Some(client) = client {
+        return Ok(client);
+    }
+    let id = id.context("the model has no id")?;
+    // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
+    let identity = Identity::generate();
+    let spinner = output::spinner("looking for peers");
+    let client = Client::connect(&config, id, &identity, args.network_config()).await;
+    spinner.finish_and_clear();
+    Ok(client?)
+}
+
+/// The prompt's token ids, from text or as given.
+pub(crate) fn prompt_ids(client: &Client, text: Option<&str>, ids: Option<&[u32]>) -> anyhow::Result<Vec<u32>> {
+    match (text, ids) {
+        (_, Some(ids)) => Ok(ids.to_vec()),
+        (Some(text), None) => {
+            let tokenizer = client.tokenizer().context("the model folder has no tokenizer.json: give --prompt-ids")?;
+            Ok(tokenizer.encode(text, true)?)
+        }
+        (None, None) => bail!("no prompt given"),
+    }
+}
+
+/// A file's text, within a size that a prompt can have.
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
+    const LONGEST: u64 = 64 << 20;
+    let length = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    if length > LONGEST {
+        bail!("{} has {length} bytes: a text may have at most {LONGEST}", path.display());
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
+}

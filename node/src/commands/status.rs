@@ -1,0 +1,166 @@
+//! `hanse status`: what a network hosts.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use hanse_model::Checkpoint;
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
+use hanse_protocol::{Advert, DataEndpoint, Identity, ModelId, PeerId};
+use hanse_router::client::layout_of;
+use hanse_router::network::{bind_any, hosted_models};
+use serde::Serialize;
+
+use crate::cli::StatusArgs;
+use crate::{model_id, output};
+
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Serialize)]
+struct Document {
+    model_id: Option<String>,
+    layers: Vec<LayerRow>,
+    peers: Vec<PeerRow>,
+}
+
+#[derive(Serialize)]
+struct LayerRow {
+    layer: u32,
+    experts: u32,
+    missing: Vec<u32>,
+    min_replicas: usize,
+}
+
+#[derive(Serialize)]
+struct PeerRow {
+    peer_id: String,
+    addresses: Vec<String>,
+    experts: usize,
+    /// `null` when the data plane cannot be reached from here.
+    round_trip_ms: Option<f64>,
+    /// 0 (idle) to 1 (queue full).
+    load: f64,
+    reachability: &'static str,
+}
+
+pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
+    if args.join.bootstrap.is_empty() && !args.join.mdns {
+        crate::cli::usage_error("give --bootstrap ADDR of a member of the network, or --mdns");
+    }
+    let wanted = args.model.as_deref().map(wanted_model).transpose()?;
+    let identity = Identity::generate();
+    let discovery = Discovery::start(
+        &identity,
+        DiscoveryConfig {
+            network: args.join.network.clone(),
+            listen: Vec::new(),
+            bootstrap: args.join.bootstrap.clone(),
+            mdns: args.join.mdns,
+        },
+    )
+    .await?;
+    discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
+    let mut models = hosted_models(&discovery).await;
+    let model = match wanted {
+        Some(model) => Some(model),
+        None if models.len() > 1 => {
+            let ids: Vec<String> = models.keys().map(ToString::to_string).collect();
+            bail!("the network hosts several models; choose one with --model: {}", ids.join(", "));
+        }
+        None => models.keys().next().copied(),
+    };
+    let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
+    let endpoint = bind_any(&identity)?;
+    let rows = adverts.iter().map(|(peer, advert)| peer_row(&endpoint, *peer, advert));
+    let mut peers = futures::future::join_all(rows).await;
+    peers.sort_by(|a, b| a.peer_id.cmp(&b.peer_id));
+    let document = Document { model_id: model.map(|id| id.to_string()), layers: layer_rows(&adverts), peers };
+    endpoint.close().await;
+    discovery.shutdown().await;
+    if args.json {
+        return output::json(&document);
+    }
+    print_report(&document);
+    Ok(())
+}
+
+/// A model named by its id or by a folder that holds it.
+fn wanted_model(text: &str) -> anyhow::Result<ModelId> {
+    if let Ok(id) = text.parse() {
+        return Ok(id);
+    }
+    let checkpoint = Checkpoint::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
+    model_id::of(&checkpoint)
+}
+
+fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
+    let mut layers: BTreeMap<u32, u32> = BTreeMap::new();
+    for (_, advert) in adverts {
+        for (layer, experts) in [(0u32,0u32)] {
+            layers.insert(layer, experts);
+        }
+    }
+    let row = |(layer, experts): (u32, u32)| {
+        let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| advert.hosted.contains(layer, expert)).count();
+        let counts: Vec<usize> = (0..experts).map(replicas).collect();
+        let missing = (0..experts).filter(|&expert| counts[expert as usize] == 0).collect();
+        LayerRow { layer, experts, missing, min_replicas: counts.iter().copied().min().unwrap_or(0) }
+    };
+    layers.into_iter().map(row).collect()
+}
+
+async fn peer_row(endpoint: &DataEndpoint, peer: PeerId, advert: &Advert) -> PeerRow {
+    let round_trip = first_round_trip(endpoint, peer, &advert.data_addresses).await;
+    PeerRow {
+        peer_id: peer.to_string(),
+        addresses: advert.data_addresses.iter().map(ToString::to_string).collect(),
+        experts: advert.hosted.count(),
+        round_trip_ms: round_trip.map(|duration| duration.as_secs_f64() * 1e3),
+        load: f64::from(advert.load_permille) / 1000.0,
+        reachability: if round_trip.is_some() { "direct" } else { "unreachable" },
+    }
+}
+
+async fn first_round_trip(endpoint: &DataEndpoint, peer: PeerId, addresses: &[SocketAddr]) -> Option<Duration> {
+    for address in addresses {
+        if let Ok(connection) = endpoint.connect(peer, *address, CONNECT_TIMEOUT).await {
+            let round_trip = connection.round_trip();
+            connection.close("looked only");
+            return Some(round_trip);
+        }
+    }
+    None
+}
+
+fn print_report(document: &Document) {
+    let Some(model) = &document.model_id else {
+        println!("the network is reachable, but nobody hosts a model");
+        return;
+    };
+    println!("model {model}\n");
+    let mut layers = output::table(&["layer", "experts", "replicas", "missing"]);
+    for row in &document.layers {
+        let missing = hanse_router::directory::ranges(&row.missing);
+        layers.add_row([row.layer.to_string(), row.experts.to_string(), row.min_replicas.to_string(), missing]);
+    }
+    println!("{layers}\n");
+    let mut peers = output::table(&["peer", "experts", "round trip", "load", "reach", "address"]);
+    for row in &document.peers {
+        peers.add_row([
+            row.peer_id.parse().map_or_else(|_| row.peer_id.clone(), |id| output::short(&id)),
+            row.experts.to_string(),
+            row.round_trip_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1} ms")),
+            format!("{:.0} %", row.load * 100.0),
+            row.reachability.to_owned(),
+            row.addresses.first().cloned().unwrap_or_default(),
+        ]);
+    }
+    println!("{peers}");
+    let missing: usize = document.layers.iter().map(|row| row.missing.len()).sum();
+    if missing > 0 {
+        println!("\n{missing} experts have no host: the model cannot be used until volunteers take them");
+    }
+}

@@ -1,0 +1,61 @@
+//! What people see: progress on standard error, JSON on standard output.
+
+use std::io::Write;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Prints one JSON document on standard output.
+pub(crate) fn json(document: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer(&mut out, document)?;
+    writeln!(out)?;
+    out.flush()?;
+    Ok(())
+}
+
+fn bar(template: &str, what: &'static str) -> ProgressBar {
+    // Drawn on standard error, and only when that is a terminal.
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A progress bar in bytes.
+pub(crate) fn byte_bar(what: &'static str) -> ProgressBar {
+    bar("{msg} {wide_bar} {bytes}/{total_bytes} {eta}", what)
+}
+
+/// A progress bar in things.
+pub(crate) fn count_bar(what: &'static str) -> ProgressBar {
+    bar("{msg} {wide_bar} {pos}/{len} {eta}", what)
+}
+
+/// Says that something goes on whose end is not known.
+pub(crate) fn spinner(what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what);
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
+}
+
+/// Bytes for people.
+pub(crate) fn bytes(count: u64) -> String {
+    bytesize::ByteSize(count).display().iec().to_string()
+}
+
+/// A table without lines that reads well in 80 columns.
+pub(crate) fn table(header: &[&str]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(header.iter().copied());
+    table
+}
+
+/// A peer id short enough for a table, long enough to tell peers apart.
+pub(crate) fn short(peer: &hanse_protocol::PeerId) -> String {
+    let text = peer.to_string();
+    let tail = text.len().saturating_sub(10);
+    format!("…{}", &text[tail..])
+}

@@ -1,0 +1,236 @@
+//! The volunteer's data plane: accepts connections, checks every frame, hands work to the batcher.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hanse_protocol::{
+    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello, ModelId, PendingConnection,
+    Refusal, RefusalCode, Welcome, WireDtype,
+};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::batcher::{Batcher, Work, WorkError};
+use crate::counters::Counters;
+use crate::store::ExpertStore;
+
+/// Connections served at a time; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 1024;
+/// A handshake that takes longer is given up.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Rows accepted in one call.
+pub(crate) const MAX_ROWS: u32 = 512;
+/// What a client that met a full queue is told to wait.
+const BUSY_RETRY: Duration = Duration::from_millis(50);
+
+/// What every connection of a volunteer needs.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub(crate) network: String,
+    pub(crate) model: ModelId,
+    pub(crate) store: Arc<ExpertStore>,
+    pub(crate) batcher: Batcher,
+    pub(crate) counters: Counters,
+    pub(crate) draining: AtomicBool,
+}
+
+/// A refusal without the request id, which the caller of the failing function knows.
+type Refused = (RefusalCode, String);
+
+impl Server {
+    /// Accepts connections until cancelled, then lets the calls in progress end.
+    pub(crate) async fn run(self: Arc<Self>, endpoint: DataEndpoint, cancel: CancellationToken) {
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let mut connections = JoinSet::new();
+        loop {
+            let place = tokio::select! {
+                () = cancel.cancelled() => break,
+                Some(_) = connections.join_next() => continue,
+                place = places.clone().acquire_owned() => place,
+            };
+            let pending = tokio::select! {
+                () = cancel.cancelled() => break,
+                pending = endpoint.accept() => pending,
+            };
+            let (Ok(place), Some(pending)) = (place, pending) else { break };
+            let (server, cancel) = (self.clone(), cancel.clone());
+            connections.spawn(async move {
+                server.serve_pending(pending, &cancel).await;
+                drop(place);
+            });
+        }
+        while connections.join_next().await.is_some() {}
+    }
+
+    async fn serve_pending(self: Arc<Self>, pending: PendingConnection, cancel: &CancellationToken) {
+        let address = pending.remote_address();
+        match pending.establish(HANDSHAKE_TIMEOUT).await {
+            Ok(connection) => {
+                let span = tracing::info_span!("client", peer = %connection.peer_id());
+                self.serve_connection(connection, cancel).instrument(span).await;
+            }
+            Err(error) => tracing::debug!(%address, %error, "handshake failed"),
+        }
+    }
+
+    async fn serve_connection(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {
+        let mut streams = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                Some(_) = streams.join_next() => {}
+                stream = connection.accept_stream() => {
+                    let Some(stream) = stream else { break };
+                    let (server, cancel) = (self.clone(), cancel.clone());
+                    streams.spawn(async move { server.serve_stream(stream, &cancel).await }.in_current_span());
+                }
+            }
+        }
+        while streams.join_next().await.is_some() {}
+    }
+
+    /// Answers one frame after another until the client ends the stream or breaks a rule.
+    async fn serve_stream(&self, mut stream: FrameStream, cancel: &CancellationToken) {
+        let limits = FrameLimits { max_rows: MAX_ROWS, ..FrameLimits::default() };
+        loop {
+            let read = tokio::select! {
+                () = cancel.cancelled() => return,
+                read = stream.read(&limits) => read,
+            };
+            let answer = match read {
+                Ok(Frame::Hello(hello)) => self.answer_hello(&hello),
+                Ok(Frame::Call(call)) => match self.answer_call(call, &mut stream).await {
+                    Some(answer) => answer,
+                    None => return,
+                },
+                Ok(other) => {
+                    self.counters.malformed();
+                    let text = format!("a {:?} frame is not a request", other.kind());
+                    Frame::Refusal(Refusal::new(0, RefusalCode::Malformed, text))
+                }
+                Err(error) => {
+                    self.on_bad_frame(&error, &mut stream).await;
+                    return;
+                }
+            };
+            if let Err(error) = stream.write(&answer).await {
+                tracing::debug!(%error, "answer not delivered");
+                return;
+            }
+            if matches!(&answer, Frame::Refusal(refusal) if refusal.code.ends_stream()) {
+                return;
+            }
+        }
+    }
+
+    async fn on_bad_frame(&self, error: &FrameError, stream: &mut FrameStream) {
+        if let Some(refusal) = error.refusal() {
+            self.counters.malformed();
+            tracing::debug!(%error, "bad frame");
+            // The client may not listen any more.
+            let _ = stream.write(&Frame::Refusal(refusal)).await;
+        }
+    }
+
+    fn answer_hello(&self, hello: &Hello) -> Frame {
+        let refused = if hello.network != self.network {
+            Some((RefusalCode::NetworkMismatch, format!("this is network {:?}", self.network)))
+        } else {
+            self.check_model(hello.model).err()
+        };
+        match refused {
+            Some((code, text)) => {
+                self.counters.refused();
+                Frame::Refusal(Refusal::new(0, code, text))
+            }
+            None => Frame::Welcome(Welcome { model: self.model, dtypes: WireDtype::ALL.to_vec(), max_rows: MAX_ROWS }),
+        }
+    }
+
+    fn check_model(&self, model: ModelId) -> Result<(), Refused> {
+        if model == self.model {
+            return Ok(());
+        }
+        Err((RefusalCode::ModelMismatch, format!("this peer hosts model {}, not {model}", self.model)))
+    }
+
+    fn check_call(&self, call: &ExpertCall) -> Result<(), Refused> {
+        self.check_model(call.model)?;
+        if call.hidden_size as usize != self.store.hidden_size() {
+            let text = format!("rows of this model have {} values, not {}", self.store.hidden_size(), call.hidden_size);
+            return Err((RefusalCode::Malformed, text));
+        }
+        if let Some(missing) = call.assignments.iter().find(|a| self.store.expert(call.layer, a.expert).is_none()) {
+            return Err((RefusalCode::NotHosted, format!("expert {} of layer {} is not here", missing.expert, call.layer)));
+        }
+        if call.deadline_ms == 0 {
+            return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));
+        }
+        if self.draining.load(Ordering::Relaxed) {
+            return Err((RefusalCode::Draining, "this peer is leaving".into()));
+        }
+        Ok(())
+    }
+
+    /// `None` when the client took the call back.
+    async fn answer_call(&self, call: ExpertCall, stream: &mut FrameStream) -> Option<Frame> {
+        let id = call.request_id;
+        let cancel = CancellationToken::new();
+        // Also when this future is dropped: work that nobody waits for is taken out of the queue.
+        let _taken_back = cancel.clone().drop_guard();
+        let outcome = tokio::select! {
+            outcome = self.compute(call, cancel) => outcome,
+            () = stream.cancelled() => return None,
+        };
+        Some(outcome.map_or_else(
+            |(code, text)| {
+                self.counters.refused();
+                let retry_after_ms = if code == RefusalCode::Busy { BUSY_RETRY.as_millis() as u32 } else { 0 };
+                Frame::Refusal(Refusal { retry_after_ms, ..Refusal::new(id, code, text) })
+            },
+            Frame::Answer,
+        ))
+    }
+
+    async fn compute(&self, call: ExpertCall, cancel: CancellationToken) -> Result<ExpertAnswer, Refused> {
+        self.check_call(&call)?;
+        let (rows, hidden_size) = (call.answer_rows(), call.hidden_size);
+        let pairs = call.assignments.iter().map(|a| a.rows.len()).sum();
+        let values = call.rows as usize * hidden_size as usize;
+        let hidden = call.dtype.decode(&call.body, values).map_err(|e| (RefusalCode::Malformed, e.to_string()))?;
+        let work = Work {
+            layer: call.layer,
+            hidden,
+            assignments: call.assignments,
+            combine: call.combine,
+            deadline: Instant::now() + Duration::from_millis(u64::from(call.deadline_ms)),
+            cancel,
+        };
+        let done = self.batcher.run(work).await.map_err(|error| {
+            let code = match error {
+                WorkError::Full => RefusalCode::Busy,
+                WorkError::DeadlinePassed => RefusalCode::DeadlinePassed,
+                WorkError::Lost => RefusalCode::Internal,
+            };
+            (code, error.to_string())
+        })?;
+        let mut body = Vec::with_capacity(done.values.len() * call.dtype.bytes_per_value());
+        call.dtype.encode_into(&done.values, &mut body).map_err(|e| (RefusalCode::Internal, e.to_string()))?;
+        self.counters.answered(pairs);
+        let micros = |duration: Duration| u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
+        Ok(ExpertAnswer {
+            request_id: call.request_id,
+            dtype: call.dtype,
+            rows: u32::try_from(rows).unwrap_or(u32::MAX),
+            hidden_size,
+            queue_us: micros(done.queued),
+            compute_us: micros(done.computed),
+            queued_rows: u32::try_from(self.batcher.queued_pairs()).unwrap_or(u32::MAX),
+            body: Bytes::from(body),
+        })
+    }
+}

@@ -1,0 +1,261 @@
+//! The client: the trunk in this process, the experts on the network or beside it.
+
+mod generation;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hanse_model::{
+    Checkpoint, CheckpointError, Experts, GenerationDefaults, GenerationDefaultsError, LoadError, LocalExperts, ModelSpec, Tokenizer,
+    TokenizerError, Trunk, compute_pool, log_softmax_at,
+};
+use hanse_protocol::{Identity, ModelId};
+use rayon::ThreadPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::directory::{ExpertLayout, PeerReport};
+use crate::generate::{self, GenerateError, GenerateRequest};
+use crate::network::{ExpertNetwork, JoinError, NetworkConfig};
+use crate::remote::RemoteExperts;
+use crate::stats::NetworkUse;
+pub use generation::{Generation, Summary};
+
+/// The client's side of a model: where its files are and how many threads compute the trunk.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    /// A Hugging Face model folder.
+    pub dir: PathBuf,
+    /// Threads for the trunk (and, locally, the experts); 0 takes one per core.
+    pub threads: usize,
+}
+
+/// Why a client could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The folder is not a checkpoint that can be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A tensor is missing or has a wrong shape.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The tokenizer's files are damaged.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// `generation_config.json` is damaged.
+    #[error(transparent)]
+    Defaults(#[from] GenerationDefaultsError),
+    /// The compute threads could not be started.
+    #[error("cannot start the compute threads: {0}")]
+    Threads(String),
+    /// The network could not be joined.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// A background task died; this is a defect.
+    #[error("an internal task ended unexpectedly: {0}")]
+    Task(String),
+}
+
+/// Log probabilities of a text under the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    /// One for each token: ln p(token | tokens before it), `None` for the first.
+    pub logprobs: Vec<Option<f32>>,
+    /// exp of the mean negative log probability; 1 for a single token, of which nothing is predicted.
+    pub perplexity: f64,
+    /// Logits at every position, `[tokens, vocab]`, if they were asked for.
+    pub logits: Option<Vec<f32>>,
+    /// What it cost on the network.
+    pub network: NetworkUse,
+}
+
+/// Where experts are computed.
+#[derive(Debug)]
+enum Place {
+    Here(Arc<LocalExperts>),
+    Network(Arc<ExpertNetwork>),
+}
+
+/// A model ready to generate. Cheap to clone; generations may run side by side.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    trunk: Trunk,
+    tokenizer: Option<Tokenizer>,
+    defaults: GenerationDefaults,
+    place: Place,
+}
+
+/// The experts of a model, as the router needs to know them.
+#[must_use]
+pub fn layout_of(spec: &ModelSpec) -> ExpertLayout {
+    let layers = spec.moe_layers().map(|(layer, moe)| (layer as u32, moe.experts as u32)).collect();
+    ExpertLayout { hidden_size: spec.hidden_size as u32, layers }
+}
+
+impl Client {
+    /// A client that computes the experts in this process from the same folder: the reference for what the network gives.
+    ///
+    /// Blocks while it reads the folder.
+    ///
+    /// # Errors
+    /// A folder that is damaged or of an unknown family.
+    pub fn local(config: &ModelConfig) -> Result<Self, ClientError> {
+        let checkpoint = Checkpoint::open(&config.dir)?;
+        let pool = start_pool(config)?;
+        let experts = Arc::new(LocalExperts::load(&checkpoint, pool.clone())?);
+        Self::assemble(config, &checkpoint, pool, Place::Here(experts))
+    }
+
+    /// Joins the network, finds peers for every expert of the model in `config.dir`, and loads the trunk.
+    ///
+    /// `model` is the model's id, which is [`Checkpoint::digest`] of the folder.
+    ///
+    /// # Errors
+    /// As [`Client::local`], and see [`JoinError`].
+    pub async fn connect(config: &ModelConfig, model: ModelId, identity: &Identity, network: NetworkConfig) -> Result<Self, ClientError> {
+        let checkpoint = Checkpoint::open(&config.dir)?;
+        let layout = layout_of(checkpoint.spec());
+        let network = Arc::new(ExpertNetwork::join(identity, model, layout, network).await?);
+        let config = config.clone();
+        let assemble = move || Self::assemble(&config, &checkpoint, start_pool(&config)?, Place::Network(network));
+        let assembled = tokio::task::spawn_blocking(assemble).await;
+        assembled.map_err(|e| ClientError::Task(e.to_string()))?
+    }
+
+    fn assemble(config: &ModelConfig, checkpoint: &Checkpoint, pool: Arc<ThreadPool>, place: Place) -> Result<Self, ClientError> {
+        let trunk = Trunk::load(checkpoint, pool)?;
+        // A checkpoint without a tokenizer is usable with token ids.
+        let tokenizer = has_tokenizer(&config.dir).then(|| Tokenizer::load(&config.dir)).transpose()?;
+        let defaults = GenerationDefaults::load(&config.dir)?;
+        Ok(Self { shared: Arc::new(Shared { trunk, tokenizer, defaults, place }) })
+    }
+
+    /// What the model is.
+    #[must_use]
+    pub fn spec(&self) -> &ModelSpec {
+        self.shared.trunk.spec()
+    }
+
+    /// The folder's tokenizer, if it has one.
+    #[must_use]
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.shared.tokenizer.as_ref()
+    }
+
+    /// The folder's recommended sampling and end-of-sequence tokens.
+    #[must_use]
+    pub fn defaults(&self) -> &GenerationDefaults {
+        &self.shared.defaults
+    }
+
+    /// The network that computes the experts; `None` for a local client.
+    #[must_use]
+    pub fn network(&self) -> Option<&Arc<ExpertNetwork>> {
+        match &self.shared.place {
+            Place::Here(_) => None,
+            Place::Network(network) => Some(network),
+        }
+    }
+
+    /// The peers known at present; none for a local client.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerReport> {
+        self.network().map(|network| network.directory().peers()).unwrap_or_default()
+    }
+
+    /// Starts a generation on a thread of its own and returns the stream of its tokens.
+    ///
+    /// Must be called within a tokio runtime. Dropping the stream ends the generation within one step.
+    #[must_use]
+    pub fn generate(&self, request: GenerateRequest) -> Generation {
+        generation::start(self.clone(), request)
+    }
+
+    /// Log probabilities of `tokens` under the model, with the logits if `keep_logits`.
+    ///
+    /// Must be called within a tokio runtime; dropping the future ends the work after the chunk in progress.
+    ///
+    /// # Errors
+    /// See [`GenerateError`].
+    pub async fn score(&self, tokens: Vec<u32>, keep_logits: bool, progress: impl Fn(usize) + Send + 'static) -> Result<Score, GenerateError> {
+        let cancel = CancellationToken::new();
+        let guard = cancel.clone().drop_guard();
+        let client = self.clone();
+        let runtime = tokio::runtime::Handle::current();
+        let scored = tokio::task::spawn_blocking(move || client.score_here(&tokens, keep_logits, &progress, runtime, cancel)).await;
+        drop(guard);
+        scored.unwrap_or(Err(GenerateError::Cancelled))
+    }
+
+    fn score_here(
+        &self,
+        tokens: &[u32],
+        keep_logits: bool,
+        progress: &dyn Fn(usize),
+        runtime: tokio::runtime::Handle,
+        cancel: CancellationToken,
+    ) -> Result<Score, GenerateError> {
+        let vocab = self.spec().vocab_size;
+        let mut logprobs: Vec<Option<f32>> = vec![None];
+        let mut kept = keep_logits.then(Vec::new);
+        let mut experts = self.experts(runtime, cancel.clone());
+        generate::logits(&self.shared.trunk, experts.as_dyn(), tokens, |first, values| {
+            for (offset, row) in values.chunks_exact(vocab).enumerate() {
+                if let Some(&next) = tokens.get(first + offset + 1) {
+                    logprobs.push(Some(log_softmax_at(row, next)));
+                }
+            }
+            progress(first + values.len() / vocab);
+            if let Some(kept) = &mut kept {
+                kept.extend(values);
+            }
+            if cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        let known: Vec<f64> = logprobs.iter().flatten().map(|&l| f64::from(l)).collect();
+        let perplexity = (-known.iter().sum::<f64>() / known.len().max(1) as f64).exp();
+        Ok(Score { logprobs, perplexity, logits: kept, network: experts.usage() })
+    }
+
+    /// Experts for one request.
+    fn experts(&self, runtime: tokio::runtime::Handle, cancel: CancellationToken) -> RequestExperts {
+        match &self.shared.place {
+            Place::Here(local) => RequestExperts::Local(local.clone()),
+            Place::Network(network) => RequestExperts::Remote(RemoteExperts::new(network.clone(), runtime, cancel)),
+        }
+    }
+}
+
+enum RequestExperts {
+    Local(Arc<LocalExperts>),
+    Remote(RemoteExperts),
+}
+
+impl RequestExperts {
+    fn as_dyn(&mut self) -> &mut dyn Experts {
+        match self {
+            Self::Local(local) => local,
+            Self::Remote(remote) => remote,
+        }
+    }
+
+    fn usage(&self) -> NetworkUse {
+        match self {
+            Self::Local(_) => NetworkUse::default(),
+            Self::Remote(remote) => remote.usage(),
+        }
+    }
+}
+
+fn start_pool(config: &ModelConfig) -> Result<Arc<ThreadPool>, ClientError> {
+    compute_pool(config.threads).map(Arc::new).map_err(|e| ClientError::Threads(e.to_string()))
+}
+
+fn has_tokenizer(dir: &Path) -> bool {
+    dir.join("tokenizer.json").exists()
+}

@@ -1,0 +1,326 @@
+//! Who hosts what: the live list of peers with their adverts, connections and measured speed, shared by all requests.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, PeerId, Welcome};
+use tokio::sync::watch;
+
+use crate::plan::Candidate;
+use crate::stats::PeerStats;
+
+/// A peer that failed once is set aside this long; each further failure in a row doubles it.
+const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
+/// The longest time a failing peer is set aside before it is tried again.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
+/// Assumed round trip and queue of a peer that was not called yet.
+const FIRST_OVERHEAD: Duration = Duration::from_millis(1);
+
+/// The experts of a model, as far as a router needs to know them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertLayout {
+    /// Length of one row of hidden states.
+    pub hidden_size: u32,
+    /// Number of experts of each MoE layer, by layer number; dense layers are absent.
+    pub layers: BTreeMap<u32, u32>,
+}
+
+/// Experts that no peer hosts, by layer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Missing(pub BTreeMap<u32, Vec<u32>>);
+
+impl Missing {
+    /// Whether nothing is missing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const SHOWN: usize = 4;
+        for (i, (layer, experts)) in self.0.iter().take(SHOWN).enumerate() {
+            let separator = if i == 0 { "" } else { "; " };
+            write!(f, "{separator}layer {layer}: {}", ranges(experts))?;
+        }
+        if self.0.len() > SHOWN {
+            write!(f, "; and in {} more layers", self.0.len() - SHOWN)?;
+        }
+        Ok(())
+    }
+}
+
+/// Ascending numbers as ranges: `0-3,7`.
+#[must_use]
+pub fn ranges(numbers: &[u32]) -> String {
+    let mut parts: Vec<(u32, u32)> = Vec::new();
+    for &number in numbers {
+        match parts.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(number) => *last = number,
+            _ => parts.push((number, number)),
+        }
+    }
+    let text: Vec<String> =
+        parts.iter().map(|(a, b)| if a == b { a.to_string() } else { format!("{a}-{b}") }).collect();
+    text.join(",")
+}
+
+/// One peer as others may look at it.
+#[derive(Debug, Clone)]
+pub struct PeerReport {
+    /// Who it is.
+    pub peer: PeerId,
+    /// What it last said of itself.
+    pub advert: Advert,
+    /// The data-plane address in use, if connected.
+    pub address: Option<SocketAddr>,
+    /// The connection's smoothed round trip, if connected.
+    pub round_trip: Option<Duration>,
+    /// This client's own calls to it.
+    pub stats: PeerStats,
+}
+
+/// A warm connection with what the peer said in its welcome.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    pub(crate) connection: DataConnection,
+    pub(crate) address: SocketAddr,
+    pub(crate) welcome: Welcome,
+}
+
+#[derive(Debug)]
+struct Member {
+    advert: Advert,
+    link: Option<Link>,
+    stats: PeerStats,
+    failures_in_a_row: u32,
+    /// Set aside until then because it asked for time.
+    busy_until: Option<Instant>,
+    /// Set aside after a failure, until a probe (not before this time) shows that it answers again.
+    probe_at: Option<Instant>,
+}
+
+/// The live list of peers of one model. Cheap to read from many requests at once.
+#[derive(Debug)]
+pub struct Directory {
+    layout: ExpertLayout,
+    members: RwLock<HashMap<PeerId, Member>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Directory {
+    pub(crate) fn new(layout: ExpertLayout) -> Self {
+        Self { layout, members: RwLock::default(), changes: watch::channel(0).0 }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<PeerId, Member>> {
+        self.members.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<PeerId, Member>> {
+        self.members.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn changed(&self) {
+        self.changes.send_modify(|version| *version += 1);
+    }
+
+    /// Tells of every change in who can be called.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// The model's experts.
+    #[must_use]
+    pub fn layout(&self) -> &ExpertLayout {
+        &self.layout
+    }
+
+    /// Notes what a peer says of itself. Its link is dropped if it has moved to other addresses.
+    pub(crate) fn update(&self, peer: PeerId, advert: Advert) {
+        let mut members = self.write();
+        match members.get_mut(&peer) {
+            Some(member) => {
+                let differs = member.advert.hosted != advert.hosted || member.advert.draining != advert.draining;
+                if member.link.as_ref().is_some_and(|link| !advert.data_addresses.contains(&link.address)) {
+                    member.link = None;
+                }
+                member.advert = advert;
+                if !differs {
+                    return;
+                }
+            }
+            None => {
+                tracing::info!(%peer, experts = advert.hosted.count(), "peer found");
+                members.insert(
+                    peer,
+                    Member {
+                        advert,
+                        link: None,
+                        stats: PeerStats::default(),
+                        failures_in_a_row: 0,
+                        busy_until: None,
+                        probe_at: None,
+                    },
+                );
+            }
+        }
+        drop(members);
+        self.changed();
+    }
+
+    pub(crate) fn connected(&self, peer: PeerId, link: Link) {
+        if let Some(member) = self.write().get_mut(&peer) {
+            member.link = Some(link);
+            member.probe_at = None;
+        }
+        self.changed();
+    }
+
+    /// The link of `peer` if there is one and it is open.
+    pub(crate) fn link(&self, peer: &PeerId) -> Option<Link> {
+        self.read().get(peer)?.link.clone().filter(|link| !link.connection.is_closed())
+    }
+
+    pub(crate) fn disconnected(&self, peer: &PeerId) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.link = None;
+        }
+        self.changed();
+    }
+
+    pub(crate) fn remove(&self, peer: &PeerId) {
+        if self.write().remove(peer).is_some() {
+            tracing::info!(%peer, "peer left");
+        }
+        self.changed();
+    }
+
+    pub(crate) fn answered(&self, peer: &PeerId, latency: Duration, compute: Duration, assignments: usize, queued_rows: u32) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.stats.answered(latency, compute, assignments, queued_rows);
+            member.failures_in_a_row = 0;
+        }
+    }
+
+    /// Sets a peer aside that failed or was too late. The first time it is probed at once, then with a pause that doubles
+    /// with every failure, until it answers a call again.
+    pub(crate) fn failed(&self, peer: &PeerId, now: Instant) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.stats.failed();
+            let back_off = match member.failures_in_a_row {
+                0 => Duration::ZERO,
+                failures => FIRST_BACK_OFF * 2u32.pow((failures - 1).min(6)),
+            };
+            member.failures_in_a_row = member.failures_in_a_row.saturating_add(1);
+            member.probe_at.get_or_insert(now + back_off.min(LONGEST_BACK_OFF));
+        }
+        self.changed();
+    }
+
+    /// When a peer that was set aside may be probed; `None` if it is trusted.
+    pub(crate) fn probe_at(&self, peer: &PeerId) -> Option<Instant> {
+        self.read().get(peer)?.probe_at
+    }
+
+    /// A probe of the peer was answered: it may be called again.
+    pub(crate) fn recovered(&self, peer: &PeerId) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.probe_at = None;
+        }
+        self.changed();
+    }
+
+    /// Sets a peer aside for as long as it asked to be, without holding it against it.
+    pub(crate) fn busy(&self, peer: &PeerId, until: Instant) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.busy_until = Some(until);
+        }
+    }
+
+    /// The peers that can be called now for some of `wanted` experts of `layer`. Peers that were set aside are among
+    /// them only with `also_avoided`: they are the last resort.
+    pub(crate) fn candidates(&self, layer: u32, wanted: &[ExpertRows], except: &[PeerId], also_avoided: bool, now: Instant) -> Vec<Candidate> {
+        let usable = |peer: &PeerId, member: &Member| {
+            let connected = member.link.as_ref().is_some_and(|link| !link.connection.is_closed());
+            let avoided = member.probe_at.is_some() || member.busy_until.is_some_and(|until| now < until);
+            connected && !except.contains(peer) && (also_avoided || !(avoided || member.advert.draining))
+        };
+        let members = self.read();
+        members
+            .iter()
+            .filter(|(peer, member)| usable(peer, member))
+            .map(|(&peer, member)| Candidate {
+                peer,
+                hosts: wanted.iter().map(|want| member.advert.hosted.contains(layer, want.expert)).collect(),
+                overhead: member.stats.overhead().unwrap_or(FIRST_OVERHEAD) + member.stats.queue_delay(),
+                per_assignment: member.stats.per_assignment(),
+            })
+            .filter(|candidate| candidate.hosts.contains(&true))
+            .collect()
+    }
+
+    /// How long a call of `assignments` pairs to `peer` usually takes; `None` before its first answers.
+    pub(crate) fn expected(&self, peer: &PeerId, assignments: usize) -> Option<Duration> {
+        let members = self.read();
+        let stats = &members.get(peer)?.stats;
+        let count = u32::try_from(assignments).unwrap_or(u32::MAX);
+        Some(stats.overhead()? + stats.queue_delay() + stats.per_assignment().saturating_mul(count))
+    }
+
+    /// The most rows in one frame that every connected peer accepts.
+    pub(crate) fn max_rows(&self) -> usize {
+        let members = self.read();
+        let least = members.values().filter_map(|member| member.link.as_ref()).map(|link| link.welcome.max_rows).min();
+        least.map_or(1, |rows| rows.max(1) as usize)
+    }
+
+    /// The experts that no connected peer hosts.
+    #[must_use]
+    pub fn missing(&self) -> Missing {
+        let members = self.read();
+        let hosted: Vec<&HostedExperts> = members.values().filter(|m| m.link.is_some()).map(|m| &m.advert.hosted).collect();
+        let mut missing = BTreeMap::new();
+        for (&layer, &experts) in &self.layout.layers {
+            let absent: Vec<u32> = (0..experts).filter(|&expert| !hosted.iter().any(|h| h.contains(layer, expert))).collect();
+            if !absent.is_empty() {
+                missing.insert(layer, absent);
+            }
+        }
+        Missing(missing)
+    }
+
+    /// All known peers, ordered by peer id.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerReport> {
+        let members = self.read();
+        let mut reports: Vec<PeerReport> = members
+            .iter()
+            .map(|(&peer, member)| PeerReport {
+                peer,
+                advert: member.advert.clone(),
+                address: member.link.as_ref().map(|link| link.address),
+                round_trip: member.link.as_ref().map(|link| link.connection.round_trip()),
+                stats: member.stats.clone(),
+            })
+            .collect();
+        reports.sort_unstable_by_key(|report| report.peer);
+        reports
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_experts_read_as_ranges() {
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2,5,7-8");
+        assert_eq!(ranges(&[]), "");
+        let missing = Missing((0..6).map(|layer| (layer, vec![1, 2])).collect());
+        assert_eq!(missing.to_string(), "layer 0: 1-2; layer 1: 1-2; layer 2: 1-2; layer 3: 1-2; and in 2 more layers");
+    }
+}

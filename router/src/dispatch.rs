@@ -1,0 +1,203 @@
+//! One layer over the network: group by peer, call all peers at once, retry and hedge, add up.
+
+mod pieces;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hanse_model::{Routing, add_weighted};
+use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, PeerId, RefusalCode};
+
+use crate::network::ExpertNetwork;
+use crate::stats::NetworkUse;
+use pieces::Layer;
+
+/// Why a layer could not be computed by the network.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DispatchError {
+    /// No connected peer hosts these experts, and none came in time. Try again when volunteers are back.
+    #[error("no peer hosts these experts of layer {layer}: {}{}", crate::directory::ranges(.experts), reason_text(.reason))]
+    NoReplica {
+        /// The layer.
+        layer: u32,
+        /// The experts, ascending.
+        experts: Vec<u32>,
+        /// What the last peer that was asked for one of them said, if any was.
+        reason: Option<String>,
+    },
+    /// The caller's rows, routing or layer do not fit the model. The caller's fault.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+fn reason_text(reason: &Option<String>) -> String {
+    reason.as_ref().map(|r| format!(" (the last one asked: {r})")).unwrap_or_default()
+}
+
+/// What a request keeps count of while it runs.
+#[derive(Debug, Default)]
+pub struct Usage {
+    pub(crate) counts: NetworkUse,
+    pub(crate) answered_by: BTreeSet<PeerId>,
+}
+
+impl Usage {
+    /// The counts so far.
+    #[must_use]
+    pub fn counts(&self) -> NetworkUse {
+        NetworkUse { peers: self.answered_by.len(), ..self.counts.clone() }
+    }
+}
+
+impl ExpertNetwork {
+    /// Computes the routed experts of one MoE layer on the network.
+    ///
+    /// `hidden` is `[rows, hidden_size]` after the block's norm; so is the result: the sum over a row's experts of weight
+    /// times the expert's row. With [`Combine::Client`] the sum is taken in ascending expert number, the same bits as
+    /// [`hanse_model::LocalExperts`], whatever peer computes what.
+    ///
+    /// Dropping the future resets the calls in flight; nothing is left behind.
+    ///
+    /// # Errors
+    /// [`DispatchError::NoReplica`] after the configured patience; [`DispatchError::Invalid`] for input that does not fit.
+    pub async fn forward(&self, layer: u32, hidden: &[f32], routing: &Routing, usage: &mut Usage) -> Result<Vec<f32>, DispatchError> {
+        let width = self.check(layer, hidden, routing)?;
+        let chunk = self.directory.max_rows();
+        let mut output = Vec::with_capacity(hidden.len());
+        for first in (0..routing.rows()).step_by(chunk) {
+            let last = routing.rows().min(first + chunk);
+            let wanted = group_by_expert(routing, first..last);
+            let rows = &hidden[first * width..last * width];
+            output.extend(Layer::new(self, layer, rows, usage).run(wanted).await?);
+        }
+        Ok(output)
+    }
+
+    fn check(&self, layer: u32, hidden: &[f32], routing: &Routing) -> Result<usize, DispatchError> {
+        let layout = self.directory.layout();
+        let width = layout.hidden_size as usize;
+        let Some(&experts) = layout.layers.get(&layer) else {
+            return Err(DispatchError::Invalid(format!("layer {layer} is not an MoE layer of this model")));
+        };
+        if hidden.len() != routing.rows() * width {
+            return Err(DispatchError::Invalid(format!("{} values are not {} rows of {width}", hidden.len(), routing.rows())));
+        }
+        if let Some(expert) = routing.experts.iter().find(|&&expert| expert >= experts) {
+            return Err(DispatchError::Invalid(format!("layer {layer} has {experts} experts, not expert {expert}")));
+        }
+        Ok(width)
+    }
+
+    pub(crate) fn combine(&self) -> Combine {
+        self.config.combine.unwrap_or_else(|| self.config.wire.default_combine())
+    }
+}
+
+/// The rows of `range` by expert: experts ascending, rows ascending and counted from the range's start.
+fn group_by_expert(routing: &Routing, range: std::ops::Range<usize>) -> Vec<ExpertRows> {
+    let mut by_expert: std::collections::BTreeMap<u32, ExpertRows> = std::collections::BTreeMap::new();
+    for (index, row) in range.enumerate() {
+        for (expert, weight) in routing.row(row) {
+            let entry = by_expert.entry(expert).or_insert_with(|| ExpertRows { expert, rows: Vec::new(), weights: Vec::new() });
+            entry.rows.push(index as u32);
+            entry.weights.push(weight);
+        }
+    }
+    by_expert.into_values().collect()
+}
+
+/// One frame's worth of work: a call for some rows of the layer, with what is needed to place its answer.
+#[derive(Debug)]
+struct Outgoing {
+    frame: Frame,
+    /// Rows of the layer that the frame carries, ascending.
+    rows: Vec<u32>,
+    assignments: usize,
+    bytes: u64,
+}
+
+/// Builds the frame that asks for `assignments` on the rows they need; rows that no assignment names stay at home.
+fn outgoing(network: &ExpertNetwork, request_id: u64, layer: u32, hidden: &[f32], assignments: &[ExpertRows]) -> Result<Outgoing, String> {
+    let width = network.directory.layout().hidden_size as usize;
+    let rows: Vec<u32> = assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect();
+    let wire = network.config.wire;
+    let mut body = Vec::with_capacity(rows.len() * width * wire.bytes_per_value());
+    for &row in &rows {
+        let start = row as usize * width;
+        wire.encode_into(&hidden[start..start + width], &mut body).map_err(|e| e.to_string())?;
+    }
+    let position = |row: &u32| rows.binary_search(row).map(|index| index as u32).map_err(|_| "row not in frame".to_owned());
+    let assignments = assignments
+        .iter()
+        .map(|a| {
+            let rows = a.rows.iter().map(position).collect::<Result<_, _>>()?;
+            Ok(ExpertRows { expert: a.expert, rows, weights: a.weights.clone() })
+        })
+        .collect::<Result<Vec<_>, String>>()?;
+    let count = assignments.iter().map(|a| a.rows.len()).sum();
+    // Per assignment a row and a weight, per expert its number and a count.
+    let bytes = (body.len() + count * 8 + assignments.len() * 12) as u64;
+    let frame = Frame::Call(ExpertCall {
+        request_id,
+        model: network.model,
+        layer,
+        hidden_size: width as u32,
+        rows: rows.len() as u32,
+        dtype: wire,
+        combine: network.combine(),
+        deadline_ms: u32::try_from(network.config.call_timeout.as_millis()).unwrap_or(u32::MAX),
+        assignments,
+        body: Bytes::from(body),
+    });
+    Ok(Outgoing { frame, rows, assignments: count, bytes })
+}
+
+/// Why a call brought no usable answer, and what follows from it.
+#[derive(Debug)]
+enum CallFailure {
+    /// The peer is full or leaving; it is not at fault.
+    Busy { retry_after: Duration, text: String },
+    /// It failed, was too late or broke the protocol.
+    Failed(String),
+}
+
+/// Makes one call and decodes its answer to `[rows, hidden_size]`: the frame's rows with [`Combine::Peer`], one row per
+/// assignment with [`Combine::Client`].
+async fn call(network: &ExpertNetwork, peer: PeerId, outgoing: &Outgoing) -> Result<Vec<f32>, CallFailure> {
+    let Some(link) = network.directory.link(&peer) else { return Err(CallFailure::Failed("not connected".into())) };
+    let started = Instant::now();
+    let reply = link.connection.call(&outgoing.frame, network.config.call_timeout).await;
+    let answer = match reply {
+        Ok(Frame::Answer(answer)) => answer,
+        Ok(Frame::Refusal(refusal)) => {
+            let text = format!("{peer} refused ({:?}): {}", refusal.code, refusal.message);
+            let retry_after = Duration::from_millis(u64::from(refusal.retry_after_ms.clamp(10, 10_000)));
+            return Err(match refusal.code {
+                RefusalCode::Busy | RefusalCode::Draining => CallFailure::Busy { retry_after, text },
+                _ => CallFailure::Failed(text),
+            });
+        }
+        Ok(_) => return Err(CallFailure::Failed(format!("{peer} answered a call with another kind of frame"))),
+        Err(error) => return Err(CallFailure::Failed(failure_text(peer, &error))),
+    };
+    // That the answer has the shape that was asked for has been checked by the connection.
+    let count = answer.rows as usize * answer.hidden_size as usize;
+    let values = answer.dtype.decode(&answer.body, count).map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
+    let compute = Duration::from_micros(u64::from(answer.compute_us));
+    network.directory.answered(&peer, started.elapsed(), compute, outgoing.assignments, answer.queued_rows);
+    Ok(values)
+}
+
+fn failure_text(peer: PeerId, error: &CallError) -> String {
+    format!("{peer} did not answer: {error}")
+}
+
+/// Adds one answer to the layer's output when the peer has added its own experts up.
+fn add_partial_sums(output: &mut [f32], width: usize, rows: &[u32], sums: &[f32]) {
+    for (&row, sum) in rows.iter().zip(sums.chunks_exact(width)) {
+        let start = row as usize * width;
+        add_weighted(&mut output[start..start + width], sum, 1.0);
+    }
+}

@@ -1,0 +1,325 @@
+//! The bookkeeping of one layer: which part of the work is asked of whom, and what became of it.
+//!
+//! The work is a tree of *pieces*. The root stands for the whole layer and is never sent itself; every other piece is one
+//! call. When a call fails or is late, its work is planned again as child pieces on other replicas. A piece is resolved by
+//! its own answer or by all of its children, whichever comes first; calls that are no longer needed are dropped, which
+//! resets their streams.
+
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::future::{AbortHandle, Abortable};
+use futures::stream::FuturesUnordered;
+use hanse_model::add_weighted;
+use hanse_protocol::{Combine, ExpertRows, PeerId};
+
+use super::{CallFailure, DispatchError, Outgoing, Usage, add_partial_sums, call, outgoing};
+use crate::network::ExpertNetwork;
+use crate::plan::plan;
+
+/// A call is late when it takes this many times what the peer usually takes ...
+const LATE_FACTOR: u32 = 4;
+/// ... but not before this, so that a busy machine's scheduling is not taken for a failure.
+const LATE_AT_LEAST: Duration = Duration::from_millis(150);
+/// When a peer's first call is late: nothing is known of it yet.
+const FIRST_LATE: Duration = Duration::from_secs(1);
+/// How often experts without a replica are looked for again.
+const STUCK_RETRY: Duration = Duration::from_millis(50);
+
+const ROOT: usize = 0;
+
+enum Why {
+    First,
+    Retry,
+    Hedge,
+}
+
+struct Piece {
+    parent: usize,
+    children: Vec<usize>,
+    open_children: usize,
+    assignments: Vec<ExpertRows>,
+    /// Peers that were asked for this work, this piece's own included.
+    tried: Vec<PeerId>,
+    resolved: bool,
+    failed: bool,
+    answer: Option<(Vec<u32>, Vec<f32>)>,
+    abort: Option<AbortHandle>,
+}
+
+enum Event {
+    Answered { piece: usize, outgoing: Outgoing, result: Result<Vec<f32>, CallFailure> },
+    Late(usize),
+    Dropped,
+}
+
+type EventFuture<'a> = Pin<Box<dyn Future<Output = Event> + Send + 'a>>;
+
+pub(super) struct Layer<'a> {
+    network: &'a ExpertNetwork,
+    layer: u32,
+    hidden: &'a [f32],
+    usage: &'a mut Usage,
+    pieces: Vec<Piece>,
+    events: FuturesUnordered<EventFuture<'a>>,
+    /// Pieces whose work has no replica at present.
+    stuck: Vec<usize>,
+    last_failure: Option<String>,
+}
+
+impl<'a> Layer<'a> {
+    pub(super) fn new(network: &'a ExpertNetwork, layer: u32, hidden: &'a [f32], usage: &'a mut Usage) -> Self {
+        Self { network, layer, hidden, usage, pieces: Vec::new(), events: FuturesUnordered::new(), stuck: Vec::new(), last_failure: None }
+    }
+
+    /// Computes `wanted` (experts ascending) and returns `[rows, hidden_size]`.
+    pub(super) async fn run(mut self, wanted: Vec<ExpertRows>) -> Result<Vec<f32>, DispatchError> {
+        self.usage.counts.round_trips += 1;
+        self.pieces.push(Piece {
+            parent: ROOT,
+            children: Vec::new(),
+            open_children: 0,
+            assignments: wanted,
+            tried: Vec::new(),
+            resolved: false,
+            failed: false,
+            answer: None,
+            abort: None,
+        });
+        if !self.split(ROOT, &Why::First)? {
+            self.stuck.push(ROOT);
+        }
+        let mut stuck_since: Option<Instant> = None;
+        while !self.pieces[ROOT].resolved {
+            if self.stuck.is_empty() {
+                stuck_since = None;
+            } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > self.network.config.replica_patience {
+                return Err(self.no_replica());
+            }
+            tokio::select! {
+                Some(event) = self.events.next() => self.on_event(event)?,
+                () = tokio::time::sleep(STUCK_RETRY), if !self.stuck.is_empty() => self.retry_stuck()?,
+                else => return Err(self.no_replica()),
+            }
+        }
+        Ok(self.add_up())
+    }
+
+    fn no_replica(&self) -> DispatchError {
+        let mut experts: Vec<u32> = self.stuck.iter().flat_map(|&p| self.pieces[p].assignments.iter().map(|a| a.expert)).collect();
+        experts.sort_unstable();
+        experts.dedup();
+        DispatchError::NoReplica { layer: self.layer, experts, reason: self.last_failure.clone() }
+    }
+
+    /// Plans a piece's work onto peers that were not asked for it yet, and calls them. `false` if some expert has none.
+    fn split(&mut self, parent: usize, why: &Why) -> Result<bool, DispatchError> {
+        let (wanted, tried) = (self.pieces[parent].assignments.clone(), self.pieces[parent].tried.clone());
+        let directory = &self.network.directory;
+        let now = Instant::now();
+        let planned = plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, false, now)).or_else(|missing| {
+            // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
+            if matches!(why, Why::Hedge) { Err(missing) } else { plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, true, now)) }
+        });
+        let Ok(shares) = planned else { return Ok(false) };
+        for share in shares {
+            let mut tried = tried.clone();
+            tried.push(share.peer);
+            self.start(parent, share.peer, share.assignments, tried)?;
+            match why {
+                Why::First => {}
+                Why::Retry => self.usage.counts.retries += 1,
+                Why::Hedge => self.usage.counts.hedged += 1,
+            }
+        }
+        Ok(true)
+    }
+
+    fn start(&mut self, parent: usize, peer: PeerId, assignments: Vec<ExpertRows>, tried: Vec<PeerId>) -> Result<(), DispatchError> {
+        let piece = self.pieces.len();
+        let request_id = self.network.next_request_id();
+        let outgoing = outgoing(self.network, request_id, self.layer, self.hidden, &assignments).map_err(DispatchError::Invalid)?;
+        self.usage.counts.frames += 1;
+        self.usage.counts.bytes_sent += outgoing.bytes;
+
+        let late_after = self
+            .network
+            .directory
+            .expected(&peer, outgoing.assignments)
+            .map_or(FIRST_LATE, |usual| (usual * LATE_FACTOR).max(LATE_AT_LEAST))
+            .min(self.network.config.call_timeout);
+        let (abort, registration) = AbortHandle::new_pair();
+        let network = self.network;
+        self.events.push(Box::pin(async move {
+            let made = async {
+                let result = call(network, peer, &outgoing).await;
+                Event::Answered { piece, outgoing, result }
+            };
+            Abortable::new(made, registration).await.unwrap_or(Event::Dropped)
+        }));
+        self.events.push(Box::pin(async move {
+            tokio::time::sleep(late_after).await;
+            Event::Late(piece)
+        }));
+        self.pieces.push(Piece {
+            parent,
+            children: Vec::new(),
+            open_children: 0,
+            assignments,
+            tried,
+            resolved: false,
+            failed: false,
+            answer: None,
+            abort: Some(abort),
+        });
+        self.pieces[parent].children.push(piece);
+        self.pieces[parent].open_children += 1;
+        Ok(())
+    }
+
+    fn on_event(&mut self, event: Event) -> Result<(), DispatchError> {
+        match event {
+            Event::Dropped => Ok(()),
+            Event::Late(piece) => {
+                let at = &self.pieces[piece];
+                if at.resolved || at.failed || !at.children.is_empty() {
+                    return Ok(());
+                }
+                // No other replica is no error: the late answer may still come.
+                self.split(piece, &Why::Hedge).map(|_| ())
+            }
+            Event::Answered { piece, outgoing, result: Ok(values) } => {
+                if let Some(peer) = self.pieces[piece].tried.last() {
+                    self.usage.answered_by.insert(*peer);
+                }
+                self.usage.counts.bytes_received += (values.len() * self.network.config.wire.bytes_per_value()) as u64;
+                if !self.pieces[piece].resolved {
+                    self.pieces[piece].answer = Some((outgoing.rows, values));
+                    self.resolve(piece);
+                }
+                Ok(())
+            }
+            Event::Answered { piece, result: Err(failure), .. } => self.on_failure(piece, failure),
+        }
+    }
+
+    fn on_failure(&mut self, piece: usize, failure: CallFailure) -> Result<(), DispatchError> {
+        let now = Instant::now();
+        let peer = self.pieces[piece].tried.last().copied();
+        let text = match failure {
+            CallFailure::Busy { retry_after, text } => {
+                if let Some(peer) = peer {
+                    self.network.directory.busy(&peer, now + retry_after);
+                }
+                text
+            }
+            CallFailure::Failed(text) => {
+                if let Some(peer) = peer {
+                    self.network.directory.failed(&peer, now);
+                }
+                text
+            }
+        };
+        tracing::debug!(layer = self.layer, reason = %text, "call failed");
+        self.last_failure = Some(text);
+        self.pieces[piece].failed = true;
+        if self.pieces[piece].resolved || !self.pieces[piece].children.is_empty() {
+            return Ok(());
+        }
+        if !self.split(piece, &Why::Retry)? {
+            self.stuck.push(piece);
+        }
+        Ok(())
+    }
+
+    /// Looks again for peers for the work that has none: any peer will do now, also one that failed before.
+    fn retry_stuck(&mut self) -> Result<(), DispatchError> {
+        for piece in std::mem::take(&mut self.stuck) {
+            if self.pieces[piece].resolved {
+                continue;
+            }
+            self.pieces[piece].tried.clear();
+            let now = Instant::now();
+            let wanted = self.pieces[piece].assignments.clone();
+            // Peers that asked for time or failed a moment ago are left alone until their time is over.
+            let ready = plan(&wanted, &self.network.directory.candidates(self.layer, &wanted, &[], false, now)).is_ok();
+            if !ready || !self.split(piece, &Why::Retry)? {
+                self.stuck.push(piece);
+            }
+        }
+        Ok(())
+    }
+
+    fn resolve(&mut self, piece: usize) {
+        self.drop_calls(piece);
+        let at = &self.pieces[piece];
+        if let (Some(peer), None, false) = (at.tried.last(), &at.answer, at.failed) {
+            // Others were asked later and answered sooner: it must show that it still answers before it is asked again.
+            self.network.directory.failed(peer, Instant::now());
+        }
+        self.pieces[piece].resolved = true;
+        if piece == ROOT {
+            return;
+        }
+        let parent = self.pieces[piece].parent;
+        self.pieces[parent].open_children -= 1;
+        if self.pieces[parent].open_children == 0 && !self.pieces[parent].resolved {
+            self.resolve(parent);
+        }
+    }
+
+    /// Drops the calls of a piece and of everything below it.
+    fn drop_calls(&mut self, piece: usize) {
+        if let Some(abort) = self.pieces[piece].abort.take() {
+            abort.abort();
+        }
+        for child in self.pieces[piece].children.clone() {
+            if !self.pieces[child].resolved {
+                self.pieces[child].resolved = true;
+                self.drop_calls(child);
+            }
+        }
+    }
+
+    /// The answers that count, in the order of the plan.
+    fn answers(&self, piece: usize, into: &mut Vec<usize>) {
+        if self.pieces[piece].answer.is_some() {
+            into.push(piece);
+        } else {
+            self.pieces[piece].children.iter().for_each(|&child| self.answers(child, into));
+        }
+    }
+
+    fn add_up(&self) -> Vec<f32> {
+        let width = self.network.directory.layout().hidden_size as usize;
+        let mut output = vec![0.0; self.hidden.len()];
+        let mut answers = Vec::new();
+        self.answers(ROOT, &mut answers);
+        let mut by_expert: Vec<(&ExpertRows, &[f32])> = Vec::new();
+        for piece in answers {
+            let at = &self.pieces[piece];
+            let Some((rows, values)) = &at.answer else { continue };
+            match self.network.combine() {
+                Combine::Peer => add_partial_sums(&mut output, width, rows, values),
+                Combine::Client => {
+                    let mut rest = values.as_slice();
+                    for assigned in &at.assignments {
+                        let (own, others) = rest.split_at(assigned.rows.len() * width);
+                        by_expert.push((assigned, own));
+                        rest = others;
+                    }
+                }
+            }
+        }
+        // In ascending expert number, as one process that holds everything adds: the same bits.
+        by_expert.sort_unstable_by_key(|(assigned, _)| assigned.expert);
+        for (assigned, values) in by_expert {
+            for ((&row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width)) {
+                let start = row as usize * width;
+                add_weighted(&mut output[start..start + width], value, weight);
+            }
+        }
+        output
+    }
+}

@@ -1,0 +1,209 @@
+//! Keeps the directory true: looks for providers in the DHT, one task per peer reads its advert and holds its connection.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use hanse_protocol::discovery::Discovery;
+use hanse_protocol::discovery::keys::ProviderKey;
+use hanse_protocol::{Advert, DataEndpoint, Frame, Hello, ModelId, PeerId, Welcome, WireDtype};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::directory::{Directory, Link};
+
+/// Look-ups follow each other this fast while experts are missing.
+const EAGER_INTERVAL: Duration = Duration::from_millis(300);
+/// Look-ups follow each other this fast once every expert has a peer: how soon one that joins is noticed.
+const CALM_INTERVAL: Duration = Duration::from_secs(3);
+/// How often a peer's advert is read again.
+const ADVERT_INTERVAL: Duration = Duration::from_secs(5);
+/// A look-up may take this long; the DHT's own queries end sooner.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(12);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
+/// A peer that is not connected and did not answer this often is forgotten until the DHT names it again.
+const FORGET_AFTER: u32 = 3;
+/// How many found peers may wait to be watched.
+const ARRIVAL_QUEUE: usize = 64;
+/// The most peers kept at once.
+const MAX_PEERS: usize = 4096;
+
+/// What the tasks of one client share.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    pub(crate) discovery: Discovery,
+    pub(crate) endpoint: DataEndpoint,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) model: ModelId,
+    pub(crate) network: String,
+    pub(crate) wire: WireDtype,
+}
+
+/// Milliseconds since 1970, as adverts count time.
+pub(crate) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Membership {
+    /// Runs until cancelled.
+    pub(crate) async fn run(self: Arc<Self>, cancel: CancellationToken) {
+        let (found, mut arrivals) = mpsc::channel(ARRIVAL_QUEUE);
+        let mut peers: JoinSet<PeerId> = JoinSet::new();
+        let mut watched: HashSet<PeerId> = HashSet::new();
+        let search = self.search(found);
+        tokio::pin!(search);
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = &mut search => return,
+                Some(peer) = arrivals.recv() => {
+                    if watched.len() < MAX_PEERS && watched.insert(peer) {
+                        let me = self.clone();
+                        let span = tracing::info_span!("peer", %peer);
+                        peers.spawn(async move { me.keep_peer(peer).await; peer }.instrument(span));
+                    }
+                }
+                Some(ended) = peers.join_next() => {
+                    // A task that panicked cannot say whose it was; its peer stays unwatched until restart.
+                    if let Ok(peer) = ended {
+                        watched.remove(&peer);
+                        self.directory.remove(&peer);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks the model's providers up again and again and reports each as soon as the DHT names it.
+    async fn search(&self, found: mpsc::Sender<PeerId>) {
+        let keys = ProviderKey::covering(self.model, self.directory.layout().layers.keys().copied());
+        loop {
+            let lookups = keys.iter().map(|&key| self.look_up(key, &found));
+            // Running out of time is not an error: what was found so far has been reported.
+            let _ = tokio::time::timeout(LOOKUP_TIMEOUT, futures::future::join_all(lookups)).await;
+            let pause = if self.directory.missing().is_empty() { CALM_INTERVAL } else { EAGER_INTERVAL };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn look_up(&self, key: ProviderKey, found: &mpsc::Sender<PeerId>) {
+        let Ok(mut providers) = self.discovery.providers(key).await else { return };
+        while let Some(peer) = providers.recv().await {
+            if peer != self.discovery.peer_id() && found.send(peer).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Watches one peer until it hosts nothing any more or cannot be reached.
+    async fn keep_peer(&self, peer: PeerId) {
+        let mut misses = 0;
+        loop {
+            match self.read_advert(peer).await {
+                Ok(Some(advert)) => {
+                    misses = 0;
+                    let addresses = advert.data_addresses.clone();
+                    self.directory.update(peer, advert);
+                    if self.directory.link(&peer).is_none() {
+                        match self.connect(peer, &addresses).await {
+                            Ok(link) => self.directory.connected(peer, link),
+                            Err(reason) => {
+                                misses += 1;
+                                tracing::debug!(%reason, "not connected");
+                            }
+                        }
+                    }
+                }
+                Ok(None) => return,
+                Err(reason) => {
+                    misses += 1;
+                    tracing::debug!(%reason, "no advert");
+                }
+            }
+            match self.directory.link(&peer) {
+                Some(link) => self.keep_link(peer, &link).await,
+                None if misses >= FORGET_AFTER => return,
+                None => tokio::time::sleep(EAGER_INTERVAL * 2u32.pow(misses)).await,
+            }
+        }
+    }
+
+    /// Watches a link until it is time to read the peer's advert again: a closed one is dropped, and a peer that a request
+    /// complained about is probed, so that it costs no second request anything.
+    async fn keep_link(&self, peer: PeerId, link: &Link) {
+        let next_advert = tokio::time::Instant::now() + ADVERT_INTERVAL;
+        let mut changes = self.directory.subscribe();
+        loop {
+            let probe_at = self.directory.probe_at(&peer).map(tokio::time::Instant::from_std);
+            let probe = async {
+                match probe_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                reason = link.connection.closed() => {
+                    tracing::debug!(%reason, "connection closed");
+                    self.directory.disconnected(&peer);
+                    return;
+                }
+                () = probe => match hello(&link.connection, &self.network, self.model).await {
+                    Ok(_) => self.directory.recovered(&peer),
+                    Err(reason) => {
+                        tracing::debug!(%reason, "probe failed");
+                        link.connection.close("no answer");
+                    }
+                },
+                () = tokio::time::sleep_until(next_advert) => return,
+                Ok(()) = changes.changed() => {}
+            }
+        }
+    }
+
+    /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
+    async fn read_advert(&self, peer: PeerId) -> Result<Option<Advert>, String> {
+        let signed = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
+        let Some(signed) = signed.first() else { return Ok(None) };
+        let (signer, advert) = signed.verify(unix_ms()).map_err(|e| e.to_string())?;
+        if signer != peer || advert.model != self.model {
+            return Err(format!("it gave an advert of {signer} for model {}", advert.model));
+        }
+        if !advert.wire_dtypes.contains(&self.wire) {
+            return Err(format!("it does not speak {} on the wire", self.wire));
+        }
+        Ok(Some(advert))
+    }
+
+    async fn connect(&self, peer: PeerId, addresses: &[SocketAddr]) -> Result<Link, String> {
+        let mut reasons = Vec::new();
+        for &address in addresses {
+            match self.connect_to(peer, address).await {
+                Ok(link) => return Ok(link),
+                Err(reason) => reasons.push(format!("{address}: {reason}")),
+            }
+        }
+        Err(reasons.join("; "))
+    }
+
+    async fn connect_to(&self, peer: PeerId, address: SocketAddr) -> Result<Link, String> {
+        let connection = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string())?;
+        let welcome = hello(&connection, &self.network, self.model).await?;
+        Ok(Link { connection, address, welcome })
+    }
+}
+
+/// Opens a data-plane conversation: says which network and model are meant and reads the peer's welcome.
+pub(crate) async fn hello(connection: &hanse_protocol::DataConnection, network: &str, model: ModelId) -> Result<Welcome, String> {
+    let hello = Frame::Hello(Hello { network: network.to_owned(), model });
+    match connection.call(&hello, HELLO_TIMEOUT).await {
+        Ok(Frame::Welcome(welcome)) if welcome.model == model => Ok(welcome),
+        Ok(Frame::Refusal(refusal)) => Err(format!("refused ({:?}): {}", refusal.code, refusal.message)),
+        Ok(_) => Err("answered a hello with another kind of frame".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}

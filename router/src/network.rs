@@ -1,0 +1,239 @@
+//! The experts of one model as a network: joined once, called by many requests.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, LookupError};
+use hanse_protocol::{BindError, Combine, DataEndpoint, Identity, ModelId, Multiaddr, WireDtype};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::directory::{Directory, ExpertLayout, Missing};
+use crate::membership::{Membership, unix_ms};
+
+/// How a client joins a network and calls its peers.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// The network's name, see [`DiscoveryConfig::network`].
+    pub network: String,
+    /// Members to join through.
+    pub bootstrap: Vec<Multiaddr>,
+    /// Whether to look for members on the local network by multicast DNS as well.
+    pub mdns: bool,
+    /// How hidden states are encoded on the wire.
+    pub wire: WireDtype,
+    /// Who adds the experts' rows up; `None` takes [`WireDtype::default_combine`].
+    pub combine: Option<Combine>,
+    /// How long joining may take: finding peers for every expert and connecting to them.
+    pub join_timeout: Duration,
+    /// The longest that one call may take before it counts as failed.
+    pub call_timeout: Duration,
+    /// How long to wait for a replica to come back when an expert has none, before giving up.
+    pub replica_patience: Duration,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            network: DEFAULT_NETWORK.to_owned(),
+            bootstrap: Vec::new(),
+            mdns: false,
+            wire: WireDtype::F32,
+            combine: None,
+            join_timeout: Duration::from_secs(30),
+            call_timeout: Duration::from_secs(20),
+            replica_patience: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a network could not be joined.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// Neither bootstrap addresses nor mDNS: there is no way to find anyone.
+    #[error("no bootstrap address given: name at least one member of the network with --bootstrap")]
+    NoBootstrap,
+    /// The control plane did not start.
+    #[error(transparent)]
+    Discovery(#[from] DiscoveryError),
+    /// The data plane did not start.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Nobody answered at the bootstrap addresses. Check the addresses, or whether the member still runs.
+    #[error("no peer reachable: {0}")]
+    Unreachable(LookupError),
+    /// The network was joined but nobody hosts this model; these are the models that are hosted.
+    #[error("no peer hosts model {ours}; {}", others_text(.others))]
+    OtherModels {
+        /// The id of the model asked for.
+        ours: ModelId,
+        /// The ids of the models that reachable peers host.
+        others: Vec<ModelId>,
+    },
+    /// Peers were found, but nobody hosts some experts.
+    #[error("no peer hosts these experts: {0}")]
+    Incomplete(Missing),
+}
+
+fn others_text(others: &[ModelId]) -> String {
+    if others.is_empty() {
+        return "the members that were reached host nothing".to_owned();
+    }
+    let names: Vec<String> = others.iter().map(ToString::to_string).collect();
+    format!("its peers host {}: the weights or config.json differ from yours", names.join(", "))
+}
+
+/// A joined network: the peers that host one model's experts, found and kept connected in the background.
+#[derive(Debug)]
+pub struct ExpertNetwork {
+    pub(crate) config: NetworkConfig,
+    pub(crate) model: ModelId,
+    pub(crate) directory: Arc<Directory>,
+    request_ids: AtomicU64,
+    discovery: Discovery,
+    endpoint: DataEndpoint,
+    cancel: CancellationToken,
+    membership: JoinHandle<()>,
+}
+
+impl ExpertNetwork {
+    /// Joins, and returns when every expert of `layout` has a connected peer.
+    ///
+    /// # Errors
+    /// See [`JoinError`]; after an error nothing is left running.
+    pub async fn join(identity: &Identity, model: ModelId, layout: ExpertLayout, config: NetworkConfig) -> Result<Self, JoinError> {
+        if config.bootstrap.is_empty() && !config.mdns {
+            return Err(JoinError::NoBootstrap);
+        }
+        let deadline = tokio::time::Instant::now() + config.join_timeout;
+        let discovery = Discovery::start(
+            identity,
+            DiscoveryConfig {
+                network: config.network.clone(),
+                listen: Vec::new(),
+                bootstrap: config.bootstrap.clone(),
+                mdns: config.mdns,
+            },
+        )
+        .await?;
+        let endpoint = bind_any(identity)?;
+        let directory = Arc::new(Directory::new(layout));
+        let membership = Arc::new(Membership {
+            discovery: discovery.clone(),
+            endpoint: endpoint.clone(),
+            directory: directory.clone(),
+            model,
+            network: config.network.clone(),
+            wire: config.wire,
+        });
+        let cancel = CancellationToken::new();
+        let membership = tokio::spawn(membership.run(cancel.clone()));
+        let network = Self { config, model, directory, request_ids: AtomicU64::new(1), discovery, endpoint, cancel, membership };
+        match network.wait_complete(deadline).await {
+            Ok(()) => Ok(network),
+            Err(error) => {
+                network.shutdown().await;
+                Err(error)
+            }
+        }
+    }
+
+    pub(crate) fn next_request_id(&self) -> u64 {
+        self.request_ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The id of the model that is called.
+    #[must_use]
+    pub fn model(&self) -> ModelId {
+        self.model
+    }
+
+    /// Who hosts what, and how fast.
+    #[must_use]
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// Ends the background tasks and closes every connection.
+    pub async fn shutdown(self) {
+        self.cancel.cancel();
+        // It ends by cancellation; a panic in it has been logged by the runtime.
+        let _ = self.membership.await;
+        self.endpoint.close().await;
+        self.discovery.shutdown().await;
+    }
+
+    async fn wait_complete(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
+        let left = || deadline.saturating_duration_since(tokio::time::Instant::now());
+        self.discovery.wait_connected(left()).await.map_err(|error| match error {
+            LookupError::NoBootstrap(_) => JoinError::Unreachable(LookupError::NoBootstrap(self.config.join_timeout)),
+            other => JoinError::Unreachable(other),
+        })?;
+        let mut changes = self.directory.subscribe();
+        // A network that hosts other models only is recognised early, or the wrong folder would look like a slow network.
+        let mut check_models = tokio::time::interval(Duration::from_secs(3));
+        check_models.tick().await;
+        loop {
+            let missing = self.directory.missing();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return Err(JoinError::Incomplete(missing)) },
+                _ = check_models.tick() => if self.directory.peers().is_empty() {
+                    let others = hosted_models(&self.discovery).await;
+                    if !others.is_empty() && !others.contains_key(&self.model) {
+                        return Err(JoinError::OtherModels { ours: self.model, others: others.into_keys().collect() });
+                    }
+                },
+                () = tokio::time::sleep_until(deadline) => {
+                    if self.directory.peers().is_empty() {
+                        let others = hosted_models(&self.discovery).await.into_keys().filter(|model| *model != self.model).collect();
+                        return Err(JoinError::OtherModels { ours: self.model, others });
+                    }
+                    return Err(JoinError::Incomplete(missing));
+                }
+            }
+        }
+    }
+}
+
+/// The data plane's socket of a client: any free port, IPv6 and IPv4 where the system has both.
+///
+/// # Errors
+/// Neither kind of socket can be opened.
+pub fn bind_any(identity: &Identity) -> Result<DataEndpoint, BindError> {
+    DataEndpoint::bind(identity, SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0))
+        .or_else(|_| DataEndpoint::bind(identity, SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)))
+}
+
+/// The models that volunteers of the network host, with the valid adverts of each.
+pub async fn hosted_models(discovery: &Discovery) -> BTreeMap<ModelId, Vec<(hanse_protocol::PeerId, hanse_protocol::Advert)>> {
+    const LONGEST: Duration = Duration::from_secs(8);
+    let mut models: BTreeMap<ModelId, Vec<_>> = BTreeMap::new();
+    let search = async {
+        let Ok(mut volunteers) = discovery.providers(ProviderKey::volunteers()).await else { return };
+        let mut asked = tokio::task::JoinSet::new();
+        while let Some(peer) = volunteers.recv().await {
+            let discovery = discovery.clone();
+            asked.spawn(async move { (peer, discovery.adverts(peer, None).await) });
+        }
+        while let Some(answer) = asked.join_next().await {
+            let Ok((peer, Ok(adverts))) = answer else { continue };
+            for signed in adverts {
+                if let Ok((signer, advert)) = signed.verify(unix_ms())
+                    && signer == peer
+                {
+                    models.entry(advert.model).or_default().push((peer, advert));
+                }
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LONGEST, search).await;
+    models
+}
