@@ -7,7 +7,7 @@ use hanse_protocol::{
 
 use crate::{bytes, decode, encode};
 
-const MODEL: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+pub(crate) const MODEL: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 pub(crate) fn model() -> ModelId {
     MODEL.parse().expect("64 digits")

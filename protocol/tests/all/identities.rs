@@ -76,3 +76,19 @@ fn processes_that_make_one_at_once_end_with_the_same() {
     assert!(made.iter().all(|peer| *peer == made[0]));
     assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
 }
+
+#[test]
+fn a_known_key_has_the_peer_id_and_the_signature_of_the_specification() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("key");
+    load(&path).expect("a new one, with the right mode");
+    let public = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8";
+    fs::write(&path, crate::bytes(&format!("08011240 {} {public}", crate::golden::MODEL))).expect("our own file");
+    let identity = load(&path).expect("a key");
+    assert_eq!(hex::encode(identity.public_key()), public);
+    assert_eq!(identity.peer_id().to_string(), "12D3KooWA4Xop1JaT3MHxwYMkCepYsv4iPVopMXwCz5iHYdBfeSB");
+    assert_eq!(
+        hex::encode(identity.sign("hanse/advert/1", b"hello").to_bytes()),
+        "715fa2f2518a7ac11396fcc081b0c23185feb1d49244bd38fd633f336a88b42604445838df8df072963f234530c38d31cc896da6b90a400629171505e681120c"
+    );
+}

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_protocol::{
-    ALPN, CallError, Combine, ConnectError, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError,
-    FrameLimits, FrameStream, Hello, Identity, PeerId, Refusal, RefusalCode, Welcome, WireDtype, read_frame,
+    ALPN, CallError, Combine, ConnectError, DataConnection, DataEndpoint, EstablishError, ExpertAnswer, ExpertCall,
+    Frame, FrameError, FrameLimits, FrameStream, Hello, Identity, PeerId, Refusal, RefusalCode, Welcome, WireDtype,
+    read_frame,
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use tokio::sync::mpsc;
@@ -295,29 +296,36 @@ async fn a_closed_endpoint_tells_its_peers_and_accepts_nobody() {
     assert!(pair.client.closed().await.contains("the endpoint was closed"));
 }
 
-/// A stranger with libp2p's own TLS configuration and quinn's defaults, dialling one of our endpoints.
-async fn stranger(
-    alpn: &[u8],
-) -> (Result<quinn::Connection, quinn::ConnectionError>, Option<DataConnection>, PeerId, Vec<Box<dyn Send>>) {
+/// A stranger who uses libp2p's own TLS configuration and quinn's defaults, and one of our endpoints that it has dialled.
+struct Stranger {
+    id: PeerId,
+    dialled: Result<quinn::Connection, quinn::ConnectionError>,
+    accepted: Result<DataConnection, EstablishError>,
+    // Kept, since a dropped endpoint stops its connections.
+    _endpoints: (quinn::Endpoint, DataEndpoint),
+}
+
+async fn stranger(change: impl FnOnce(&mut rustls::ClientConfig)) -> Stranger {
     let far_identity = Identity::generate();
     let far = DataEndpoint::bind(&far_identity, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
     let identity = Identity::generate();
     let mut tls =
         libp2p_tls::make_client_config(identity.keypair(), Some(far_identity.peer_id())).expect("a certificate");
-    tls.alpn_protocols = vec![alpn.to_vec()];
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    change(&mut tls);
     let config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).expect("TLS 1.3")));
     let near = quinn::Endpoint::client("127.0.0.1:0".parse().expect("v4")).expect("a free port");
     let dialling = near.connect_with(config, far.local_addr().expect("it is bound"), "l").expect("an address");
-    let accept = async { far.accept().await.expect("open").establish(PATIENCE).await.ok() };
-    let (connection, accepted) = tokio::join!(dialling, accept);
-    (connection, accepted, identity.peer_id(), vec![Box::new(near), Box::new(far)])
+    let accept = async { far.accept().await.expect("open").establish(PATIENCE).await };
+    let (dialled, accepted) = tokio::join!(dialling, accept);
+    Stranger { id: identity.peer_id(), dialled, accepted, _endpoints: (near, far) }
 }
 
 #[tokio::test]
 async fn libp2ps_own_tls_configuration_can_dial_us() {
-    let (connection, accepted, id, _endpoints) = stranger(ALPN).await;
-    assert!(connection.is_ok());
-    assert_eq!(accepted.expect("a handshake").peer_id(), id);
+    let stranger = stranger(|_| ()).await;
+    assert!(stranger.dialled.is_ok());
+    assert_eq!(stranger.accepted.expect("a handshake").peer_id(), stranger.id);
 }
 
 #[tokio::test]
@@ -341,8 +349,46 @@ async fn we_can_dial_libp2ps_own_tls_configuration() {
 
 #[tokio::test]
 async fn another_application_protocol_is_refused() {
-    let (connection, accepted, ..) = stranger(b"libp2p").await;
-    assert!(connection.is_err() && accepted.is_none());
+    let stranger = stranger(|tls| tls.alpn_protocols = vec![b"libp2p".to_vec()]).await;
+    assert!(stranger.dialled.is_err() && stranger.accepted.is_err());
+}
+
+#[derive(Debug)]
+struct NoCertificate;
+
+impl rustls::client::ResolvesClientCert for NoCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<rustls::sign::CertifiedKey>> {
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_prove_who_it_is_is_refused() {
+    let stranger = stranger(|tls| tls.client_auth_cert_resolver = Arc::new(NoCertificate)).await;
+    let error = stranger.accepted.expect_err("nobody in particular");
+    assert!(matches!(error, EstablishError::Handshake { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn an_answer_given_up_half_way_is_not_taken_for_a_whole_one() {
+    let stranger = stranger(|_| ()).await;
+    let (connection, server) = (stranger.dialled.expect("a handshake"), stranger.accepted.expect("a handshake"));
+    let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+    send.write_all(&to_bytes(&numbered(1)).await).await.expect("the stream lives");
+    let mut stream = server.accept_stream().await.expect("a stream");
+    stream.read(&FrameLimits::default()).await.expect("a call");
+    // Larger than any window, and the client does not read: it cannot be written to its end.
+    let (rows, hidden_size) = (2048, 8192);
+    let big = answer_to(ExpertCall { rows, hidden_size, body: vec![0; 32 << 20].into(), ..call() });
+    assert!(tokio::time::timeout(SOON, stream.write(&big)).await.is_err());
+    assert!(matches!(stream.write(&big).await, Err(FrameError::Poisoned)));
+    drop(stream);
+    let error = read_frame(&mut recv, &FrameLimits::default()).await.expect_err("half a frame");
+    assert!(matches!(error, FrameError::Reset), "{error}");
 }
 
 /// Sends raw bytes on a stream of its own and reads the one frame that comes back.
@@ -367,10 +413,10 @@ fn refusal_code(frame: Result<Frame, FrameError>) -> RefusalCode {
 
 #[tokio::test]
 async fn bad_frames_are_refused_and_disturb_no_other_stream() {
-    let (connection, accepted, _, _endpoints) = stranger(ALPN).await;
-    let connection = connection.expect("a handshake");
-    tokio::spawn(echo(accepted.expect("a handshake")));
-    let good = crate_encode(&numbered(5)).await;
+    let stranger = stranger(|_| ()).await;
+    let connection = stranger.dialled.expect("a handshake");
+    tokio::spawn(echo(stranger.accepted.expect("a handshake")));
+    let good = to_bytes(&numbered(5)).await;
     let mut other_version = good.clone();
     other_version[4] = 2;
     let mut oversized = good.clone();
@@ -392,7 +438,7 @@ async fn bad_frames_are_refused_and_disturb_no_other_stream() {
     }
 }
 
-async fn crate_encode(frame: &Frame) -> Vec<u8> {
+async fn to_bytes(frame: &Frame) -> Vec<u8> {
     let mut bytes = Vec::new();
     hanse_protocol::write_frame(&mut bytes, frame).await.expect("a proper frame");
     bytes
