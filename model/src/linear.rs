@@ -1,6 +1,8 @@
 //! Matrices in their stored dtype, and `y = x W^T` with results that do not depend on batch, threads or machine.
 
 pub(crate) mod kernel;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -1,0 +1,136 @@
+//! All instantiations of the kernels give the same bits, and the right values.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use super::kernel::{Shape, multiply, silu_mul};
+use crate::attention::{Query, attend};
+use crate::lanes::{Isa, Stored};
+
+fn value() -> impl Strategy<Value = f32> {
+    prop_oneof![8 => -4.0f32..4.0, 1 => Just(0.0), 1 => -1e4f32..1e4, 1 => -1e-6f32..1e-6]
+}
+
+fn product<W: Stored>(isa: Isa, x: &[f32], w: &[W], rows: usize, inputs: usize, columns: (usize, usize)) -> Vec<f32> {
+    let outputs = w.len() / inputs;
+    let mut y = vec![f32::NAN; rows * outputs];
+    let shape = Shape { rows, inputs, outputs, columns };
+    assert!(x.len() == rows * inputs && columns.1 <= outputs);
+    // SAFETY: lengths are asserted, and `isa` comes from `Isa::available`.
+    unsafe { multiply(isa, x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), shape) };
+    y
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn check<W: Stored>(
+    x: &[f32],
+    w: &[W],
+    wide: impl Fn(W) -> f32,
+    rows: usize,
+    inputs: usize,
+) -> Result<(), TestCaseError> {
+    let outputs = w.len() / inputs;
+    let all = product(Isa::Portable, x, w, rows, inputs, (0, outputs));
+    for isa in Isa::available() {
+        prop_assert_eq!(bits(&product(isa, x, w, rows, inputs, (0, outputs))), bits(&all), "{:?}", isa);
+        for row in 0..rows {
+            let alone = product(isa, &x[row * inputs..(row + 1) * inputs], w, 1, inputs, (0, outputs));
+            prop_assert_eq!(bits(&alone), bits(&all[row * outputs..(row + 1) * outputs]), "{:?} row {}", isa, row);
+        }
+        for column in 0..outputs {
+            let alone = product(isa, x, w, rows, inputs, (column, column + 1));
+            for row in 0..rows {
+                let at = row * outputs + column;
+                prop_assert_eq!(alone[at].to_bits(), all[at].to_bits(), "{:?} column {}", isa, column);
+            }
+        }
+    }
+    for row in 0..rows {
+        for column in 0..outputs {
+            let terms = (0..inputs).map(|i| f64::from(x[row * inputs + i]) * f64::from(wide(w[column * inputs + i])));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let error = (f64::from(all[row * outputs + column]) - sum).abs();
+            // A chain of n roundings, each of half a unit in the last place of at most `size`.
+            prop_assert!(error <= size * (inputs / 16 + 6) as f64 * 6e-8 + 1e-30, "{error} of {size}");
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn instantiations_rows_and_columns_agree_bit_for_bit_and_with_f64(
+        (rows, inputs, outputs) in (1usize..10, 1usize..70, 1usize..12),
+        seed in proptest::collection::vec(value(), 64),
+    ) {
+        let at = |i: usize| seed[(i * 31 + i / 64 * 17) % 64];
+        let x: Vec<f32> = (0..rows * inputs).map(at).collect();
+        let w: Vec<f32> = (0..outputs * inputs).map(|i| at(i * 7 + 3)).collect();
+        check(&x, &w, |v| v, rows, inputs)?;
+        let half: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
+        check(&x, &half, f16::to_f32, rows, inputs)?;
+        let brain: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+        check(&x, &brain, bf16::to_f32, rows, inputs)?;
+    }
+
+    #[test]
+    fn silu_agrees_bit_for_bit_and_with_f64(gate in proptest::collection::vec(-120.0f32..120.0, 1..40)) {
+        let up: Vec<f32> = gate.iter().map(|v| v * 0.5 + 1.0).collect();
+        let run = |isa| {
+            let mut out = gate.clone();
+            // SAFETY: both are of the same length, and `isa` comes from `Isa::available`.
+            unsafe { silu_mul(isa, out.as_mut_ptr(), up.as_ptr(), out.len()) };
+            out
+        };
+        let expected = run(Isa::Portable);
+        for isa in Isa::available() {
+            prop_assert_eq!(bits(&run(isa)), bits(&expected), "{:?}", isa);
+        }
+        for ((gate, up), found) in gate.iter().zip(&up).zip(expected) {
+            let (gate, up) = (f64::from(*gate), f64::from(*up));
+            let exact = gate / (1.0 + (-gate).exp()) * up;
+            prop_assert!((f64::from(found) - exact).abs() <= exact.abs() * 5e-7 + 1e-30, "{gate}: {found} {exact}");
+        }
+    }
+
+    #[test]
+    fn attention_agrees_bit_for_bit_and_with_f64(
+        head_dim in (1usize..50).prop_map(|half| 2 * half),
+        positions in 1usize..40,
+        seed in proptest::collection::vec(-3.0f32..3.0, 64),
+    ) {
+        let at = |i: usize| seed[(i * 29 + i / 64 * 13) % 64];
+        let query: Vec<f32> = (0..head_dim).map(at).collect();
+        let keys: Vec<f32> = (0..positions * head_dim).map(|i| at(i + 5)).collect();
+        let values: Vec<f32> = (0..positions * head_dim).map(|i| at(i + 11)).collect();
+        let scale = (head_dim as f32).powf(-0.5);
+        let run = |isa| {
+            let (mut scores, mut out) = (vec![7.0; 99], vec![f32::NAN; head_dim]);
+            let query = Query { query: &query, keys: &keys, values: &values, scale };
+            // SAFETY: lengths agree by construction, and `isa` comes from `Isa::available`.
+            unsafe { attend(isa, query, &mut scores, &mut out) };
+            out
+        };
+        let expected = run(Isa::Portable);
+        for isa in Isa::available() {
+            prop_assert_eq!(bits(&run(isa)), bits(&expected), "{:?}", isa);
+        }
+        let weights: Vec<f64> = keys
+            .chunks(head_dim)
+            .map(|key| {
+                let score: f64 = key.iter().zip(&query).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                (score * f64::from(scale)).exp()
+            })
+            .collect();
+        let sum: f64 = weights.iter().sum();
+        for (dim, found) in expected.iter().enumerate() {
+            let exact: f64 = weights.iter().enumerate().map(|(p, w)| w / sum * f64::from(values[p * head_dim + dim])).sum();
+            prop_assert!((f64::from(*found) - exact).abs() <= 3e-5, "{found} {exact}");
+        }
+    }
+}
