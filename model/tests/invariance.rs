@@ -149,7 +149,7 @@ fn a_failed_pass_leaves_the_caches_as_they_were() {
     let trunk = Trunk::load(&checkpoint, pool.clone()).unwrap();
     let mut local = LocalExperts::load(&checkpoint, pool.clone()).unwrap();
     let mut cache = trunk.new_cache();
-    let mut run = |tokens: &[u32], cache: &mut _, experts: &mut dyn Experts| {
+    let run = |tokens: &[u32], cache: &mut _, experts: &mut dyn Experts| {
         trunk.forward(&mut [Segment { tokens, cache, logits: LogitsWanted::Last }], experts)
     };
     run(&[1, 2, 3], &mut cache, &mut local).unwrap();

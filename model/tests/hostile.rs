@@ -1,0 +1,439 @@
+//! Folders that are wrong in every way we could think of: each gets its own error that names what is wrong.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Golden, Local, bits, fixture};
+use hanse_model::{Checkpoint, CheckpointError, ConfigError, Expert, LoadError, known_families};
+use proptest::prelude::*;
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+/// A copy of a fixture's model files that a test may spoil.
+fn copy(name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        let file = path.file_name().unwrap().to_string_lossy().into_owned();
+        if file.starts_with("model") || file == "config.json" {
+            std::fs::copy(&path, dir.path().join(file)).unwrap();
+        }
+    }
+    dir
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value = common::json(path);
+    edit(&mut value);
+    std::fs::write(path, value.to_string()).unwrap();
+}
+
+/// The error for a fixture with one key of `config.json` changed; `None` removes it.
+fn with_key(name: &str, key: &str, value: Option<Value>) -> CheckpointError {
+    let dir = copy(name);
+    edit_json(&dir.path().join("config.json"), |config| {
+        let map = config.as_object_mut().unwrap();
+        match value {
+            Some(value) => map.insert(key.into(), value),
+            None => map.remove(key),
+        };
+    });
+    Checkpoint::open(dir.path()).expect_err(key)
+}
+
+fn open_error(dir: &Path) -> CheckpointError {
+    Checkpoint::open(dir).expect_err("the folder is spoilt")
+}
+
+struct RawTensor {
+    name: String,
+    dtype: &'static str,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// All tensors of a folder.
+fn tensors(dir: &Path) -> Vec<RawTensor> {
+    let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        name.starts_with("model") && name.ends_with(".safetensors")
+    });
+    files.sort();
+    let mut found = Vec::new();
+    for file in files {
+        let bytes = std::fs::read(file).unwrap();
+        for (name, tensor) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+            let dtype = match tensor.dtype() {
+                safetensors::Dtype::F32 => "F32",
+                other => panic!("{other:?}"),
+            };
+            found.push(RawTensor { name, dtype, shape: tensor.shape().to_vec(), bytes: tensor.data().to_vec() });
+        }
+    }
+    found
+}
+
+/// A safetensors file; `pad` gives the number of spaces after the header for its length.
+fn file_bytes(tensors: &[RawTensor], pad: impl Fn(usize) -> usize) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    let mut data = Vec::new();
+    for tensor in tensors {
+        let offsets = [data.len(), data.len() + tensor.bytes.len()];
+        let info = json!({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets});
+        header.insert(tensor.name.clone(), info);
+        data.extend_from_slice(&tensor.bytes);
+    }
+    raw_file(Value::from(header).to_string(), &data, pad)
+}
+
+fn raw_file(mut header: String, data: &[u8], pad: impl Fn(usize) -> usize) -> Vec<u8> {
+    header.push_str(&" ".repeat(pad(header.len())));
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    file.extend_from_slice(data);
+    file
+}
+
+fn aligned(len: usize) -> usize {
+    (8 - len % 8) % 8
+}
+
+/// Writes the tensors as a single file, in place of shards.
+fn write_single(dir: &Path, tensors: &[RawTensor], pad: impl Fn(usize) -> usize) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("model") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    std::fs::write(dir.join("model.safetensors"), file_bytes(tensors, pad)).unwrap();
+}
+
+#[test]
+fn sharded_logits_and_digest_equal_unsharded_ones() {
+    let dir = copy("mixtral");
+    let prompt = Golden::open(&fixture("mixtral")).ids("p1.input_ids").unwrap();
+    let mut sharded = Local::open(dir.path());
+    let expected = bits(&sharded.prefill(&prompt));
+    let mut calls = Vec::new();
+    let digest = sharded.checkpoint.digest(&mut |done, total| calls.push((done, total))).unwrap();
+    assert!(
+        calls.windows(2).all(|pair| pair[0].0 < pair[1].0) && calls.last().is_some_and(|(done, total)| done == total)
+    );
+    let sizes = sharded.checkpoint.sizes();
+    let tensors = tensors(dir.path());
+    let bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
+    assert_eq!(sizes.trunk_bytes + sizes.expert_bytes, bytes as u64);
+    assert_eq!(sizes.bytes_per_expert, [3 * 28 * 32 * 4; 3]);
+    // One more byte of header leaves no tensor where its dtype wants it: the values are copied instead of mapped.
+    for misalign in [0, 1] {
+        write_single(dir.path(), &tensors, |len| aligned(len) + misalign);
+        let mut single = Local::open(dir.path());
+        assert_eq!(bits(&single.prefill(&prompt)), expected);
+        assert_eq!(single.checkpoint.digest(&mut |_, _| {}).unwrap(), digest);
+    }
+}
+
+#[test]
+fn the_digest_changes_with_a_weight_a_name_and_the_config() {
+    let dir = copy("mixtral");
+    let digest = |dir: &Path| Checkpoint::open(dir).unwrap().digest(&mut |_, _| {}).unwrap();
+    let original = digest(dir.path());
+    let mut tensors = tensors(dir.path());
+    tensors[5].bytes[0] ^= 1;
+    write_single(dir.path(), &tensors, aligned);
+    let flipped = digest(dir.path());
+    assert_ne!(flipped, original);
+    tensors.push(RawTensor { name: "extra".into(), dtype: "I64", shape: vec![0], bytes: vec![] });
+    write_single(dir.path(), &tensors, aligned);
+    let extra = digest(dir.path());
+    assert_ne!(extra, flipped);
+    edit_json(&dir.path().join("config.json"), |config| config["rope_theta"] = json!(1e5));
+    assert_ne!(digest(dir.path()), extra);
+}
+
+#[test]
+fn an_unknown_family_is_refused_naming_the_known_ones() {
+    let error = with_key("mixtral", "model_type", Some(json!("mamba")));
+    let CheckpointError::Config(ConfigError::UnknownFamily { found, known }) = &error else { panic!("{error}") };
+    assert_eq!((found.as_str(), known), ("mamba", &known_families()));
+    for family in ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"] {
+        assert!(error.to_string().contains(family));
+    }
+}
+
+#[test]
+fn a_missing_key_is_named() {
+    let cases = [
+        ("mixtral", "model_type"),
+        ("mixtral", "hidden_size"),
+        ("mixtral", "vocab_size"),
+        ("mixtral", "num_hidden_layers"),
+        ("mixtral", "num_attention_heads"),
+        ("olmoe", "intermediate_size"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+        ("qwen2_moe", "moe_intermediate_size"),
+        ("qwen3_moe", "intermediate_size"),
+        ("granitemoe", "hidden_size"),
+    ];
+    for (family, key) in cases {
+        let error = with_key(family, key, None);
+        assert!(
+            matches!(&error, CheckpointError::Config(ConfigError::Missing { key: found }) if found == key),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_nonsense_value_is_refused_naming_key_and_value() {
+    let cases = [
+        ("mixtral", "num_attention_heads", json!(0)),
+        ("mixtral", "num_attention_heads", json!(3)),
+        ("mixtral", "num_attention_heads", json!("four")),
+        ("mixtral", "num_key_value_heads", json!(3)),
+        ("mixtral", "num_key_value_heads", json!(0)),
+        ("mixtral", "head_dim", json!(7)),
+        ("mixtral", "hidden_size", json!(-32)),
+        ("mixtral", "hidden_size", json!(1e12)),
+        ("mixtral", "hidden_size", json!(32.5)),
+        ("mixtral", "hidden_size", json!(1u64 << 63)),
+        ("mixtral", "num_hidden_layers", json!(1_000_000_000_000u64)),
+        ("mixtral", "vocab_size", json!(1_000_000_000_000u64)),
+        ("mixtral", "num_local_experts", json!(0)),
+        ("mixtral", "num_experts_per_tok", json!(9)),
+        ("mixtral", "num_experts_per_tok", json!(0)),
+        ("mixtral", "intermediate_size", json!(u64::MAX)),
+        ("mixtral", "max_position_embeddings", json!(0)),
+        ("mixtral", "rms_norm_eps", json!(-1e-5)),
+        ("mixtral", "rms_norm_eps", json!("NaN")),
+        ("mixtral", "rms_norm_eps", json!(1e300)),
+        ("mixtral", "rope_theta", json!(-1.0)),
+        ("mixtral", "rope_theta", json!(0)),
+        ("mixtral", "sliding_window", json!(0)),
+        ("mixtral", "hidden_act", json!("gelu")),
+        ("mixtral", "tie_word_embeddings", json!("yes")),
+        ("olmoe", "clip_qkv", json!(-1)),
+        ("olmoe", "num_experts", json!(5000)),
+        ("olmoe", "norm_topk_prob", json!(1)),
+        ("qwen2_moe", "decoder_sparse_step", json!(0)),
+        ("qwen2_moe", "mlp_only_layers", json!([-1])),
+        ("qwen2_moe", "mlp_only_layers", json!(1)),
+        ("qwen2_moe", "layer_types", json!(["full_attention"])),
+        ("qwen2_moe", "layer_types", json!(["full_attention", "linear_attention", "full_attention"])),
+        ("qwen2_moe", "layer_types", json!(["full_attention", "sliding_attention", "full_attention"])),
+        ("qwen3_moe", "moe_intermediate_size", json!([])),
+        ("granitemoe", "logits_scaling", json!(0)),
+        ("granitemoe", "attention_multiplier", json!("0.2")),
+        ("granitemoe", "position_embedding_type", json!("nope")),
+        ("granitemoe", "rope_parameters", json!(5)),
+    ];
+    for (family, key, value) in cases {
+        let error = with_key(family, key, Some(value.clone()));
+        let CheckpointError::Config(ConfigError::Invalid { key: named, .. }) = &error else { panic!("{key}: {error}") };
+        // Heads that do not fit are the hidden size's fault as much as their own.
+        assert!(named == key || (key == "num_attention_heads" && named == "hidden_size"), "{key} = {value}: {error}");
+        let shown = value.to_string();
+        assert!(error.to_string().contains(&shown) || named != key, "{key} = {shown}: {error}");
+    }
+}
+
+#[test]
+fn python_writes_nan_and_infinity_and_the_error_names_their_key() {
+    let dir = copy("mixtral");
+    let path = dir.path().join("config.json");
+    let original = std::fs::read_to_string(&path).unwrap();
+    for word in ["NaN", "Infinity", "-Infinity"] {
+        std::fs::write(&path, original.replace("1e-05", word)).unwrap();
+        let error = open_error(dir.path()).to_string();
+        assert!(error.contains("`rms_norm_eps`") && error.contains(word), "{error}");
+    }
+    std::fs::write(&path, original.replace("\"MixtralForCausalLM\"", "\"NaN \\\" Infinity\", NaN")).unwrap();
+    Checkpoint::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_nonsense_rope_is_refused_by_name() {
+    let full = json!({"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4});
+    let cases = [
+        (json!({"type": "longrope", "factor": 2}), "`rope_scaling.type`"),
+        (json!({"rope_type": 7}), "`rope_scaling.rope_type`"),
+        (json!({"type": "linear"}), "`rope_scaling.factor`"),
+        (json!({"type": "linear", "factor": 0}), "`rope_scaling.factor`"),
+        (json!({"type": "yarn"}), "`rope_scaling.factor`"),
+        (json!({"type": "yarn", "factor": 2, "beta_fast": -1}), "`rope_scaling.beta_fast`"),
+        (json!({"type": "linear", "factor": 2, "partial_rotary_factor": 0.5}), "`rope_scaling.partial_rotary_factor`"),
+        (json!({"type": "llama3", "factor": 8}), "`rope_scaling.low_freq_factor`"),
+        (json!({"full_attention": {"rope_type": "default"}}), "`rope_scaling.full_attention`"),
+        (json!([]), "`rope_scaling`"),
+    ];
+    for (rope, named) in cases {
+        let error = with_key("mixtral", "rope_scaling", Some(rope)).to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    let dir = copy("mixtral");
+    edit_json(&dir.path().join("config.json"), |config| config["rope_scaling"] = full);
+    Checkpoint::open(dir.path()).unwrap();
+}
+
+#[test]
+fn files_that_are_absent_or_no_json_are_named() {
+    let empty = tempfile::tempdir().unwrap();
+    let error = open_error(empty.path());
+    assert!(matches!(&error, CheckpointError::Read { path, .. } if path.ends_with("config.json")), "{error}");
+    std::fs::write(empty.path().join("config.json"), "[1").unwrap();
+    assert!(matches!(open_error(empty.path()), CheckpointError::Config(ConfigError::NotJson(_))));
+    std::fs::write(empty.path().join("config.json"), [0xff, 0xfe]).unwrap();
+    assert!(matches!(open_error(empty.path()), CheckpointError::NotText { .. }));
+    std::fs::write(empty.path().join("config.json"), vec![b' '; (16 << 20) + 1]).unwrap();
+    assert!(matches!(open_error(empty.path()), CheckpointError::TooLarge { .. }));
+    std::fs::copy(fixture("olmoe").join("config.json"), empty.path().join("config.json")).unwrap();
+    assert!(matches!(open_error(empty.path()), CheckpointError::NoWeights { .. }));
+}
+
+#[test]
+fn a_truncated_or_prolonged_file_is_refused_with_the_bytes_it_should_have() {
+    let dir = copy("olmoe");
+    let path = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    for len in [bytes.len() - 1, bytes.len() / 2, 100, 8] {
+        std::fs::write(&path, &bytes[..len]).unwrap();
+        let error = open_error(dir.path());
+        let CheckpointError::Truncated { path: named, expected, found } = &error else { panic!("{len}: {error}") };
+        assert!(named == &path && *found == len as u64 && *expected > *found, "{error}");
+        assert!(len < bytes.len() / 2 || *expected == bytes.len() as u64);
+    }
+    for len in [0, 7] {
+        std::fs::write(&path, &bytes[..len]).unwrap();
+        assert!(matches!(open_error(dir.path()), CheckpointError::Truncated { expected: 8, .. }));
+    }
+    std::fs::write(&path, [bytes.as_slice(), &[0; 5]].concat()).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::TrailingBytes { extra: 5, .. }));
+    std::fs::write(&path, [&u64::MAX.to_le_bytes(), bytes.as_slice()].concat()).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
+    std::fs::write(&path, raw_file("{".into(), &[], aligned)).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
+}
+
+#[test]
+fn overlapping_and_repeated_tensors_are_named() {
+    let dir = copy("olmoe");
+    let path = dir.path().join("model.safetensors");
+    let info = |start: u64, end: u64| json!({"dtype": "F32", "shape": [1], "data_offsets": [start, end]}).to_string();
+    let write = |header: String| std::fs::write(&path, raw_file(header, &[0; 8], aligned)).unwrap();
+    for (start, end) in [(0, 4), (2, 6), (u64::MAX - 3, u64::MAX), (6, 10)] {
+        write(format!(r#"{{"a": {}, "b": {}}}"#, info(0, 4), info(start, end)));
+        let error = open_error(dir.path());
+        assert!(matches!(error, CheckpointError::Overlapping { .. }), "{start}: {error}");
+    }
+    write(format!(r#"{{"a": {}, "b": {}, "a": {}}}"#, info(0, 4), info(4, 8), info(0, 4)));
+    let error = open_error(dir.path());
+    assert!(
+        matches!(&error, CheckpointError::Duplicate { tensor, .. } if tensor == "a")
+            || matches!(&error, CheckpointError::Header { .. }),
+        "{error}"
+    );
+    let huge = json!({"a": {"dtype": "F32", "shape": [u64::MAX, 16], "data_offsets": [0, 8]}});
+    write(huge.to_string());
+    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
+}
+
+#[test]
+fn a_shard_that_is_absent_lacks_a_tensor_or_repeats_one_is_named() {
+    let dir = copy("mixtral");
+    let index = dir.path().join("model.safetensors.index.json");
+    let shard = |n: usize| dir.path().join(format!("model-0000{n}-of-00003.safetensors"));
+    let bytes = std::fs::read(shard(2)).unwrap();
+    std::fs::remove_file(shard(2)).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::MissingFile { path, .. } if path == shard(2)));
+    std::fs::copy(shard(1), shard(2)).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::Duplicate { second, .. } if second == shard(2)));
+    std::fs::write(shard(2), &bytes).unwrap();
+    edit_json(&index, |index| {
+        index["weight_map"]["model.layers.9.nothing"] = json!("model-00001-of-00003.safetensors");
+    });
+    let error = open_error(dir.path());
+    assert!(
+        matches!(&error, CheckpointError::NotInShard { tensor, .. } if tensor == "model.layers.9.nothing"),
+        "{error}"
+    );
+    for name in ["../model-00001-of-00003.safetensors", "/etc/passwd", "", "..", "a\\b"] {
+        edit_json(&index, |index| index["weight_map"]["model.layers.9.nothing"] = json!(name));
+        assert!(matches!(open_error(dir.path()), CheckpointError::Index { .. }), "{name}");
+    }
+    for text in ["{", "{}", r#"{"weight_map": {}}"#, r#"{"weight_map": {"a": 3}}"#] {
+        std::fs::write(&index, text).unwrap();
+        assert!(matches!(open_error(dir.path()), CheckpointError::Index { .. }), "{text}");
+    }
+}
+
+#[test]
+fn a_missing_misshapen_or_strangely_typed_tensor_is_named() {
+    let dir = copy("mixtral");
+    let original = tensors(dir.path());
+    let name = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
+    let spoil = |spoil: &dyn Fn(&mut RawTensor)| {
+        let mut tensors = tensors(&fixture("mixtral"));
+        tensors.iter_mut().filter(|tensor| tensor.name == name).for_each(spoil);
+        write_single(dir.path(), &tensors, aligned);
+        open_error(dir.path())
+    };
+    let error = spoil(&|tensor| tensor.name = "something.else".into());
+    assert!(matches!(&error, CheckpointError::MissingTensor { tensor } if tensor == name), "{error}");
+    let error = spoil(&|tensor| tensor.shape.reverse());
+    let CheckpointError::Shape { tensor, expected, found } = &error else { panic!("{error}") };
+    assert_eq!((tensor.as_str(), expected.as_slice(), found.as_slice()), (name, &[32, 28][..], &[28, 32][..]));
+    let error = spoil(&|tensor| tensor.dtype = "I32");
+    assert!(matches!(&error, CheckpointError::Dtype { tensor, found } if tensor == name && found == "I32"), "{error}");
+    assert!(original.len() > 50);
+    let error = with_key("granitemoe", "num_local_experts", Some(json!(9)));
+    assert!(matches!(error, CheckpointError::Shape { .. }), "{error}");
+    let error = with_key("granitemoe", "tie_word_embeddings", Some(json!(false)));
+    assert!(matches!(&error, CheckpointError::MissingTensor { tensor } if tensor == "lm_head.weight"), "{error}");
+}
+
+#[test]
+fn an_expert_that_the_model_does_not_have_is_refused() {
+    let checkpoint = Checkpoint::open(&fixture("qwen3_moe")).unwrap();
+    for (layer, expert) in [(0, 8), (1, 0), (4, 0), (usize::MAX, usize::MAX)] {
+        let error = Expert::load(&checkpoint, layer, expert).unwrap_err();
+        assert!(matches!(error, LoadError::NoSuchExpert { layer: l, expert: e } if (l, e) == (layer, expert)));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn spoilt_bytes_in_a_header_or_config_never_panic(at in 0usize..4000, byte in any::<u8>(), config in any::<bool>()) {
+        let dir = copy("granitemoe");
+        let path = dir.path().join(if config { "config.json" } else { "model.safetensors" });
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        std::fs::write(&path, bytes).unwrap();
+        if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
+            checkpoint.sizes();
+        }
+    }
+
+    #[test]
+    fn any_number_in_any_key_never_panics(key in 0usize..40, value in prop_oneof![
+        any::<i64>().prop_map(|v| json!(v)), any::<f64>().prop_map(|v| json!(v)), (0u64..70).prop_map(|v| json!(v)),
+        Just(json!(null)), Just(json!({"type": "yarn", "factor": 1e-300})), Just(json!([1, 2])), Just(json!("x")),
+    ]) {
+        let dir = copy("qwen2_moe");
+        edit_json(&dir.path().join("config.json"), |config| {
+            let map = config.as_object_mut().unwrap();
+            let name = map.keys().nth(key % map.len()).unwrap().clone();
+            map.insert(name, value);
+        });
+        if Checkpoint::open(dir.path()).is_ok() {
+            let mut model = Local::open(dir.path());
+            let max = model.trunk.spec().max_positions;
+            model.prefill(&[1, 2, 3][..max.min(3)]);
+        }
+    }
+}
