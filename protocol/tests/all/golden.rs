@@ -127,3 +127,30 @@ fn every_refusal_code_has_its_number() {
         assert!(matches!(decode(&bytes), Ok(Frame::Refusal(refusal)) if refusal.code == code));
     }
 }
+
+/// The examples of the specification that begin with these hex digits: what stands left of three spaces, without the remarks.
+pub(crate) fn examples(begin: &str) -> Vec<Vec<u8>> {
+    include_str!("../../../docs/protocol.md")
+        .split("```")
+        .skip(1)
+        .step_by(2)
+        .filter(|block| block.trim_start().starts_with(begin))
+        .map(|block| {
+            let hex_digits = block.lines().filter_map(|line| line.trim_start().split("   ").next());
+            bytes(&hex_digits.collect::<Vec<_>>().join(" "))
+        })
+        .collect()
+}
+
+#[test]
+fn the_examples_of_the_specification_are_frames() {
+    let examples = examples("484e5345");
+    assert_eq!(examples.len(), 5, "one for each kind");
+    for example in examples {
+        let frame = decode(&example).expect("a proper frame");
+        assert_eq!(encode(&frame).expect("a proper frame"), example);
+        if let Frame::Call(found) = frame {
+            assert_eq!(found, call());
+        }
+    }
+}

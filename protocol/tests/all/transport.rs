@@ -153,6 +153,22 @@ async fn an_address_where_nobody_answers_times_out() {
 }
 
 #[tokio::test]
+async fn a_busy_server_that_validates_addresses_still_lets_everyone_in() {
+    let identity = Identity::generate();
+    let far = DataEndpoint::bind(&identity, "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let near = DataEndpoint::bind(&Identity::generate(), "127.0.0.1:0".parse().expect("v4")).expect("a free port");
+    let address = far.local_addr().expect("it is bound");
+    // From 64 connections on a server asks for a second flight before it begins a handshake.
+    let mut connections = Vec::new();
+    for _ in 0..70 {
+        let accept = async { far.accept().await.expect("open").establish(PATIENCE).await.expect("a handshake") };
+        let (dialled, accepted) = tokio::join!(near.connect(identity.peer_id(), address, PATIENCE), accept);
+        connections.push((dialled.expect("a handshake"), accepted));
+    }
+    assert!(connections.iter().all(|(dialled, accepted)| !dialled.is_closed() && !accepted.is_closed()));
+}
+
+#[tokio::test]
 async fn an_address_in_use_is_an_error() {
     let taken = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
     let error = DataEndpoint::bind(&Identity::generate(), taken.local_addr().expect("it is bound"));
