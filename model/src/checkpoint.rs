@@ -125,6 +125,20 @@ impl Checkpoint {
     }
 }
 
+/// Names and shapes of the tensors that a checkpoint with this `config.json` must hold, for programs that write
+/// checkpoints. Where hubs hold several forms of a family, it is the classic one.
+///
+/// # Errors
+/// What is wrong with the text, as [`Checkpoint::open`] would say.
+pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, ConfigError> {
+    let map = config::parse(config_text)?;
+    let config = config::Config::new(&map);
+    let family = families::find(&config)?;
+    let spec = (family.spec)(&config)?;
+    let tensors = TensorFiles::none();
+    Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors }.shapes())
+}
+
 /// Reads a text file of at most `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, CheckpointError> {
     let failed = |source| CheckpointError::Read { path: path.to_owned(), source };

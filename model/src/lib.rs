@@ -26,7 +26,7 @@ mod trunk;
 
 pub use cache::KvCache;
 pub use chat_template::{ChatMessage, ChatTemplate, ChatTemplateError};
-pub use checkpoint::{Checkpoint, CheckpointError, ConfigError, LoadError, Sizes};
+pub use checkpoint::{Checkpoint, CheckpointError, ConfigError, LoadError, Sizes, tensor_shapes};
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;

@@ -216,12 +216,10 @@ impl Inner {
         tensors
     }
 
-    /// Checks that every tensor of the model is there with the right shape and a supported dtype.
-    pub(super) fn check(&self) -> Result<(), CheckpointError> {
-        for (name, shape) in self.trunk_tensors() {
-            self.tensors.expect(&name, &shape)?;
-        }
+    /// Names and shapes of the tensors that hold the routed experts.
+    fn expert_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.spec.hidden_size;
+        let mut tensors = Vec::new();
         for (layer, moe) in self.spec.moe_layers() {
             let width = moe.intermediate_size;
             match self.expert_tensors(layer) {
@@ -230,15 +228,30 @@ impl Inner {
                         for (name, shape) in
                             [(gate_proj, [width, hidden]), (up_proj, [width, hidden]), (down_proj, [hidden, width])]
                         {
-                            self.tensors.expect(&format!("{prefix}.{expert}.{name}.weight"), &shape)?;
+                            tensors.push((format!("{prefix}.{expert}.{name}.weight"), shape.to_vec()));
                         }
                     }
                 }
                 ExpertTensors::Fused { gate_up_proj, down_proj } => {
-                    self.tensors.expect(&gate_up_proj, &[moe.experts, 2 * width, hidden])?;
-                    self.tensors.expect(&down_proj, &[moe.experts, hidden, width])?;
+                    tensors.push((gate_up_proj, vec![moe.experts, 2 * width, hidden]));
+                    tensors.push((down_proj, vec![moe.experts, hidden, width]));
                 }
             }
+        }
+        tensors
+    }
+
+    /// Names and shapes of every tensor of the model: the trunk's, then the routed experts'.
+    pub(super) fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = self.trunk_tensors();
+        tensors.extend(self.expert_shapes());
+        tensors
+    }
+
+    /// Checks that every tensor of the model is there with the right shape and a supported dtype.
+    pub(super) fn check(&self) -> Result<(), CheckpointError> {
+        for (name, shape) in self.shapes() {
+            self.tensors.expect(&name, &shape)?;
         }
         Ok(())
     }

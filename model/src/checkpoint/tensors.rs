@@ -52,8 +52,13 @@ impl Tensor {
 }
 
 impl TensorFiles {
+    /// No files: every tensor goes by the first of its names.
+    pub(super) fn none() -> Self {
+        Self { files: Vec::new(), tensors: BTreeMap::new() }
+    }
+
     pub(super) fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let mut this = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        let mut this = Self::none();
         if dir.join(SINGLE).exists() {
             this.add(dir.join(SINGLE))?;
             return Ok(this);
