@@ -1,6 +1,8 @@
 //! Attention of one query row and head over the cache. Keys go in ascending order and nothing is shared between rows,
 //! so that prefill at once, in chunks, or token by token gives the same bits.
 
+#![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
+
 use crate::lanes::{LANES, Lanes, exp, instantiate, padded};
 
 /// One head of one row.

@@ -2,6 +2,8 @@
 //! order, the end of a row padded with zeros, then one fixed tree of additions. Tiles only decide how many outputs
 //! are computed side by side.
 
+#![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
+
 use crate::lanes::{LANES, Lanes, Stored, instantiate, padded};
 
 /// What to compute: `y[row][column]` for all rows and a range of columns.
