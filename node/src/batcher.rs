@@ -99,7 +99,11 @@ impl std::fmt::Debug for Batcher {
 
 impl Batcher {
     /// Starts the computing thread. At most `max_pairs` (row, expert) pairs wait at a time.
-    pub(crate) fn start(store: Arc<ExpertStore>, pool: Arc<rayon::ThreadPool>, max_pairs: usize) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        store: Arc<ExpertStore>,
+        pool: Arc<rayon::ThreadPool>,
+        max_pairs: usize,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { queue: Mutex::default(), arrived: Condvar::new(), store, max_pairs });
         let worker = shared.clone();
         let thread = std::thread::Builder::new().name("experts".into()).spawn(move || compute_loop(&worker, &pool))?;
@@ -215,9 +219,11 @@ fn compute(batch: Vec<Queued>, store: &ExpertStore, pool: &rayon::ThreadPool) {
     let mut joined: BTreeMap<(u32, u32), Joined> = BTreeMap::new();
     for (request, queued) in batch.iter().enumerate() {
         for (index, assigned) in queued.work.assignments.iter().enumerate() {
-            let rows = joined
-                .entry((queued.work.layer, assigned.expert))
-                .or_insert_with(|| Joined { parts: Vec::new(), input: Vec::new(), output: Vec::new() });
+            let rows = joined.entry((queued.work.layer, assigned.expert)).or_insert_with(|| Joined {
+                parts: Vec::new(),
+                input: Vec::new(),
+                output: Vec::new(),
+            });
             rows.parts.push((request, index));
             for &row in &assigned.rows {
                 let start = row as usize * width;
@@ -235,7 +241,8 @@ fn compute(batch: Vec<Queued>, store: &ExpertStore, pool: &rayon::ThreadPool) {
     run_experts(&mut jobs, pool);
     drop(jobs);
 
-    let mut parts: Vec<Vec<&[f32]>> = batch.iter().map(|queued| vec![[].as_slice(); queued.work.assignments.len()]).collect();
+    let mut parts: Vec<Vec<&[f32]>> =
+        batch.iter().map(|queued| vec![[].as_slice(); queued.work.assignments.len()]).collect();
     for rows in joined.values() {
         let mut rest = rows.output.as_slice();
         for &(request, index) in &rows.parts {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hanse_protocol::{
-    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello, ModelId, PendingConnection,
-    Refusal, RefusalCode, Welcome, WireDtype,
+    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello,
+    ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
 };
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -165,7 +165,10 @@ impl Server {
             return Err((RefusalCode::Malformed, text));
         }
         if let Some(missing) = call.assignments.iter().find(|a| self.store.expert(call.layer, a.expert).is_none()) {
-            return Err((RefusalCode::NotHosted, format!("expert {} of layer {} is not here", missing.expert, call.layer)));
+            return Err((
+                RefusalCode::NotHosted,
+                format!("expert {} of layer {} is not here", missing.expert, call.layer),
+            ));
         }
         if call.deadline_ms == 0 {
             return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));

@@ -17,7 +17,11 @@ impl ExpertStore {
     ///
     /// # Errors
     /// The first tensor that is missing or has a wrong shape.
-    pub fn load(checkpoint: &Checkpoint, wanted: &[(u32, u32)], mut progress: impl FnMut(usize)) -> Result<Self, LoadError> {
+    pub fn load(
+        checkpoint: &Checkpoint,
+        wanted: &[(u32, u32)],
+        mut progress: impl FnMut(usize),
+    ) -> Result<Self, LoadError> {
         let mut experts = BTreeMap::new();
         for (done, &(layer, expert)) in wanted.iter().enumerate() {
             experts.insert((layer, expert), Expert::load(checkpoint, layer as usize, expert as usize)?);

@@ -10,8 +10,8 @@ use hanse_model::{Checkpoint, LoadError, compute_pool};
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError};
 use hanse_protocol::{
-    Advert, AdvertError, BindError, DataEndpoint, HostedError, HostedExperts, Identity, MAX_DATA_ADDRESSES, ModelId, Multiaddr, PeerId,
-    SignedAdvert, WireDtype,
+    Advert, AdvertError, BindError, DataEndpoint, HostedError, HostedExperts, Identity, MAX_DATA_ADDRESSES, ModelId,
+    Multiaddr, PeerId, SignedAdvert, WireDtype,
 };
 use hanse_router::client::layout_of;
 use hanse_router::network::hosted_models;
@@ -70,7 +70,9 @@ impl Default for VolunteerConfig {
     /// All experts, on free loopback ports, alone.
     fn default() -> Self {
         let loopback = Multiaddr::from(Ipv4Addr::LOCALHOST);
-        let quic = loopback.with(hanse_protocol::multiaddr::Protocol::Udp(0)).with(hanse_protocol::multiaddr::Protocol::QuicV1);
+        let quic = loopback
+            .with(hanse_protocol::multiaddr::Protocol::Udp(0))
+            .with(hanse_protocol::multiaddr::Protocol::QuicV1);
         Self {
             network: DEFAULT_NETWORK.to_owned(),
             listen: vec![quic],
@@ -183,10 +185,11 @@ impl Volunteer {
         });
         let (store, pool) = loaded.await.map_err(|e| VolunteerError::Compute(e.to_string()))??;
 
-        let endpoint = DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
+        let endpoint =
+            DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| VolunteerError::Compute(e.to_string()))?;
-        let batcher =
-            Batcher::start(store.clone(), pool, MAX_QUEUED_PAIRS).map_err(|e| VolunteerError::Compute(e.to_string()))?;
+        let batcher = Batcher::start(store.clone(), pool, MAX_QUEUED_PAIRS)
+            .map_err(|e| VolunteerError::Compute(e.to_string()))?;
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
@@ -200,6 +203,7 @@ impl Volunteer {
             discovery: discovery.clone(),
             server: server.clone(),
             hosted: store.hosted()?,
+            layers: layout_of(checkpoint.spec()).layers,
             bound,
         });
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
@@ -255,8 +259,8 @@ impl Volunteer {
         self.server.counters.counts()
     }
 
-    /// Leaves in good order: says that it drains, lets calls in progress end, closes.
-    pub async fn shutdown(self) {
+    /// Leaves in good order: says that it drains, lets calls in progress end, closes. Returns what it did in all.
+    pub async fn shutdown(self) -> Counts {
         self.server.draining.store(true, Ordering::Relaxed);
         self.announcing.cancel();
         if self.announcer.announce().await.is_ok() {
@@ -269,11 +273,17 @@ impl Volunteer {
         }
         self.endpoint.close().await;
         self.discovery.shutdown().await;
+        self.server.counters.counts()
     }
 }
 
 /// The experts to load.
-async fn choose(checkpoint: &Checkpoint, model: ModelId, config: &VolunteerConfig, discovery: &Discovery) -> Result<Vec<(u32, u32)>, VolunteerError> {
+async fn choose(
+    checkpoint: &Checkpoint,
+    model: ModelId,
+    config: &VolunteerConfig,
+    discovery: &Discovery,
+) -> Result<Vec<(u32, u32)>, VolunteerError> {
     let layout = layout_of(checkpoint.spec());
     let budget_bytes = match &config.hosting {
         Hosting::Experts(spec) => return Ok(spec.resolve(&layout, checkpoint.spec().layers.len() as u32)?),
@@ -290,9 +300,15 @@ async fn choose(checkpoint: &Checkpoint, model: ModelId, config: &VolunteerConfi
     }
     let own = discovery.peer_id();
     let others = adverts.remove(&model).unwrap_or_default();
-    let hosted: Vec<&HostedExperts> = others.iter().filter(|(peer, _)| *peer != own).map(|(_, advert)| &advert.hosted).collect();
+    let hosted: Vec<&HostedExperts> =
+        others.iter().filter(|(peer, _)| *peer != own).map(|(_, advert)| &advert.hosted).collect();
     let bytes_per_expert = checkpoint.sizes().bytes_per_expert;
-    let sizes: BTreeMap<u32, u64> = layout.layers.keys().copied().zip(checkpoint.spec().moe_layers().map(|(layer, _)| bytes_per_expert[layer])).collect();
+    let sizes: BTreeMap<u32, u64> = layout
+        .layers
+        .keys()
+        .copied()
+        .zip(checkpoint.spec().moe_layers().map(|(layer, _)| bytes_per_expert[layer]))
+        .collect();
     let seed = own.to_bytes().iter().fold(0u64, |seed, &byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
     let chosen = placement::choose(&layout, &hosted, &sizes, budget_bytes, seed);
     if chosen.is_empty() {
@@ -324,6 +340,7 @@ struct Announcer {
     discovery: Discovery,
     server: Arc<Server>,
     hosted: HostedExperts,
+    layers: BTreeMap<u32, u32>,
     bound: SocketAddr,
 }
 
@@ -362,6 +379,7 @@ impl Announcer {
         let advert = Advert {
             model: self.server.model,
             hosted: self.hosted.clone(),
+            layers: self.layers.clone(),
             wire_dtypes: WireDtype::ALL.to_vec(),
             data_addresses: self.data_addresses(),
             capacity_rows: u32::try_from(batcher.max_pairs()).unwrap_or(u32::MAX),

@@ -3,6 +3,7 @@
 mod encoding;
 mod hosted;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub struct Advert {
     pub model: ModelId,
     /// Which experts of which layers.
     pub hosted: HostedExperts,
+    /// How many experts each MoE layer of the model has, hosted or not: coverage can be told without the model's files.
+    /// Every hosted expert is one of them.
+    pub layers: BTreeMap<u32, u32>,
     /// Formats it understands, best first; one to three, distinct.
     pub wire_dtypes: Vec<WireDtype>,
     /// Where its data plane listens (UDP); at most [`MAX_DATA_ADDRESSES`], none of them unspecified or with port 0.
@@ -90,6 +94,14 @@ pub enum AdvertError {
     /// Layers, experts or their encoding.
     #[error(transparent)]
     Hosted(#[from] HostedError),
+    /// It hosts an expert that its model does not have.
+    #[error("the advert hosts expert {expert} of layer {layer}, which its model does not have")]
+    NotInModel {
+        /// The layer.
+        layer: u32,
+        /// The expert.
+        expert: u32,
+    },
     /// A field with a value that means nothing.
     #[error("the advert's {0} is out of range")]
     OutOfRange(&'static str),
@@ -165,6 +177,14 @@ impl Advert {
         let dtypes = &self.wire_dtypes;
         if dtypes.is_empty() || WireDtype::ALL.iter().any(|known| dtypes.iter().filter(|d| *d == known).count() > 1) {
             return Err(AdvertError::OutOfRange("list of wire dtypes"));
+        }
+        let beyond = |(layer, experts): (&u32, &u32)| *layer >= MAX_LAYERS || !(1..=MAX_EXPERTS).contains(experts);
+        if self.layers.iter().any(beyond) {
+            return Err(AdvertError::OutOfRange("list of the model's layers"));
+        }
+        let known = |(layer, expert): (u32, u32)| self.layers.get(&layer).is_some_and(|experts| expert < *experts);
+        if let Some((layer, expert)) = self.hosted.iter().find(|hosted| !known(*hosted)) {
+            return Err(AdvertError::NotInModel { layer, expert });
         }
         if self.load_permille > 1000 {
             return Err(AdvertError::OutOfRange("load"));

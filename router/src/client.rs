@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hanse_model::{
-    Checkpoint, CheckpointError, Experts, GenerationDefaults, GenerationDefaultsError, LoadError, LocalExperts, ModelSpec, Tokenizer,
-    TokenizerError, Trunk, compute_pool, log_softmax_at,
+    Checkpoint, CheckpointError, Experts, GenerationDefaults, GenerationDefaultsError, LoadError, LocalExperts,
+    ModelSpec, Tokenizer, TokenizerError, Trunk, compute_pool, log_softmax_at,
 };
 use hanse_protocol::{Identity, ModelId};
 use rayon::ThreadPool;
@@ -118,7 +118,12 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::local`], and see [`JoinError`].
-    pub async fn connect(config: &ModelConfig, model: ModelId, identity: &Identity, network: NetworkConfig) -> Result<Self, ClientError> {
+    pub async fn connect(
+        config: &ModelConfig,
+        model: ModelId,
+        identity: &Identity,
+        network: NetworkConfig,
+    ) -> Result<Self, ClientError> {
         let checkpoint = Checkpoint::open(&config.dir)?;
         let layout = layout_of(checkpoint.spec());
         let network = Arc::new(ExpertNetwork::join(identity, model, layout, network).await?);
@@ -128,7 +133,12 @@ impl Client {
         assembled.map_err(|e| ClientError::Task(e.to_string()))?
     }
 
-    fn assemble(config: &ModelConfig, checkpoint: &Checkpoint, pool: Arc<ThreadPool>, place: Place) -> Result<Self, ClientError> {
+    fn assemble(
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        pool: Arc<ThreadPool>,
+        place: Place,
+    ) -> Result<Self, ClientError> {
         let trunk = Trunk::load(checkpoint, pool)?;
         // A checkpoint without a tokenizer is usable with token ids.
         let tokenizer = has_tokenizer(&config.dir).then(|| Tokenizer::load(&config.dir)).transpose()?;
@@ -183,12 +193,19 @@ impl Client {
     ///
     /// # Errors
     /// See [`GenerateError`].
-    pub async fn score(&self, tokens: Vec<u32>, keep_logits: bool, progress: impl Fn(usize) + Send + 'static) -> Result<Score, GenerateError> {
+    pub async fn score(
+        &self,
+        tokens: Vec<u32>,
+        keep_logits: bool,
+        progress: impl Fn(usize) + Send + 'static,
+    ) -> Result<Score, GenerateError> {
         let cancel = CancellationToken::new();
         let guard = cancel.clone().drop_guard();
         let client = self.clone();
         let runtime = tokio::runtime::Handle::current();
-        let scored = tokio::task::spawn_blocking(move || client.score_here(&tokens, keep_logits, &progress, runtime, cancel)).await;
+        let scored =
+            tokio::task::spawn_blocking(move || client.score_here(&tokens, keep_logits, &progress, runtime, cancel))
+                .await;
         drop(guard);
         scored.unwrap_or(Err(GenerateError::Cancelled))
     }

@@ -199,7 +199,14 @@ impl Directory {
         self.changed();
     }
 
-    pub(crate) fn answered(&self, peer: &PeerId, latency: Duration, compute: Duration, assignments: usize, queued_rows: u32) {
+    pub(crate) fn answered(
+        &self,
+        peer: &PeerId,
+        latency: Duration,
+        compute: Duration,
+        assignments: usize,
+        queued_rows: u32,
+    ) {
         if let Some(member) = self.write().get_mut(peer) {
             member.stats.answered(latency, compute, assignments, queued_rows);
             member.failures_in_a_row = 0;
@@ -243,7 +250,14 @@ impl Directory {
 
     /// The peers that can be called now for some of `wanted` experts of `layer`. Peers that were set aside are among
     /// them only with `also_avoided`: they are the last resort.
-    pub(crate) fn candidates(&self, layer: u32, wanted: &[ExpertRows], except: &[PeerId], also_avoided: bool, now: Instant) -> Vec<Candidate> {
+    pub(crate) fn candidates(
+        &self,
+        layer: u32,
+        wanted: &[ExpertRows],
+        except: &[PeerId],
+        also_avoided: bool,
+        now: Instant,
+    ) -> Vec<Candidate> {
         let usable = |peer: &PeerId, member: &Member| {
             let connected = member.link.as_ref().is_some_and(|link| !link.connection.is_closed());
             let avoided = member.probe_at.is_some() || member.busy_until.is_some_and(|until| now < until);
@@ -282,10 +296,12 @@ impl Directory {
     #[must_use]
     pub fn missing(&self) -> Missing {
         let members = self.read();
-        let hosted: Vec<&HostedExperts> = members.values().filter(|m| m.link.is_some()).map(|m| &m.advert.hosted).collect();
+        let hosted: Vec<&HostedExperts> =
+            members.values().filter(|m| m.link.is_some()).map(|m| &m.advert.hosted).collect();
         let mut missing = BTreeMap::new();
         for (&layer, &experts) in &self.layout.layers {
-            let absent: Vec<u32> = (0..experts).filter(|&expert| !hosted.iter().any(|h| h.contains(layer, expert))).collect();
+            let absent: Vec<u32> =
+                (0..experts).filter(|&expert| !hosted.iter().any(|h| h.contains(layer, expert))).collect();
             if !absent.is_empty() {
                 missing.insert(layer, absent);
             }

@@ -62,7 +62,13 @@ impl ExpertNetwork {
     ///
     /// # Errors
     /// [`DispatchError::NoReplica`] after the configured patience; [`DispatchError::Invalid`] for input that does not fit.
-    pub async fn forward(&self, layer: u32, hidden: &[f32], routing: &Routing, usage: &mut Usage) -> Result<Vec<f32>, DispatchError> {
+    pub async fn forward(
+        &self,
+        layer: u32,
+        hidden: &[f32],
+        routing: &Routing,
+        usage: &mut Usage,
+    ) -> Result<Vec<f32>, DispatchError> {
         let width = self.check(layer, hidden, routing)?;
         let chunk = self.directory.max_rows();
         let mut output = Vec::with_capacity(hidden.len());
@@ -82,7 +88,11 @@ impl ExpertNetwork {
             return Err(DispatchError::Invalid(format!("layer {layer} is not an MoE layer of this model")));
         };
         if hidden.len() != routing.rows() * width {
-            return Err(DispatchError::Invalid(format!("{} values are not {} rows of {width}", hidden.len(), routing.rows())));
+            return Err(DispatchError::Invalid(format!(
+                "{} values are not {} rows of {width}",
+                hidden.len(),
+                routing.rows()
+            )));
         }
         if let Some(expert) = routing.experts.iter().find(|&&expert| expert >= experts) {
             return Err(DispatchError::Invalid(format!("layer {layer} has {experts} experts, not expert {expert}")));
@@ -100,7 +110,8 @@ fn group_by_expert(routing: &Routing, range: std::ops::Range<usize>) -> Vec<Expe
     let mut by_expert: std::collections::BTreeMap<u32, ExpertRows> = std::collections::BTreeMap::new();
     for (index, row) in range.enumerate() {
         for (expert, weight) in routing.row(row) {
-            let entry = by_expert.entry(expert).or_insert_with(|| ExpertRows { expert, rows: Vec::new(), weights: Vec::new() });
+            let entry =
+                by_expert.entry(expert).or_insert_with(|| ExpertRows { expert, rows: Vec::new(), weights: Vec::new() });
             entry.rows.push(index as u32);
             entry.weights.push(weight);
         }
@@ -119,16 +130,24 @@ struct Outgoing {
 }
 
 /// Builds the frame that asks for `assignments` on the rows they need; rows that no assignment names stay at home.
-fn outgoing(network: &ExpertNetwork, request_id: u64, layer: u32, hidden: &[f32], assignments: &[ExpertRows]) -> Result<Outgoing, String> {
+fn outgoing(
+    network: &ExpertNetwork,
+    request_id: u64,
+    layer: u32,
+    hidden: &[f32],
+    assignments: &[ExpertRows],
+) -> Result<Outgoing, String> {
     let width = network.directory.layout().hidden_size as usize;
-    let rows: Vec<u32> = assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect();
+    let rows: Vec<u32> =
+        assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect();
     let wire = network.config.wire;
     let mut body = Vec::with_capacity(rows.len() * width * wire.bytes_per_value());
     for &row in &rows {
         let start = row as usize * width;
         wire.encode_into(&hidden[start..start + width], &mut body).map_err(|e| e.to_string())?;
     }
-    let position = |row: &u32| rows.binary_search(row).map(|index| index as u32).map_err(|_| "row not in frame".to_owned());
+    let position =
+        |row: &u32| rows.binary_search(row).map(|index| index as u32).map_err(|_| "row not in frame".to_owned());
     let assignments = assignments
         .iter()
         .map(|a| {

@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use hanse_model::{
-    Experts, ForwardError, GenerationDefaults, LogitsWanted, Sampler, SamplingError, SamplingParams, Segment, StopOutput, StopStrings,
-    Tokenizer, TokenizerError, Trunk, log_softmax_at,
+    Experts, ForwardError, GenerationDefaults, LogitsWanted, Sampler, SamplingError, SamplingParams, Segment,
+    StopOutput, StopStrings, Tokenizer, TokenizerError, Trunk, log_softmax_at,
 };
 
 /// Rows of a prompt that go through the model in one pass: long prompts are cut so that frames and buffers stay small.
@@ -149,7 +149,10 @@ pub fn generate(
     let last_chunk = chunks.len() - 1;
     for (index, tokens) in chunks.enumerate() {
         let wanted = if index == last_chunk { LogitsWanted::Last } else { LogitsWanted::None };
-        logits = trunk.forward(&mut [Segment { tokens, cache: &mut cache, logits: wanted }], experts)?.pop().unwrap_or_default();
+        logits = trunk
+            .forward(&mut [Segment { tokens, cache: &mut cache, logits: wanted }], experts)?
+            .pop()
+            .unwrap_or_default();
     }
     let prefill = started.elapsed();
     let decoding = Instant::now();

@@ -198,7 +198,11 @@ impl Membership {
 }
 
 /// Opens a data-plane conversation: says which network and model are meant and reads the peer's welcome.
-pub(crate) async fn hello(connection: &hanse_protocol::DataConnection, network: &str, model: ModelId) -> Result<Welcome, String> {
+pub(crate) async fn hello(
+    connection: &hanse_protocol::DataConnection,
+    network: &str,
+    model: ModelId,
+) -> Result<Welcome, String> {
     let hello = Frame::Hello(Hello { network: network.to_owned(), model });
     match connection.call(&hello, HELLO_TIMEOUT).await {
         Ok(Frame::Welcome(welcome)) if welcome.model == model => Ok(welcome),

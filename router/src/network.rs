@@ -106,7 +106,12 @@ impl ExpertNetwork {
     ///
     /// # Errors
     /// See [`JoinError`]; after an error nothing is left running.
-    pub async fn join(identity: &Identity, model: ModelId, layout: ExpertLayout, config: NetworkConfig) -> Result<Self, JoinError> {
+    pub async fn join(
+        identity: &Identity,
+        model: ModelId,
+        layout: ExpertLayout,
+        config: NetworkConfig,
+    ) -> Result<Self, JoinError> {
         if config.bootstrap.is_empty() && !config.mdns {
             return Err(JoinError::NoBootstrap);
         }
@@ -133,7 +138,8 @@ impl ExpertNetwork {
         });
         let cancel = CancellationToken::new();
         let membership = tokio::spawn(membership.run(cancel.clone()));
-        let network = Self { config, model, directory, request_ids: AtomicU64::new(1), discovery, endpoint, cancel, membership };
+        let network =
+            Self { config, model, directory, request_ids: AtomicU64::new(1), discovery, endpoint, cancel, membership };
         match network.wait_complete(deadline).await {
             Ok(()) => Ok(network),
             Err(error) => {
@@ -157,6 +163,16 @@ impl ExpertNetwork {
     #[must_use]
     pub fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// Waits until `peers` peers are connected, at most for `timeout`; returns how many are.
+    pub async fn wait_for_peers(&self, peers: usize, timeout: Duration) -> usize {
+        let connected = || self.directory.peers().iter().filter(|report| report.address.is_some()).count();
+        let mut changes = self.directory.subscribe();
+        let enough = async { while connected() < peers && changes.changed().await.is_ok() {} };
+        // Running out of time is told by the number.
+        let _ = tokio::time::timeout(timeout, enough).await;
+        connected()
     }
 
     /// Ends the background tasks and closes every connection.
@@ -213,7 +229,9 @@ pub fn bind_any(identity: &Identity) -> Result<DataEndpoint, BindError> {
 }
 
 /// The models that volunteers of the network host, with the valid adverts of each.
-pub async fn hosted_models(discovery: &Discovery) -> BTreeMap<ModelId, Vec<(hanse_protocol::PeerId, hanse_protocol::Advert)>> {
+pub async fn hosted_models(
+    discovery: &Discovery,
+) -> BTreeMap<ModelId, Vec<(hanse_protocol::PeerId, hanse_protocol::Advert)>> {
     const LONGEST: Duration = Duration::from_secs(8);
     let mut models: BTreeMap<ModelId, Vec<_>> = BTreeMap::new();
     let search = async {

@@ -101,7 +101,11 @@ mod tests {
 
     #[test]
     fn every_wanted_expert_is_given_out_exactly_once() {
-        let candidates = [candidate(&[true, true, false, false], 1), candidate(&[false, true, true, false], 2), candidate(&[false, false, true, true], 3)];
+        let candidates = [
+            candidate(&[true, true, false, false], 1),
+            candidate(&[false, true, true, false], 2),
+            candidate(&[false, false, true, true], 3),
+        ];
         let shares = plan(&want(&[0, 4, 7, 9]), &candidates).unwrap();
         let mut experts: Vec<u32> = shares.iter().flat_map(|s| s.assignments.iter().map(|a| a.expert)).collect();
         experts.sort_unstable();

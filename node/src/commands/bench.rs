@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
 use hanse_model::{Checkpoint, Routing};
-use hanse_protocol::{Identity, WireDtype};
+use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
 use hanse_router::{Client, ExpertLayout, GenerateRequest, ModelConfig, NetworkConfig, Usage};
@@ -95,7 +95,8 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
 
     let sizes = checkpoint.sizes();
     let bytes_of = |spec: &String| -> anyhow::Result<u64> {
-        let experts = spec.parse::<hanse_node::ExpertsSpec>()?.resolve(&layout, checkpoint.spec().layers.len() as u32)?;
+        let experts =
+            spec.parse::<hanse_node::ExpertsSpec>()?.resolve(&layout, checkpoint.spec().layers.len() as u32)?;
         Ok(experts.iter().map(|(layer, _)| sizes.bytes_per_expert[*layer as usize]).sum())
     };
     let mut nodes = Vec::new();
@@ -120,7 +121,12 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Local and network generations take turns, so that a machine that becomes slower meanwhile slows both.
-async fn generate(args: &BenchArgs, client: &Client, local: &Client, layout: &ExpertLayout) -> anyhow::Result<GenerateReport> {
+async fn generate(
+    args: &BenchArgs,
+    client: &Client,
+    local: &Client,
+    layout: &ExpertLayout,
+) -> anyhow::Result<GenerateReport> {
     let vocab = client.spec().vocab_size as u32;
     let prompt = (0..PROMPT_TOKENS).map(|i| (i * 37 + 1) % vocab).collect();
     let mut request = GenerateRequest::greedy(prompt, args.max_tokens);
@@ -224,17 +230,35 @@ fn resident(pid: u32, line: &str) -> Option<u64> {
 
 fn print_report(document: &Document) {
     let Document { generate, call, memory, .. } = document;
-    println!("{}, {} volunteers on loopback, {} on the wire\n", document.model.display(), document.nodes, document.wire);
-    println!("generate   local {:.1} tokens/s ({:.2} ms a step)", generate.local_tokens_per_second, generate.local_step_ms);
-    println!("           network {:.1} tokens/s ({:.2} ms a step)", generate.network_tokens_per_second, generate.network_step_ms);
+    println!(
+        "{}, {} volunteers on loopback, {} on the wire\n",
+        document.model.display(),
+        document.nodes,
+        document.wire
+    );
+    println!(
+        "generate   local {:.1} tokens/s ({:.2} ms a step)",
+        generate.local_tokens_per_second, generate.local_step_ms
+    );
+    println!(
+        "           network {:.1} tokens/s ({:.2} ms a step)",
+        generate.network_tokens_per_second, generate.network_step_ms
+    );
     println!("           network / local {:.3}, median of pairs", generate.ratio);
-    println!("           the law: MoE layers x mean call = {:.2} ms a step; {:.2} calls a layer", generate.law_ms, generate.calls_per_layer);
+    println!(
+        "           the law: MoE layers x mean call = {:.2} ms a step; {:.2} calls a layer",
+        generate.law_ms, generate.calls_per_layer
+    );
     println!("call       1 row, 1 expert, {} calls: p50 {:.0} us, p99 {:.0} us", call.calls, call.p50_us, call.p99_us);
     println!("           of which computing: p50 {:.0} us, p99 {:.0} us", call.compute_p50_us, call.compute_p99_us);
     let trunk = output::bytes(memory.trunk_bytes);
     println!("memory     checkpoint {}, trunk {trunk}", output::bytes(memory.checkpoint_bytes));
     println!("           client {} at most", output::bytes(memory.client_rss_bytes));
     for node in &memory.nodes {
-        println!("           node {} at most, experts {}", output::bytes(node.rss_bytes), output::bytes(node.expert_bytes));
+        println!(
+            "           node {} at most, experts {}",
+            output::bytes(node.rss_bytes),
+            output::bytes(node.expert_bytes)
+        );
     }
 }

@@ -76,7 +76,8 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
         top_p: args.sampling.top_p.or(defaults.top_p),
         seed: args.sampling.seed.unwrap_or_else(rand::random),
     };
-    let request = GenerateRequest { prompt, max_tokens: args.max_tokens, sampling, stop: Vec::new(), ignore_eos: false };
+    let request =
+        GenerateRequest { prompt, max_tokens: args.max_tokens, sampling, stop: Vec::new(), ignore_eos: false };
     let mut generation = client.generate(request);
     let (mut count, mut text) = (0, String::new());
     loop {

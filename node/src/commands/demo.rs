@@ -1,5 +1,7 @@
 //! `hanse demo`: a small network on this machine, and proof that it computes what one process computes.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
 use hanse_model::Checkpoint;
@@ -14,6 +16,9 @@ use crate::cli::DemoArgs;
 use crate::{model_id, output, paths};
 
 const DEFAULT_PROMPT: &str = "Once upon a time, there was a little fox named Pip.";
+
+/// How long the demo waits for the volunteers that are not needed to cover every expert.
+const FIND_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Serialize)]
 struct Document {
@@ -40,7 +45,9 @@ struct PeerRow {
 
 pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     if args.replicas >= args.nodes {
-        crate::cli::usage_error("--replicas must be smaller than --nodes, or every volunteer would hold the whole model");
+        crate::cli::usage_error(
+            "--replicas must be smaller than --nodes, or every volunteer would hold the whole model",
+        );
     }
     if args.kill && args.replicas < 2 {
         crate::cli::usage_error("--kill needs --replicas 2 or more: with one replica the killed experts are gone");
@@ -85,11 +92,16 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let specs = split(&layout, nodes, usize::from(args.replicas));
     let mut net = Testnet::start(&dir, &specs, |running| bar.set_position(running as u64)).await?;
     bar.finish_and_clear();
-    say(format!("started {nodes} volunteer processes; each expert has {} replicas, nobody has the whole model", args.replicas));
+    say(format!(
+        "started {nodes} volunteer processes; each expert has {} replicas, nobody has the whole model",
+        args.replicas
+    ));
 
     let network = NetworkConfig { bootstrap: vec![net.bootstrap()?.clone()], ..NetworkConfig::default() };
     let client = Client::connect(&config, id, &Identity::generate(), network).await?;
-    say(format!("found {} peers through the DHT, starting from one address\n", client.peers().len()));
+    let joined = client.network().context("not on a network")?;
+    let found = joined.wait_for_peers(nodes, FIND_TIMEOUT).await;
+    say(format!("found {found} peers through the DHT, starting from one address\n"));
 
     let tokenizer = client.tokenizer().context("the model folder has no tokenizer.json")?;
     let prompt = args.prompt.clone().unwrap_or_else(|| DEFAULT_PROMPT.to_owned());
@@ -133,7 +145,12 @@ struct Run {
 }
 
 /// Streams the answer; with `--kill` a third of the way through it kills the volunteer that has done most so far.
-async fn stream(args: &DemoArgs, client: &Client, mut generation: Generation, net: &mut Testnet) -> anyhow::Result<Run> {
+async fn stream(
+    args: &DemoArgs,
+    client: &Client,
+    mut generation: Generation,
+    net: &mut Testnet,
+) -> anyhow::Result<Run> {
     let (mut tokens, mut text, mut killed) = (Vec::new(), String::new(), None);
     while let Some(token) = generation.next().await {
         let token = token?;

@@ -52,7 +52,10 @@ pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     println!("vocabulary    {} tokens, context {} tokens", report.vocab_size, report.context);
     println!("experts       {} per layer, {} chosen per token", report.experts, report.top_k);
     println!("trunk         {}: what every client keeps", output::bytes(report.trunk_bytes));
-    println!("experts       {} ({share:.1} % of the weights): what volunteers share", output::bytes(report.expert_bytes));
+    println!(
+        "experts       {} ({share:.1} % of the weights): what volunteers share",
+        output::bytes(report.expert_bytes)
+    );
     println!("one expert    {}", output::bytes(report.bytes_per_expert));
     Ok(())
 }

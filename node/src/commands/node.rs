@@ -34,10 +34,13 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     };
     report(&volunteer, args.json)?;
     let why = leaving.await;
-    eprintln!("leaving ({why}): finishing calls in progress");
-    let served = volunteer.counts();
-    volunteer.shutdown().await;
-    eprintln!("served {} calls, {} rows", served.calls, served.pairs);
+    if !args.json {
+        println!("leaving ({why}): finishing calls in progress");
+    }
+    let served = volunteer.shutdown().await;
+    if !args.json {
+        println!("served {} calls, {} rows", served.calls, served.pairs);
+    }
     Ok(())
 }
 

@@ -9,7 +9,6 @@ use anyhow::{Context as _, bail};
 use hanse_model::Checkpoint;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
 use hanse_protocol::{Advert, DataEndpoint, Identity, ModelId, PeerId};
-use hanse_router::client::layout_of;
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
@@ -92,16 +91,15 @@ fn wanted_model(text: &str) -> anyhow::Result<ModelId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
     }
-    let checkpoint = Checkpoint::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
+    let checkpoint =
+        Checkpoint::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
     model_id::of(&checkpoint)
 }
 
 fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
     let mut layers: BTreeMap<u32, u32> = BTreeMap::new();
     for (_, advert) in adverts {
-        for (layer, experts) in [(0u32,0u32)] {
-            layers.insert(layer, experts);
-        }
+        layers.extend(&advert.layers);
     }
     let row = |(layer, experts): (u32, u32)| {
         let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| advert.hosted.contains(layer, expert)).count();

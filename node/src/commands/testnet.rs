@@ -81,7 +81,13 @@ impl Testnet {
         self.processes.first().and_then(|first| first.addresses.first()).context("the first volunteer has no address")
     }
 
-    async fn start_one(&self, model: &Path, experts: &str, index: usize, bootstrap: Option<&Multiaddr>) -> anyhow::Result<Process> {
+    async fn start_one(
+        &self,
+        model: &Path,
+        experts: &str,
+        index: usize,
+        bootstrap: Option<&Multiaddr>,
+    ) -> anyhow::Result<Process> {
         let mut command = Command::new(std::env::current_exe().context("cannot find this program's own file")?);
         command.arg("node").arg("--model").arg(model).args(["--experts", experts]);
         command.args(["--listen", "/ip4/127.0.0.1/udp/0/quic-v1", "--threads", "1", "--json", "--until-stdin-closes"]);

@@ -1,5 +1,6 @@
 //! Adverts as bytes, little-endian and without padding; the table is in `docs/protocol.md`.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::{Advert, AdvertError, HostedError, HostedExperts, MAX_DATA_ADDRESSES, MAX_LAYERS};
@@ -39,6 +40,11 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
     out.push(advert.draining.into());
     out.extend(advert.sequence.to_le_bytes());
     out.extend(advert.expires_unix_ms.to_le_bytes());
+    out.extend((advert.layers.len() as u16).to_le_bytes());
+    for (layer, experts) in &advert.layers {
+        out.extend((*layer as u16).to_le_bytes());
+        out.extend((*experts as u16).to_le_bytes());
+    }
     out
 }
 
@@ -62,6 +68,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         },
         sequence: u64::from_le_bytes(rest.array()?),
         expires_unix_ms: u64::from_le_bytes(rest.array()?),
+        layers: layers(&mut rest)?,
     };
     match rest.0.len() {
         0 => Ok(advert),
@@ -81,6 +88,19 @@ fn hosted(rest: &mut Reader<'_>) -> Result<HostedExperts, AdvertError> {
         hosted.push_bitmap(layer.into(), rest.take(length.into())?)?;
     }
     Ok(hosted)
+}
+
+fn layers(rest: &mut Reader<'_>) -> Result<BTreeMap<u32, u32>, AdvertError> {
+    let count = rest.u16()?;
+    let mut layers = BTreeMap::new();
+    for _ in 0..count {
+        let (layer, experts) = (rest.u16()?.into(), rest.u16()?.into());
+        if layers.last_key_value().is_some_and(|(last, _)| *last >= layer) {
+            return Err(HostedError::LayerOrder(layer).into());
+        }
+        layers.insert(layer, experts);
+    }
+    Ok(layers)
 }
 
 fn wire_dtypes(rest: &mut Reader<'_>) -> Result<Vec<WireDtype>, AdvertError> {

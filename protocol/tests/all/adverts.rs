@@ -1,6 +1,6 @@
 //! Adverts and the sets of experts in them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use hanse_protocol::{
@@ -31,7 +31,13 @@ fn advert() -> Advert {
         draining: false,
         sequence: 3,
         expires_unix_ms: NOW + 300_000,
+        layers: [(0, 16), (5, 8)].into(),
     }
+}
+
+/// The layers of the largest model that can be said.
+fn all_layers() -> BTreeMap<u32, u32> {
+    (0..1024).map(|layer| (layer, 4096)).collect()
 }
 
 fn refused(change: impl FnOnce(&mut Advert)) -> AdvertError {
@@ -51,7 +57,8 @@ const GOLDEN: &str = "0100 000102030405060708090a0b0c0d0e0f101112131415161718191
     0200  0000 0200 01 02  0500 0100 80
     02 00 02
     02  04 c0000207 5c12  06 20010db8000000000000000000000007 5d12
-    00040000 fa00 00 0300000000000000 e0e36018a3010000";
+    00040000 fa00 00 0300000000000000 e0e36018a3010000
+    0200  0000 1000  0500 0800";
 
 #[test]
 fn an_advert_has_the_bytes_of_the_specification() {
@@ -59,6 +66,7 @@ fn an_advert_has_the_bytes_of_the_specification() {
     let signed = SignedAdvert::sign(&advert(), &identity).expect("a proper advert").encode();
     assert_eq!(signed[..32], identity.public_key());
     assert_eq!(hex::encode(&signed[96..]), hex::encode(bytes(GOLDEN)));
+    assert_eq!(crate::golden::examples("0100 "), [bytes(GOLDEN)], "and so has the example there");
 }
 
 #[test]
@@ -113,6 +121,10 @@ fn fields_out_of_range_are_refused() {
     assert!(matches!(refused(|a| a.load_permille = 1001), AdvertError::OutOfRange(_)));
     assert!(matches!(refused(|a| a.wire_dtypes.clear()), AdvertError::OutOfRange(_)));
     assert!(matches!(refused(|a| a.wire_dtypes = vec![WireDtype::F32; 2]), AdvertError::OutOfRange(_)));
+    assert!(matches!(refused(|a| _ = a.layers.insert(7, 0)), AdvertError::OutOfRange(_)));
+    assert!(matches!(refused(|a| _ = a.layers.insert(7, 4097)), AdvertError::OutOfRange(_)));
+    assert!(matches!(refused(|a| _ = a.layers.insert(1024, 8)), AdvertError::OutOfRange(_)));
+    assert_eq!(refused(|a| _ = a.layers.insert(5, 7)), AdvertError::NotInModel { layer: 5, expert: 7 });
 }
 
 #[test]
@@ -131,6 +143,13 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[34..36].fill(0xff)), Err(HostedError::Layer(0xffff).into()));
     assert_eq!(verify(&|b| b[41] = 0), Err(HostedError::Bitmap(0).into()), "the last byte says nothing");
     assert_eq!(verify(&|b| b[42] = 0), Err(HostedError::LayerOrder(0).into()));
+    assert_eq!(
+        verify(&|b| {
+            let at = b.len() - 4;
+            b[at] = 0;
+        }),
+        Err(HostedError::LayerOrder(0).into())
+    );
     assert_eq!(verify(&|b| b[47] = 4), Err(AdvertError::OutOfRange("list of wire dtypes")));
     assert_eq!(verify(&|b| b[48] = 9), Err(AdvertError::OutOfRange("wire dtype")));
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
@@ -144,7 +163,9 @@ fn the_largest_advert_fits_and_a_larger_one_is_not_read() {
     for layer in 0..1024 {
         hosted.insert(layer, 4095).expect("in range");
     }
-    let signed = SignedAdvert::sign(&Advert { hosted, ..advert() }, &Identity::generate()).expect("it fits").encode();
+    let signed = SignedAdvert::sign(&Advert { hosted, layers: all_layers(), ..advert() }, &Identity::generate())
+        .expect("it fits")
+        .encode();
     assert!(signed.len() <= MAX_ADVERT_BYTES);
     let error = SignedAdvert::decode(&vec![0; MAX_ADVERT_BYTES + 1]).expect_err("too long");
     assert_eq!(error, AdvertError::TooLong(MAX_ADVERT_BYTES + 1));
@@ -174,7 +195,7 @@ proptest! {
             let expected = chosen.range((layer, 0)..(layer + 1, 0)).map(|(_, expert)| *expert);
             prop_assert!(hosted.in_layer(layer).eq(expected));
         }
-        let signed = SignedAdvert::sign(&Advert { hosted, ..advert() }, &Identity::generate()).expect("a proper advert");
+        let signed = SignedAdvert::sign(&Advert { hosted, layers: all_layers(), ..advert() }, &Identity::generate()).expect("a proper advert");
         let (_, advert) = signed.verify(NOW).expect("its own bytes");
         prop_assert!(advert.hosted.iter().eq(chosen));
     }

@@ -96,8 +96,18 @@ fn run(
 ) -> Result<Summary, GenerateError> {
     let mut experts = client.experts(runtime, cancel);
     let shared = &client.shared;
-    let finished = generate(&shared.trunk, shared.tokenizer.as_ref(), &shared.defaults, experts.as_dyn(), request, |token| {
-        if sender.blocking_send(Step::Token(token)).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    })?;
-    Ok(Summary { finish_reason: finished.reason, rest: finished.rest, timings: finished.timings, network: experts.usage() })
+    let finished =
+        generate(&shared.trunk, shared.tokenizer.as_ref(), &shared.defaults, experts.as_dyn(), request, |token| {
+            if sender.blocking_send(Step::Token(token)).is_ok() {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        })?;
+    Ok(Summary {
+        finish_reason: finished.reason,
+        rest: finished.rest,
+        timings: finished.timings,
+        network: experts.usage(),
+    })
 }

@@ -70,7 +70,16 @@ pub(super) struct Layer<'a> {
 
 impl<'a> Layer<'a> {
     pub(super) fn new(network: &'a ExpertNetwork, layer: u32, hidden: &'a [f32], usage: &'a mut Usage) -> Self {
-        Self { network, layer, hidden, usage, pieces: Vec::new(), events: FuturesUnordered::new(), stuck: Vec::new(), last_failure: None }
+        Self {
+            network,
+            layer,
+            hidden,
+            usage,
+            pieces: Vec::new(),
+            events: FuturesUnordered::new(),
+            stuck: Vec::new(),
+            last_failure: None,
+        }
     }
 
     /// Computes `wanted` (experts ascending) and returns `[rows, hidden_size]`.
@@ -107,7 +116,8 @@ impl<'a> Layer<'a> {
     }
 
     fn no_replica(&self) -> DispatchError {
-        let mut experts: Vec<u32> = self.stuck.iter().flat_map(|&p| self.pieces[p].assignments.iter().map(|a| a.expert)).collect();
+        let mut experts: Vec<u32> =
+            self.stuck.iter().flat_map(|&p| self.pieces[p].assignments.iter().map(|a| a.expert)).collect();
         experts.sort_unstable();
         experts.dedup();
         DispatchError::NoReplica { layer: self.layer, experts, reason: self.last_failure.clone() }
@@ -118,10 +128,15 @@ impl<'a> Layer<'a> {
         let (wanted, tried) = (self.pieces[parent].assignments.clone(), self.pieces[parent].tried.clone());
         let directory = &self.network.directory;
         let now = Instant::now();
-        let planned = plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, false, now)).or_else(|missing| {
-            // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
-            if matches!(why, Why::Hedge) { Err(missing) } else { plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, true, now)) }
-        });
+        let planned =
+            plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, false, now)).or_else(|missing| {
+                // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
+                if matches!(why, Why::Hedge) {
+                    Err(missing)
+                } else {
+                    plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, true, now))
+                }
+            });
         let Ok(shares) = planned else { return Ok(false) };
         for share in shares {
             let mut tried = tried.clone();
@@ -136,10 +151,17 @@ impl<'a> Layer<'a> {
         Ok(true)
     }
 
-    fn start(&mut self, parent: usize, peer: PeerId, assignments: Vec<ExpertRows>, tried: Vec<PeerId>) -> Result<(), DispatchError> {
+    fn start(
+        &mut self,
+        parent: usize,
+        peer: PeerId,
+        assignments: Vec<ExpertRows>,
+        tried: Vec<PeerId>,
+    ) -> Result<(), DispatchError> {
         let piece = self.pieces.len();
         let request_id = self.network.next_request_id();
-        let outgoing = outgoing(self.network, request_id, self.layer, self.hidden, &assignments).map_err(DispatchError::Invalid)?;
+        let outgoing = outgoing(self.network, request_id, self.layer, self.hidden, &assignments)
+            .map_err(DispatchError::Invalid)?;
         self.usage.counts.frames += 1;
         self.usage.counts.bytes_sent += outgoing.bytes;
 
@@ -315,7 +337,8 @@ impl<'a> Layer<'a> {
         // In ascending expert number, as one process that holds everything adds: the same bits.
         by_expert.sort_unstable_by_key(|(assigned, _)| assigned.expert);
         for (assigned, values) in by_expert {
-            for ((&row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width)) {
+            for ((&row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width))
+            {
                 let start = row as usize * width;
                 add_weighted(&mut output[start..start + width], value, weight);
             }
