@@ -1,6 +1,7 @@
 //! The serving side of one stream.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::{RecvStream, SendStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -13,10 +14,13 @@ use crate::{Frame, FrameError, FrameLimits};
 /// Twice the largest body.
 pub(super) const BODY_BUDGET_KIB: u32 = 128 << 10;
 
+/// How long a finished stream waits until the other side has everything.
+const FINISH_TIME: Duration = Duration::from_secs(2);
+
 /// A stream on which the other side sends requests, one after another, and waits for the answer to each.
 ///
-/// Dropped between frames it ends in the ordinary way; dropped inside a frame it is reset, so that the other side cannot take half
-/// a frame for the end.
+/// Dropped, it ends in the ordinary way, and what was written still arrives while the connection lives. Dropped within a write it is
+/// reset, so that the other side cannot take half a frame for the end.
 #[derive(Debug)]
 pub struct FrameStream {
     send: SendStream,
@@ -24,22 +28,34 @@ pub struct FrameStream {
     budget: Arc<Semaphore>,
     /// What the body of the last request took of the budget; given back when it is answered.
     taken: Option<OwnedSemaphorePermit>,
-    state: State,
+    reading: State,
+    writing: State,
 }
 
+/// Where one direction of a stream is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum State {
     /// Between two frames.
     Ready,
-    /// Within a frame: for good, if a read or write failed or was dropped.
+    /// Within a frame: for good, if the read or write failed or was dropped.
     InFrame,
     /// Ended with a refusal.
     Ended,
 }
 
+impl State {
+    fn enter_frame(&mut self) -> Result<(), FrameError> {
+        if *self != Self::Ready {
+            return Err(FrameError::Poisoned);
+        }
+        *self = Self::InFrame;
+        Ok(())
+    }
+}
+
 impl FrameStream {
     pub(super) fn new((send, recv): (SendStream, RecvStream), budget: Arc<Semaphore>) -> Self {
-        Self { send, recv, budget, taken: None, state: State::Ready }
+        Self { send, recv, budget, taken: None, reading: State::Ready, writing: State::Ready }
     }
 
     /// The next request; waits for it as long as the connection lives.
@@ -47,13 +63,13 @@ impl FrameStream {
     /// The body of a request counts against a budget that all streams of the connection share, until the answer is written: when
     /// it is used up, bodies wait to be read, and the sender is held back.
     ///
-    /// A dropped future leaves the stream unusable.
+    /// A dropped future leaves the stream unreadable.
     ///
     /// # Errors
     /// As for [`read_frame`](crate::read_frame); after an error write [`FrameError::refusal`] back, if there is one, and drop the
     /// stream. [`FrameError::Poisoned`] if the stream can no longer be read.
     pub async fn read(&mut self, limits: &FrameLimits) -> Result<Frame, FrameError> {
-        self.enter_frame()?;
+        self.reading.enter_frame()?;
         self.taken = None;
         let budget = self.budget.clone();
         let admit = async move |bytes: u32| {
@@ -61,10 +77,8 @@ impl FrameStream {
             // The semaphore is never closed.
             budget.acquire_many_owned(kib).await.ok()
         };
-        let result = read_frame_admitted(&mut self.recv, limits, admit).await;
-        // What is wrong with the reading side does not hinder a refusal: nothing of a frame has been written.
-        self.state = State::Ready;
-        let (frame, taken) = result?;
+        let (frame, taken) = read_frame_admitted(&mut self.recv, limits, admit).await?;
+        self.reading = State::Ready;
         self.taken = taken;
         Ok(frame)
     }
@@ -78,16 +92,16 @@ impl FrameStream {
     /// As for [`write_frame`](crate::write_frame), and [`FrameError::TooSlow`] if the other side does not take the frame within 30 s.
     pub async fn write(&mut self, frame: &Frame) -> Result<(), FrameError> {
         let encoded = Encoded::new(frame)?;
-        self.enter_frame()?;
+        self.writing.enter_frame()?;
         let time = FrameLimits::default().frame_time;
         match tokio::time::timeout(time, write_encoded(&mut self.send, encoded)).await {
             Err(_) => return Err(FrameError::TooSlow(time)),
             Ok(result) => result?,
         }
-        self.state = State::Ready;
+        self.writing = State::Ready;
         self.taken = None;
         if matches!(frame, Frame::Refusal(refusal) if refusal.code.ends_stream()) {
-            self.state = State::Ended;
+            (self.reading, self.writing) = (State::Ended, State::Ended);
             // Both fail only where the stream is closed already.
             let _ = self.send.finish();
             let _ = self.recv.stop(REFUSED);
@@ -103,18 +117,20 @@ impl FrameStream {
         let _ = self.send.stopped().await;
     }
 
-    fn enter_frame(&mut self) -> Result<(), FrameError> {
-        if self.state != State::Ready {
-            return Err(FrameError::Poisoned);
+    /// Ends the stream and waits, at most two seconds, until the other side has all that was written: for a server that leaves and
+    /// is about to close its connections.
+    pub async fn finish(mut self) {
+        if self.writing == State::Ready {
+            // Fails only where the stream is closed already.
+            let _ = self.send.finish();
+            let _ = tokio::time::timeout(FINISH_TIME, self.send.stopped()).await;
         }
-        self.state = State::InFrame;
-        Ok(())
     }
 }
 
 impl Drop for FrameStream {
     fn drop(&mut self) {
-        if self.state == State::InFrame {
+        if self.writing == State::InFrame {
             // Fails only where the stream is closed already.
             let _ = self.send.reset(CANCELLED);
         }

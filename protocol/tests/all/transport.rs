@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use hanse_protocol::{
     ALPN, CallError, Combine, ConnectError, DataConnection, DataEndpoint, EstablishError, ExpertAnswer, ExpertCall,
     Frame, FrameError, FrameLimits, FrameStream, Hello, Identity, PeerId, Refusal, RefusalCode, Welcome, WireDtype,
@@ -508,4 +509,42 @@ async fn a_sender_in_the_middle_of_a_refused_frame_is_stopped_and_reads_the_refu
     assert!(matches!(answer, Frame::Refusal(refusal) if refusal.code == RefusalCode::TooLarge));
     done.send(()).expect("the server waits");
     serving.await.expect("no panic");
+}
+
+/// A call whose answer of 3 MiB fills the congestion window many times over: it is not on its way yet when it is written.
+fn long_call() -> ExpertCall {
+    let (rows, hidden_size) = (768, 2048);
+    ExpertCall { rows, hidden_size, body: vec![0; 3 << 20].into(), ..call() }
+}
+
+#[tokio::test]
+async fn an_answer_arrives_although_the_server_ends_the_stream_at_once() {
+    let pair = pair().await;
+    let server = pair.server.clone();
+    let serving = tokio::spawn(async move {
+        let mut stream = server.accept_stream().await.expect("a stream");
+        let Ok(Frame::Call(call)) = stream.read(&FrameLimits::default()).await else { panic!("no call") };
+        stream.write(&answer_to(call)).await.expect("the client waits");
+        // It waits for the next frame, and is called away.
+        assert!(stream.read(&FrameLimits::default()).now_or_never().is_none());
+    });
+    let answer = pair.client.call(&Frame::Call(long_call()), PATIENCE).await;
+    assert!(matches!(answer, Ok(Frame::Answer(_))), "{:?}", answer.map(|frame| frame.kind()));
+    serving.await.expect("no panic");
+}
+
+#[tokio::test]
+async fn an_answer_on_a_finished_stream_arrives_although_the_server_leaves() {
+    let pair = pair().await;
+    let (server, endpoint) = (pair.server.clone(), pair.endpoints.1.clone());
+    tokio::spawn(async move {
+        let mut stream = server.accept_stream().await.expect("a stream");
+        let Ok(Frame::Call(call)) = stream.read(&FrameLimits::default()).await else { panic!("no call") };
+        stream.write(&answer_to(call)).await.expect("the client waits");
+        stream.finish().await;
+        endpoint.close().await;
+    });
+    let answer = pair.client.call(&Frame::Call(long_call()), PATIENCE).await;
+    assert!(matches!(answer, Ok(Frame::Answer(_))), "{:?}", answer.map(|frame| frame.kind()));
+    assert!(pair.client.closed().await.contains("the endpoint was closed"));
 }
