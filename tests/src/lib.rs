@@ -1,1 +1,10 @@
-//! Tests across crates: parity, churn, hostile peers.
+//! What the tests across crates share: reference cases, volunteers in this process, strangers on the data plane.
+//!
+//! Everything here panics when something is not as it should be: that is a failed test.
+
+pub mod cases;
+pub mod net;
+/// Reading the reference cases: the same code as in the tests of `hanse-model`.
+#[path = "../../model/tests/common/mod.rs"]
+pub mod reference;
+pub mod stranger;

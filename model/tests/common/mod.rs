@@ -1,5 +1,5 @@
-//! Reading reference cases.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+//! Reading reference cases. The crate of tests across crates uses this file too.
+#![allow(dead_code, missing_docs, missing_debug_implementations, unreachable_pub)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -64,20 +64,23 @@ impl Golden {
     }
 }
 
-/// A model with all experts in this process.
-pub struct Local {
+/// A model whose experts are anywhere.
+pub struct Model<E> {
     pub checkpoint: Checkpoint,
     pub trunk: Trunk,
-    pub experts: Recording,
+    pub experts: Recording<E>,
 }
 
+/// A model with all experts in this process.
+pub type Local = Model<LocalExperts>;
+
 /// Passes calls on and remembers what the gates chose.
-pub struct Recording {
-    pub inner: LocalExperts,
+pub struct Recording<E> {
+    pub inner: E,
     pub routings: Vec<(usize, Routing)>,
 }
 
-impl Experts for Recording {
+impl<E: Experts> Experts for Recording<E> {
     fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
         self.routings.push((layer, routing.clone()));
         self.inner.forward(layer, hidden, routing)
@@ -90,10 +93,21 @@ impl Local {
     }
 
     pub fn with_threads(dir: &Path, threads: usize) -> Self {
+        Self::with_experts(dir, threads, |checkpoint, pool| LocalExperts::load(checkpoint, pool).unwrap())
+    }
+}
+
+impl<E: Experts> Model<E> {
+    /// The trunk in this process, and the experts that `experts` gives.
+    pub fn with_experts(
+        dir: &Path,
+        threads: usize,
+        experts: impl FnOnce(&Checkpoint, Arc<rayon::ThreadPool>) -> E,
+    ) -> Self {
         let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         let pool = Arc::new(compute_pool(threads).unwrap());
         let trunk = Trunk::load(&checkpoint, pool.clone()).unwrap();
-        let experts = Recording { inner: LocalExperts::load(&checkpoint, pool).unwrap(), routings: Vec::new() };
+        let experts = Recording { inner: experts(&checkpoint, pool), routings: Vec::new() };
         Self { checkpoint, trunk, experts }
     }
 

@@ -1,0 +1,146 @@
+//! Volunteers and clients in this process, on loopback, found through the DHT.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures::StreamExt;
+use hanse_model::Checkpoint;
+use hanse_node::{Hosting, Volunteer, VolunteerConfig};
+use hanse_protocol::{Identity, ModelId, Multiaddr};
+use hanse_router::client::layout_of;
+use hanse_router::{Client, GenerateError, GenerateRequest, ModelConfig, NetworkConfig, NetworkUse};
+use tokio::runtime::Runtime;
+
+/// What is waited for comes within this, or the test fails.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The runtime of one test.
+#[must_use]
+pub fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// A network of one model.
+#[derive(Debug)]
+pub struct Net {
+    /// The model's folder.
+    pub dir: PathBuf,
+    /// The model's id.
+    pub model: ModelId,
+    /// Those that run; the first is the one that others join through.
+    pub volunteers: Vec<Volunteer>,
+    checkpoint: Checkpoint,
+}
+
+/// A model folder's id.
+#[must_use]
+pub fn model_id(dir: &Path) -> ModelId {
+    ModelId(Checkpoint::open(dir).unwrap().digest(&mut |_, _| ()).unwrap())
+}
+
+impl Net {
+    /// One volunteer for each of `specs`, as `--experts` reads them.
+    pub async fn start(dir: &Path, specs: &[&str]) -> Self {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let model = ModelId(checkpoint.digest(&mut |_, _| ()).unwrap());
+        let mut net = Self { dir: dir.to_owned(), model, volunteers: Vec::new(), checkpoint };
+        for spec in specs {
+            net.add(spec).await;
+        }
+        net
+    }
+
+    /// Two volunteers: one has the even experts of every layer, the other the odd ones, so that almost every row needs both.
+    pub async fn halves(dir: &Path) -> Self {
+        let [even, odd] = halves(dir);
+        Self::start(dir, &[&even, &odd]).await
+    }
+
+    /// One more volunteer, which joins through the first. Gives its place.
+    pub async fn add(&mut self, spec: &str) -> usize {
+        let config = VolunteerConfig {
+            bootstrap: self.volunteers.first().map(|first| first.addresses()[0].clone()).into_iter().collect(),
+            hosting: Hosting::Experts(spec.parse().unwrap()),
+            threads: 1,
+            ..VolunteerConfig::default()
+        };
+        let identity = Identity::generate();
+        let started = Volunteer::start(&identity, &self.checkpoint, self.model, config, |_, _| ());
+        self.volunteers.push(started.await.unwrap());
+        self.volunteers.len() - 1
+    }
+
+    /// The one address that clients are given.
+    #[must_use]
+    pub fn bootstrap(&self) -> Multiaddr {
+        self.volunteers[0].addresses()[0].clone()
+    }
+
+    /// How a client joins, f32 on the wire.
+    #[must_use]
+    pub fn config(&self) -> NetworkConfig {
+        NetworkConfig { bootstrap: vec![self.bootstrap()], join_timeout: PATIENCE, ..NetworkConfig::default() }
+    }
+
+    /// A client of this network.
+    pub async fn client(&self) -> Client {
+        self.client_with(self.config()).await
+    }
+
+    /// A client of this network that joins as `config` says.
+    pub async fn client_with(&self, config: NetworkConfig) -> Client {
+        Client::connect(&model_config(&self.dir), self.model, &Identity::generate(), config).await.unwrap()
+    }
+
+    /// (row, expert) pairs that all volunteers have computed.
+    #[must_use]
+    pub fn pairs(&self) -> u64 {
+        self.volunteers.iter().map(|volunteer| volunteer.counts().pairs).sum()
+    }
+}
+
+/// The even and the odd experts of every layer, as `--experts` reads them.
+#[must_use]
+pub fn halves(dir: &Path) -> [String; 2] {
+    let layout = layout_of(Checkpoint::open(dir).unwrap().spec());
+    [0, 1].map(|parity| {
+        let experts = layout.layers.iter().flat_map(|(&layer, &experts)| {
+            (0..experts).filter(move |expert| expert % 2 == parity).map(move |expert| format!("{layer}:{expert}"))
+        });
+        experts.collect::<Vec<_>>().join(",")
+    })
+}
+
+/// The folder, and one thread for the trunk.
+#[must_use]
+pub fn model_config(dir: &Path) -> ModelConfig {
+    ModelConfig { dir: dir.to_owned(), threads: 1 }
+}
+
+/// Greedy decoding of exactly `count` tokens.
+#[must_use]
+pub fn greedy(prompt: &[u32], count: usize) -> GenerateRequest {
+    GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(prompt.to_vec(), count) }
+}
+
+/// Runs a generation to its end: its tokens and what it cost.
+///
+/// # Errors
+/// The generation's own.
+pub async fn tokens(client: &Client, request: GenerateRequest) -> Result<(Vec<u32>, NetworkUse), GenerateError> {
+    let mut generation = client.generate(request);
+    let mut tokens = Vec::new();
+    while let Some(token) = generation.next().await {
+        tokens.push(token?.id);
+    }
+    Ok((tokens, generation.summary().unwrap().network.clone()))
+}
+
+/// Waits until `condition` is true; fails after [`PATIENCE`].
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
