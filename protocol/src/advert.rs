@@ -182,8 +182,9 @@ impl Advert {
         if self.layers.iter().any(beyond) {
             return Err(AdvertError::OutOfRange("list of the model's layers"));
         }
+        // The highest expert of each layer stands for all: an advert of a stranger may hold four million.
         let known = |(layer, expert): (u32, u32)| self.layers.get(&layer).is_some_and(|experts| expert < *experts);
-        if let Some((layer, expert)) = self.hosted.iter().find(|hosted| !known(*hosted)) {
+        if let Some((layer, expert)) = self.hosted.highest().find(|hosted| !known(*hosted)) {
             return Err(AdvertError::NotInModel { layer, expert });
         }
         if self.load_permille > 1000 {

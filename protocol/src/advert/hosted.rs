@@ -94,6 +94,14 @@ impl HostedExperts {
         self.layers.iter().flat_map(|(layer, bitmap)| bits(bitmap).map(|expert| (*layer, expert)))
     }
 
+    /// The highest expert of each layer, as (layer, expert).
+    pub(super) fn highest(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.layers.iter().filter_map(|(layer, bitmap)| {
+            let before = u32::try_from(bitmap.len()).ok()?.checked_sub(1)? * 8;
+            Some((*layer, before + bitmap.last()?.checked_ilog2()?))
+        })
+    }
+
     /// Layers with their bitmaps, ascending.
     pub(super) fn bitmaps(&self) -> impl ExactSizeIterator<Item = (u32, &[u8])> {
         self.layers.iter().map(|(layer, bitmap)| (*layer, bitmap.as_slice()))

@@ -180,6 +180,18 @@ fn layers_and_experts_are_bounded() {
     assert!(hosted.is_empty() && !hosted.contains(u32::MAX, u32::MAX));
 }
 
+#[test]
+fn the_highest_expert_of_a_layer_must_be_in_the_model() {
+    for expert in 1..40 {
+        let mut hosted = HostedExperts::new();
+        hosted.insert(5, 0).and_then(|()| hosted.insert(5, expert)).expect("in range");
+        let error = refused(|advert| (advert.hosted, advert.layers) = (hosted.clone(), [(5, expert)].into()));
+        assert_eq!(error, AdvertError::NotInModel { layer: 5, expert });
+        let advert = Advert { hosted, layers: [(5, expert + 1)].into(), ..advert() };
+        assert!(SignedAdvert::sign(&advert, &Identity::generate()).is_ok());
+    }
+}
+
 proptest! {
     #[test]
     fn a_set_of_experts_is_a_set(chosen in btree_set((0u32..1024, 0u32..4096), 0..60)) {
@@ -195,7 +207,7 @@ proptest! {
             let expected = chosen.range((layer, 0)..(layer + 1, 0)).map(|(_, expert)| *expert);
             prop_assert!(hosted.in_layer(layer).eq(expected));
         }
-        let signed = SignedAdvert::sign(&Advert { hosted, layers: all_layers(), ..advert() }, &Identity::generate()).expect("a proper advert");
+        let signed = SignedAdvert::sign(&Advert { hosted, layers: chosen.iter().map(|(layer, _)| (*layer, 4096)).collect(), ..advert() }, &Identity::generate()).expect("a proper advert");
         let (_, advert) = signed.verify(NOW).expect("its own bytes");
         prop_assert!(advert.hosted.iter().eq(chosen));
     }
