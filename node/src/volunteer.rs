@@ -15,8 +15,8 @@ use hanse_protocol::{
 };
 use hanse_router::client::layout_of;
 use hanse_router::network::hosted_models;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts};
@@ -131,7 +131,7 @@ pub struct Volunteer {
     announcer: Arc<Announcer>,
     serving: CancellationToken,
     announcing: CancellationToken,
-    tasks: Vec<JoinHandle<()>>,
+    tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Volunteer {
@@ -207,9 +207,9 @@ impl Volunteer {
             bound,
         });
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
-        let serve = tokio::spawn(server.clone().run(endpoint.clone(), serving.clone()));
+        let serve = AbortOnDropHandle::new(tokio::spawn(server.clone().run(endpoint.clone(), serving.clone())));
         announcer.announce().await?;
-        let announce = tokio::spawn(announcer.clone().run(announcing.clone()));
+        let announce = AbortOnDropHandle::new(tokio::spawn(announcer.clone().run(announcing.clone())));
         Ok(Self {
             peer_id: identity.peer_id(),
             model,

@@ -9,8 +9,8 @@ use std::time::Duration;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, LookupError};
 use hanse_protocol::{BindError, Combine, DataEndpoint, Identity, ModelId, Multiaddr, WireDtype};
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::directory::{Directory, ExpertLayout, Missing};
 use crate::membership::{Membership, unix_ms};
@@ -98,7 +98,7 @@ pub struct ExpertNetwork {
     discovery: Discovery,
     endpoint: DataEndpoint,
     cancel: CancellationToken,
-    membership: JoinHandle<()>,
+    membership: AbortOnDropHandle<()>,
 }
 
 impl ExpertNetwork {
@@ -137,7 +137,7 @@ impl ExpertNetwork {
             wire: config.wire,
         });
         let cancel = CancellationToken::new();
-        let membership = tokio::spawn(membership.run(cancel.clone()));
+        let membership = AbortOnDropHandle::new(tokio::spawn(membership.run(cancel.clone())));
         let network =
             Self { config, model, directory, request_ids: AtomicU64::new(1), discovery, endpoint, cancel, membership };
         match network.wait_complete(deadline).await {
