@@ -61,21 +61,21 @@ unsafe fn attend_with<L: Lanes>(query: Query<'_>, scores: &mut Vec<f32>, out: &m
 unsafe fn score<L: Lanes, const N: usize>(query: Query<'_>, at: usize, scores: &mut [f32]) {
     let head_dim = query.query.len();
     unsafe {
-        let keys = query.keys.as_ptr().add(at * head_dim);
+        let keys = query.keys.as_ptr().wrapping_add(at * head_dim);
         let mut sums = [L::splat(0.0); N];
         let mut dim = 0;
         while head_dim - dim >= LANES {
-            let values = L::load(query.query.as_ptr().add(dim));
+            let values = L::load(query.query.as_ptr().wrapping_add(dim));
             for n in 0..N {
-                sums[n] = L::mul_add(values, L::load(keys.add(n * head_dim + dim)), sums[n]);
+                sums[n] = L::mul_add(values, L::load(keys.wrapping_add(n * head_dim + dim)), sums[n]);
             }
             dim += LANES;
         }
         if dim < head_dim {
             let left = head_dim - dim;
-            let values = L::load(padded(query.query.as_ptr().add(dim), left).as_ptr());
+            let values = L::load(padded(query.query.as_ptr().wrapping_add(dim), left).as_ptr());
             for n in 0..N {
-                let key = L::load(padded(keys.add(n * head_dim + dim), left).as_ptr());
+                let key = L::load(padded(keys.wrapping_add(n * head_dim + dim), left).as_ptr());
                 sums[n] = L::mul_add(values, key, sums[n]);
             }
         }
@@ -112,10 +112,10 @@ unsafe fn weigh<L: Lanes, const N: usize>(query: Query<'_>, weights: &[f32], sum
     unsafe {
         let mut sums = [L::splat(0.0); N];
         for (position, weight) in weights.iter().enumerate() {
-            let values = query.values.as_ptr().add(position * head_dim + dim);
+            let values = query.values.as_ptr().wrapping_add(position * head_dim + dim);
             let weight = L::splat(*weight);
             for n in 0..N {
-                let values = values.add(n * LANES);
+                let values = values.wrapping_add(n * LANES);
                 let value = if left >= N * LANES { L::load(values) } else { L::load(padded(values, left).as_ptr()) };
                 sums[n] = L::mul_add(weight, value, sums[n]);
             }

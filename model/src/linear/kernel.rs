@@ -71,32 +71,39 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
     column: usize,
 ) {
     let inputs = shape.inputs;
+    let tail = inputs % LANES;
+    let full = inputs - tail;
+    // Wrapping additions, so that builds with overflow checks are fast too; all pointers stay inside the matrices.
+    let (mut xs, mut ws) = ([x; R], [w; C]);
+    for r in 0..R {
+        xs[r] = x.wrapping_add(row.wrapping_add(r).wrapping_mul(inputs));
+    }
+    for c in 0..C {
+        ws[c] = w.wrapping_add(column.wrapping_add(c).wrapping_mul(inputs));
+    }
     unsafe {
-        let x = x.add(row * inputs);
-        let w = w.add(column * inputs);
         let mut sums = [[L::splat(0.0); C]; R];
-        let mut at = 0;
-        while inputs - at >= LANES {
+        let mut at = 0usize;
+        while at != full {
             let mut weights = [L::splat(0.0); C];
             for c in 0..C {
-                weights[c] = W::load::<L>(w.add(c * inputs + at));
+                weights[c] = W::load::<L>(ws[c].wrapping_add(at));
             }
             for r in 0..R {
-                let values = L::load(x.add(r * inputs + at));
+                let values = L::load(xs[r].wrapping_add(at));
                 for c in 0..C {
                     sums[r][c] = L::mul_add(values, weights[c], sums[r][c]);
                 }
             }
-            at += LANES;
+            at = at.wrapping_add(LANES);
         }
-        if at < inputs {
-            let left = inputs - at;
+        if tail > 0 {
             let mut weights = [L::splat(0.0); C];
             for c in 0..C {
-                weights[c] = W::load::<L>(padded(w.add(c * inputs + at), left).as_ptr());
+                weights[c] = W::load::<L>(padded(ws[c].wrapping_add(full), tail).as_ptr());
             }
             for r in 0..R {
-                let values = L::load(padded(x.add(r * inputs + at), left).as_ptr());
+                let values = L::load(padded(xs[r].wrapping_add(full), tail).as_ptr());
                 for c in 0..C {
                     sums[r][c] = L::mul_add(values, weights[c], sums[r][c]);
                 }
@@ -104,7 +111,8 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
         }
         for r in 0..R {
             for c in 0..C {
-                *y.add((row + r) * shape.outputs + column + c) = L::sum(sums[r][c]);
+                let at = row.wrapping_add(r).wrapping_mul(shape.outputs).wrapping_add(column.wrapping_add(c));
+                y.wrapping_add(at).write(L::sum(sums[r][c]));
             }
         }
     }
