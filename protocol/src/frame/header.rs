@@ -30,8 +30,9 @@ struct WelcomeHeader {
     max_rows: u32,
 }
 
+// Written from borrowed rows and weights, read into owned ones.
 #[derive(Encode, Decode)]
-struct CallHeader {
+struct CallHeader<R, W> {
     request_id: u64,
     model: [u8; 32],
     layer: u32,
@@ -40,14 +41,14 @@ struct CallHeader {
     dtype: u8,
     combine: u8,
     deadline_ms: u32,
-    assignments: Vec<AssignmentHeader>,
+    assignments: Vec<AssignmentHeader<R, W>>,
 }
 
 #[derive(Encode, Decode)]
-struct AssignmentHeader {
+struct AssignmentHeader<R, W> {
     expert: u32,
-    rows: Vec<u32>,
-    weights: Vec<f32>,
+    rows: R,
+    weights: W,
 }
 
 #[derive(Encode, Decode)]
@@ -98,7 +99,7 @@ impl Frame {
                 let dtypes = header.dtypes.into_iter().map(dtype).collect::<Result<_, _>>()?;
                 Self::Welcome(Welcome { model: ModelId(header.model), dtypes, max_rows: header.max_rows })
             }
-            FrameKind::Call => Self::Call(parse::<CallHeader>(kind, header)?.try_into()?),
+            FrameKind::Call => Self::Call(parse::<CallHeader<Vec<u32>, Vec<f32>>>(kind, header)?.try_into()?),
             FrameKind::Answer => Self::Answer(parse::<AnswerHeader>(kind, header)?.try_into()?),
             FrameKind::Refusal => {
                 let header: RefusalHeader = parse(kind, header)?;
@@ -130,8 +131,8 @@ fn parse<T: Decode<()>>(kind: FrameKind, bytes: &[u8]) -> Result<T, Malformed> {
     }
 }
 
-impl From<&ExpertCall> for CallHeader {
-    fn from(call: &ExpertCall) -> Self {
+impl<'a> From<&'a ExpertCall> for CallHeader<&'a [u32], &'a [f32]> {
+    fn from(call: &'a ExpertCall) -> Self {
         Self {
             request_id: call.request_id,
             model: call.model.0,
@@ -147,16 +148,16 @@ impl From<&ExpertCall> for CallHeader {
             assignments: call
                 .assignments
                 .iter()
-                .map(|a| AssignmentHeader { expert: a.expert, rows: a.rows.clone(), weights: a.weights.clone() })
+                .map(|a| AssignmentHeader { expert: a.expert, rows: &a.rows[..], weights: &a.weights[..] })
                 .collect(),
         }
     }
 }
 
-impl TryFrom<CallHeader> for ExpertCall {
+impl TryFrom<CallHeader<Vec<u32>, Vec<f32>>> for ExpertCall {
     type Error = Malformed;
 
-    fn try_from(header: CallHeader) -> Result<Self, Malformed> {
+    fn try_from(header: CallHeader<Vec<u32>, Vec<f32>>) -> Result<Self, Malformed> {
         Ok(Self {
             request_id: header.request_id,
             model: ModelId(header.model),
