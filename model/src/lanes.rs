@@ -24,6 +24,8 @@ pub(crate) const LANES: usize = 16;
 /// be valid for [`LANES`] values.
 pub(crate) trait Lanes {
     type V: Copy;
+    /// There are registers for tiles of sixteen outputs; otherwise for six.
+    const WIDE: bool;
 
     unsafe fn splat(value: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;

@@ -133,6 +133,9 @@ impl Matrix {
     }
 }
 
+/// Ranges of columns are multiples of this, so that few columns are left over by tiles.
+const TILE_COLUMNS: usize = 12;
+
 /// Multiplications below which another thread is not worth waking.
 pub(crate) const MIN_TASK: usize = 1 << 17;
 
@@ -144,7 +147,7 @@ pub(crate) fn column_ranges(
     threads: usize,
 ) -> impl Iterator<Item = (usize, usize)> {
     let smallest = MIN_TASK.div_ceil(work_per_column.max(1));
-    let step = outputs.div_ceil(threads * 4).max(smallest).next_multiple_of(8).max(8);
+    let step = outputs.div_ceil(threads * 4).max(smallest).next_multiple_of(TILE_COLUMNS);
     (0..outputs).step_by(step).map(move |first| (first, outputs.min(first + step)))
 }
 

@@ -28,6 +28,7 @@ fn zip(a: Array, b: Array, f: impl Fn(f32, f32) -> f32) -> Array {
 
 impl Lanes for Portable {
     type V = Array;
+    const WIDE: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Array {

@@ -23,6 +23,7 @@ pub(crate) struct Avx512;
 
 impl Lanes for Avx512 {
     type V = __m512;
+    const WIDE: bool = true;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m512 {
@@ -95,6 +96,7 @@ pub(crate) struct Avx2;
 
 impl Lanes for Avx2 {
     type V = (__m256, __m256);
+    const WIDE: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::V {

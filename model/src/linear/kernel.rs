@@ -27,13 +27,19 @@ instantiate! {
 #[inline(always)]
 unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
     let (mut column, end) = shape.columns;
-    while end - column >= 4 {
-        unsafe { rows::<L, W, 4>(x, w, y, shape, column) };
-        column += 4;
-    }
-    while column < end {
-        unsafe { rows::<L, W, 1>(x, w, y, shape, column) };
-        column += 1;
+    unsafe {
+        while L::WIDE && end - column >= 4 {
+            rows::<L, W, 4>(x, w, y, shape, column);
+            column += 4;
+        }
+        while !L::WIDE && end - column >= 3 {
+            rows::<L, W, 3>(x, w, y, shape, column);
+            column += 3;
+        }
+        while column < end {
+            rows::<L, W, 1>(x, w, y, shape, column);
+            column += 1;
+        }
     }
 }
 
@@ -47,11 +53,11 @@ unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
 ) {
     let mut row = 0;
     unsafe {
-        while shape.rows - row >= 4 {
+        while L::WIDE && shape.rows - row >= 4 {
             tile::<L, W, 4, C>(x, w, y, shape, row, column);
             row += 4;
         }
-        if shape.rows - row >= 2 {
+        while shape.rows - row >= 2 {
             tile::<L, W, 2, C>(x, w, y, shape, row, column);
             row += 2;
         }
