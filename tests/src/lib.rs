@@ -1,8 +1,9 @@
-//! What the tests across crates share: reference cases, volunteers in this process, strangers on the data plane.
+//! What the tests across crates share: reference cases, volunteers in this process, peers and strangers that misbehave.
 //!
 //! Everything here panics when something is not as it should be: that is a failed test.
 
 pub mod cases;
+pub mod fake;
 pub mod net;
 /// Reading the reference cases: the same code as in the tests of `hanse-model`.
 #[path = "../../model/tests/common/mod.rs"]

@@ -117,6 +117,12 @@ pub fn model_config(dir: &Path) -> ModelConfig {
     ModelConfig { dir: dir.to_owned(), threads: 1 }
 }
 
+/// A free port on loopback for the control plane.
+#[must_use]
+pub fn loopback() -> Multiaddr {
+    "/ip4/127.0.0.1/udp/0/quic-v1".parse().unwrap()
+}
+
 /// Greedy decoding of exactly `count` tokens.
 #[must_use]
 pub fn greedy(prompt: &[u32], count: usize) -> GenerateRequest {
