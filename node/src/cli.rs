@@ -72,7 +72,7 @@ pub(crate) struct ClientArgs {
 #[derive(Debug, Args)]
 pub(crate) struct JoinArgs {
     /// A member to join through, such as /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...; may be given more than once.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// The network's name.
     #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]
@@ -159,13 +159,13 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<bytesize::ByteSize>,
     /// Control-plane address to listen on; may be given more than once.
-    #[arg(long, value_name = "ADDR", default_values = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"])]
+    #[arg(long, value_name = "ADDR", num_args = 1.., default_values = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"])]
     pub(crate) listen: Vec<Multiaddr>,
     /// Data-plane UDP address; by default a free port on the address of the first --listen.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) data_listen: Option<SocketAddr>,
     /// A member to join through; may be given more than once. None for the first member of a network.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// The network's name.
     #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]

@@ -33,6 +33,8 @@ pub(crate) struct Server {
     pub(crate) network: String,
     pub(crate) model: ModelId,
     pub(crate) store: Arc<ExpertStore>,
+    /// The most experts that a row of the model has.
+    pub(crate) top_k: u32,
     pub(crate) batcher: Batcher,
     pub(crate) counters: Counters,
     pub(crate) draining: AtomicBool,
@@ -95,10 +97,14 @@ impl Server {
 
     /// Answers one frame after another until the client ends the stream or breaks a rule.
     async fn serve_stream(&self, mut stream: FrameStream, cancel: &CancellationToken) {
-        let limits = FrameLimits { max_rows: MAX_ROWS, ..FrameLimits::default() };
+        let limits = self.limits();
         loop {
             let read = tokio::select! {
-                () = cancel.cancelled() => return,
+                () = cancel.cancelled() => {
+                    // The last answer may still be on its way: closing the connection now would lose it.
+                    stream.finish().await;
+                    return;
+                }
                 read = stream.read(&limits) => read,
             };
             let answer = match read {
@@ -125,6 +131,16 @@ impl Server {
                 return;
             }
         }
+    }
+
+    /// The protocol's limits, with no more room for bodies than calls of this model need.
+    fn limits(&self) -> FrameLimits {
+        let limits = FrameLimits::default();
+        let row_bytes = self.store.hidden_size() * WireDtype::F32.bytes_per_value();
+        let all_rows = u32::try_from(row_bytes * MAX_ROWS as usize).unwrap_or(u32::MAX);
+        // The limit also holds for answers, which have up to a row per assignment.
+        let most = all_rows.saturating_mul(self.top_k.max(1));
+        FrameLimits { max_rows: MAX_ROWS, max_body_bytes: limits.max_body_bytes.min(most), ..limits }
     }
 
     async fn on_bad_frame(&self, error: &FrameError, stream: &mut FrameStream) {

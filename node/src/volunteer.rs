@@ -194,6 +194,7 @@ impl Volunteer {
             network: config.network.clone(),
             model,
             store: store.clone(),
+            top_k: checkpoint.spec().moe_layers().map(|(_, moe)| moe.top_k as u32).max().unwrap_or(1),
             batcher,
             counters: Counters::default(),
             draining: AtomicBool::new(false),

@@ -15,8 +15,6 @@ use crate::stats::PeerStats;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 /// The longest time a failing peer is set aside before it is tried again.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
-/// Assumed round trip and queue of a peer that was not called yet.
-const FIRST_OVERHEAD: Duration = Duration::from_millis(1);
 
 /// The experts of a model, as far as a router needs to know them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,6 +99,13 @@ struct Member {
     busy_until: Option<Instant>,
     /// Set aside after a failure, until a probe (not before this time) shows that it answers again.
     probe_at: Option<Instant>,
+}
+
+impl Member {
+    /// The connection's round trip; zero when there is no connection.
+    fn round_trip(&self) -> Duration {
+        self.link.as_ref().map(|link| link.connection.round_trip()).unwrap_or_default()
+    }
 }
 
 /// The live list of peers of one model. Cheap to read from many requests at once.
@@ -202,13 +207,14 @@ impl Directory {
     pub(crate) fn answered(
         &self,
         peer: &PeerId,
+        now: Instant,
         latency: Duration,
         compute: Duration,
         assignments: usize,
         queued_rows: u32,
     ) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.stats.answered(latency, compute, assignments, queued_rows);
+            member.stats.answered(now, latency, compute, assignments, queued_rows);
             member.failures_in_a_row = 0;
         }
     }
@@ -270,19 +276,20 @@ impl Directory {
             .map(|(&peer, member)| Candidate {
                 peer,
                 hosts: wanted.iter().map(|want| member.advert.hosted.contains(layer, want.expert)).collect(),
-                overhead: member.stats.overhead().unwrap_or(FIRST_OVERHEAD) + member.stats.queue_delay(),
+                overhead: member.stats.overhead(now, member.round_trip()),
                 per_assignment: member.stats.per_assignment(),
             })
             .filter(|candidate| candidate.hosts.contains(&true))
             .collect()
     }
 
-    /// How long a call of `assignments` pairs to `peer` usually takes; `None` before its first answers.
-    pub(crate) fn expected(&self, peer: &PeerId, assignments: usize) -> Option<Duration> {
+    /// How long a call of `assignments` pairs to `peer` usually takes; `None` before its first answer.
+    pub(crate) fn expected(&self, peer: &PeerId, assignments: usize, now: Instant) -> Option<Duration> {
         let members = self.read();
-        let stats = &members.get(peer)?.stats;
+        let member = members.get(peer).filter(|member| member.stats.is_known())?;
         let count = u32::try_from(assignments).unwrap_or(u32::MAX);
-        Some(stats.overhead()? + stats.queue_delay() + stats.per_assignment().saturating_mul(count))
+        let computing = member.stats.per_assignment().saturating_mul(count);
+        Some(member.stats.overhead(now, member.round_trip()) + computing)
     }
 
     /// The most rows in one frame that every connected peer accepts.

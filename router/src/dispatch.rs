@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hanse_model::{Routing, add_weighted};
-use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, PeerId, RefusalCode};
+use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLimits, PeerId, RefusalCode};
 
 use crate::network::ExpertNetwork;
 use crate::stats::NetworkUse;
@@ -70,7 +70,10 @@ impl ExpertNetwork {
         usage: &mut Usage,
     ) -> Result<Vec<f32>, DispatchError> {
         let width = self.check(layer, hidden, routing)?;
-        let chunk = self.directory.max_rows();
+        // The largest answer has a row for each of a row's experts, and must fit into one frame.
+        let answer_row = width * routing.top_k.max(1) * self.config.wire.bytes_per_value();
+        let fitting = FrameLimits::default().max_body_bytes as usize / answer_row.max(1);
+        let chunk = self.directory.max_rows().min(fitting).max(1);
         let mut output = Vec::with_capacity(hidden.len());
         for first in (0..routing.rows()).step_by(chunk) {
             let last = routing.rows().min(first + chunk);
@@ -205,7 +208,8 @@ async fn call(network: &ExpertNetwork, peer: PeerId, outgoing: &Outgoing) -> Res
     let count = answer.rows as usize * answer.hidden_size as usize;
     let values = answer.dtype.decode(&answer.body, count).map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
     let compute = Duration::from_micros(u64::from(answer.compute_us));
-    network.directory.answered(&peer, started.elapsed(), compute, outgoing.assignments, answer.queued_rows);
+    let now = Instant::now();
+    network.directory.answered(&peer, now, now - started, compute, outgoing.assignments, answer.queued_rows);
     Ok(values)
 }
 

@@ -1,12 +1,14 @@
 //! What was measured of each peer, and what a request cost on the network.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How many of the latest call durations a peer's percentiles are taken over.
 const LATENCY_WINDOW: usize = 4096;
 /// Weight of the newest sample in smoothed values, as TCP smooths its round trip.
 const SMOOTHING: f64 = 1.0 / 8.0;
+/// How fast a measured delay is forgotten when no call renews it: a peer that was slow once is tried again soon.
+const FORGET_HALF: Duration = Duration::from_secs(2);
 /// Assumed for a peer that was not called yet.
 const FIRST_PER_ASSIGNMENT: Duration = Duration::from_micros(200);
 
@@ -24,14 +26,23 @@ pub struct PeerStats {
     smoothed_latency: Option<f64>,
     smoothed_per_assignment: Option<f64>,
     queued_rows: u32,
+    last_answer: Option<Instant>,
 }
 
 impl PeerStats {
-    /// Notes an answered call: `latency` from sending to the decoded answer, `compute` as the peer reports it.
-    pub fn answered(&mut self, latency: Duration, compute: Duration, assignments: usize, queued_rows: u32) {
+    /// Notes a call answered at `now`: `latency` from sending to the decoded answer, `compute` as the peer reports it.
+    pub fn answered(
+        &mut self,
+        now: Instant,
+        latency: Duration,
+        compute: Duration,
+        assignments: usize,
+        queued_rows: u32,
+    ) {
         self.calls += 1;
         self.rows += assignments as u64;
         self.queued_rows = queued_rows;
+        self.last_answer = Some(now);
         if self.samples.len() == LATENCY_WINDOW {
             self.samples.pop_front();
         }
@@ -46,10 +57,21 @@ impl PeerStats {
         self.failures += 1;
     }
 
-    /// Expected time of a call apart from its own computing, if the peer was called before.
+    /// Expected time of a call apart from its own computing: way and queue. `round_trip` is what the connection measures; what
+    /// calls took beyond it counts less the longer ago the last answer is.
     #[must_use]
-    pub fn overhead(&self) -> Option<Duration> {
-        self.smoothed_latency.map(Duration::from_secs_f64)
+    pub fn overhead(&self, now: Instant, round_trip: Duration) -> Duration {
+        let (Some(smoothed), Some(last)) = (self.smoothed_latency, self.last_answer) else { return round_trip };
+        let measured = Duration::from_secs_f64(smoothed) + self.queue_delay();
+        let age = now.saturating_duration_since(last).as_secs_f64() / FORGET_HALF.as_secs_f64();
+        let beyond = measured.as_secs_f64() - round_trip.as_secs_f64();
+        Duration::try_from_secs_f64(round_trip.as_secs_f64() + beyond * 0.5f64.powf(age)).unwrap_or(round_trip)
+    }
+
+    /// Whether a call was ever answered: before that, nothing is known but the round trip.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.last_answer.is_some()
     }
 
     /// Expected computing time for one (row, expert) pair, the peer's queue not counted.
@@ -59,8 +81,7 @@ impl PeerStats {
     }
 
     /// Time for what waited at the peer when it last answered.
-    #[must_use]
-    pub fn queue_delay(&self) -> Duration {
+    fn queue_delay(&self) -> Duration {
         self.per_assignment() * self.queued_rows
     }
 
@@ -125,7 +146,7 @@ mod tests {
         assert_eq!(stats.quantile(0.99), Duration::ZERO);
         assert_eq!(stats.mean(), Duration::ZERO);
         for ms in 1..=100 {
-            stats.answered(Duration::from_millis(ms), Duration::ZERO, 1, 0);
+            stats.answered(Instant::now(), Duration::from_millis(ms), Duration::ZERO, 1, 0);
         }
         assert_eq!(stats.quantile(0.99), Duration::from_millis(99));
         assert_eq!(stats.quantile(0.5), Duration::from_millis(50));
@@ -134,10 +155,20 @@ mod tests {
 
     #[test]
     fn computing_time_is_told_apart_from_the_way() {
-        let mut stats = PeerStats::default();
-        stats.answered(Duration::from_millis(30), Duration::from_millis(10), 5, 3);
-        assert_eq!(stats.overhead(), Some(Duration::from_millis(20)));
+        let (mut stats, now) = (PeerStats::default(), Instant::now());
+        stats.answered(now, Duration::from_millis(30), Duration::from_millis(10), 5, 3);
         assert_eq!(stats.per_assignment(), Duration::from_millis(2));
-        assert_eq!(stats.queue_delay(), Duration::from_millis(6));
+        assert_eq!(stats.overhead(now, Duration::from_millis(1)), Duration::from_millis(20 + 6), "way and queue");
+    }
+
+    #[test]
+    fn a_slow_call_is_forgotten_when_no_other_follows() {
+        let (mut stats, now) = (PeerStats::default(), Instant::now());
+        let round_trip = Duration::from_millis(2);
+        assert_eq!(stats.overhead(now, round_trip), round_trip);
+        stats.answered(now, Duration::from_millis(102), Duration::ZERO, 1, 0);
+        assert_eq!(stats.overhead(now, round_trip), Duration::from_millis(102));
+        assert_eq!(stats.overhead(now + FORGET_HALF, round_trip), Duration::from_millis(52));
+        assert!(stats.overhead(now + 20 * FORGET_HALF, round_trip) < Duration::from_millis(3));
     }
 }

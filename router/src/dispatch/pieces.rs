@@ -168,7 +168,7 @@ impl<'a> Layer<'a> {
         let late_after = self
             .network
             .directory
-            .expected(&peer, outgoing.assignments)
+            .expected(&peer, outgoing.assignments, Instant::now())
             .map_or(FIRST_LATE, |usual| (usual * LATE_FACTOR).max(LATE_AT_LEAST))
             .min(self.network.config.call_timeout);
         let (abort, registration) = AbortHandle::new_pair();
