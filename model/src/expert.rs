@@ -113,19 +113,26 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
             })
             .collect()
     };
+    let work: usize =
+        pointers.iter().map(|job| job.rows * job.swiglu.down_proj.outputs() * job.swiglu.down_proj.inputs()).sum();
     // SAFETY: the lengths asserted above; tasks write to columns of their own, and the second step starts when the
     // first is done.
-    run_tasks(tasks(|s| s.gate_proj.outputs(), |s| 2 * s.gate_proj.inputs()), pool, |(job, columns)| unsafe {
-        let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
-        job.swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
-        job.swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
-        for row in 0..job.rows {
-            let at = row * job.swiglu.gate_proj.outputs() + columns.0;
-            kernel::silu_mul(isa, gate.add(at), up.add(at), columns.1 - columns.0);
-        }
-    });
+    run_tasks(
+        tasks(|s| s.gate_proj.outputs(), |s| 2 * s.gate_proj.inputs()),
+        2 * work,
+        pool,
+        |(job, columns)| unsafe {
+            let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
+            job.swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
+            job.swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
+            for row in 0..job.rows {
+                let at = row * job.swiglu.gate_proj.outputs() + columns.0;
+                kernel::silu_mul(isa, gate.add(at), up.add(at), columns.1 - columns.0);
+            }
+        },
+    );
     // SAFETY: as above.
-    run_tasks(tasks(|s| s.down_proj.outputs(), |s| s.down_proj.inputs()), pool, |(job, columns)| unsafe {
+    run_tasks(tasks(|s| s.down_proj.outputs(), |s| s.down_proj.inputs()), work, pool, |(job, columns)| unsafe {
         job.swiglu.down_proj.multiply(isa, job.gate.pointer(), job.output.pointer(), job.rows, columns);
     });
 }

@@ -12,6 +12,8 @@ pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+use std::sync::OnceLock;
+
 use half::{bf16, f16};
 
 /// Lanes in a vector.
@@ -126,7 +128,8 @@ pub(crate) enum Isa {
 impl Isa {
     /// The best that this machine has.
     pub(crate) fn detect() -> Self {
-        Self::available()[0]
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available()[0])
     }
 
     /// All that this machine has, best first.

@@ -136,8 +136,11 @@ impl Matrix {
 /// Ranges of columns are multiples of this, so that few columns are left over by tiles.
 const TILE_COLUMNS: usize = 12;
 
-/// Multiplications below which another thread is not worth waking.
-pub(crate) const MIN_TASK: usize = 1 << 17;
+/// Multiplications of a task at least: about 10 microseconds of one core.
+const MIN_TASK: usize = 1 << 17;
+
+/// Multiplications in all below which another thread is not worth waking: about 50 microseconds of one core.
+pub(crate) const MIN_SHARED: usize = 1 << 19;
 
 /// Splits `outputs` into ranges of columns such that a task has about [`MIN_TASK`] multiplications or more, and there
 /// are not many more tasks than it takes to keep `threads` busy.
@@ -177,12 +180,14 @@ pub(crate) fn linears<const N: usize>(x: &[f32], matrices: [&Matrix; N], pool: &
     let threads = pool.current_num_threads();
     let mut results = matrices.map(|matrix| vec![0.0; rows * matrix.outputs()]);
     let mut tasks = Vec::new();
+    let mut work = 0;
     for (matrix, y) in matrices.into_iter().zip(&mut results) {
+        work += rows * inputs * matrix.outputs();
         let y = SharedMut(y.as_mut_ptr());
         tasks.extend(column_ranges(matrix.outputs(), rows * inputs, threads).map(|columns| (matrix, y, columns)));
     }
     // SAFETY: the lengths asserted and allocated above, and ranges that do not overlap.
-    run_tasks(tasks, pool, |(matrix, y, columns)| unsafe {
+    run_tasks(tasks, work, pool, |(matrix, y, columns)| unsafe {
         matrix.multiply(isa, x.as_ptr(), y.pointer(), rows, columns);
     });
     results
@@ -194,9 +199,9 @@ pub(crate) fn linear(x: &[f32], matrix: &Matrix, pool: &ThreadPool) -> Vec<f32> 
     y
 }
 
-/// Runs tasks over the pool, or in this thread where a second one would not help.
-pub(crate) fn run_tasks<T: Send>(tasks: Vec<T>, pool: &ThreadPool, run: impl Fn(T) + Sync + Send) {
-    if tasks.len() > 1 && pool.current_num_threads() > 1 {
+/// Runs tasks of so many multiplications over the pool, or in this thread where a second one would not help.
+pub(crate) fn run_tasks<T: Send>(tasks: Vec<T>, work: usize, pool: &ThreadPool, run: impl Fn(T) + Sync + Send) {
+    if tasks.len() > 1 && work >= MIN_SHARED && pool.current_num_threads() > 1 {
         pool.install(|| tasks.into_par_iter().with_max_len(1).for_each(run));
     } else {
         tasks.into_iter().for_each(run);

@@ -104,6 +104,8 @@ impl Trunk {
     /// `All`, 1 for `Last`, 0 for `None`. A row's bits do not depend on the other rows, nor on how a prompt is cut into
     /// calls.
     ///
+    /// `experts` is called on the caller's thread, never on one of the pool's, so it may wait for work in the pool.
+    ///
     /// # Errors
     /// If a token or a sequence is not possible, or the experts failed. Every cache is then as long as it was before.
     pub fn forward(
@@ -113,9 +115,7 @@ impl Trunk {
     ) -> Result<Vec<Vec<f32>>, ForwardError> {
         self.check(segments)?;
         let before: Vec<usize> = segments.iter().map(|segment| segment.cache.len()).collect();
-        // Candle's own loops run in the pool that they are called from.
-        let pool = Arc::clone(&self.pool);
-        let result = pool.install(|| self.forward_rows(segments, experts));
+        let result = self.forward_rows(segments, experts);
         for (segment, before) in segments.iter_mut().zip(before) {
             match &result {
                 Ok(_) => segment.cache.advance(segment.tokens.len()),
@@ -170,7 +170,7 @@ impl Trunk {
         for (number, layer) in self.layers.iter().enumerate() {
             x = layer.forward(number, x, spec, &rows, &angles, segments, experts, &self.pool)?;
         }
-        self.logits(&x, segments)
+        within(&self.pool, rows.positions.len() == 1, || self.logits(&x, segments))
     }
 
     fn logits(&self, x: &Tensor, segments: &[Segment<'_>]) -> Result<Vec<Vec<f32>>, ForwardError> {
@@ -211,4 +211,10 @@ impl Trunk {
             })
             .collect())
     }
+}
+
+/// Runs candle's operations in the pool, whose threads their loops then use. Where they have nothing to share out, the
+/// way there and back would cost more than the work: they stay in this thread.
+fn within<T: Send>(pool: &ThreadPool, stay: bool, work: impl FnOnce() -> T + Send) -> T {
+    if stay { work() } else { pool.install(work) }
 }

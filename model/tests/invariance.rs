@@ -208,3 +208,35 @@ fn local_experts_add_up_in_ascending_expert_number() {
     let beyond = Routing { top_k: 1, experts: vec![16, 0], weights: vec![1.0, 1.0] };
     assert_eq!(local.forward(2, &hidden, &beyond).unwrap_err().to_string(), "no expert 16 in layer 2");
 }
+
+/// Waits until another thread has run the experts in the pool that the trunk has too.
+struct Elsewhere {
+    inner: Option<LocalExperts>,
+}
+
+impl Experts for Elsewhere {
+    fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        let mut inner = self.inner.take().ok_or("in use")?;
+        let (hidden, routing) = (hidden.to_vec(), routing.clone());
+        let worker = std::thread::spawn(move || {
+            let result = inner.forward(layer, &hidden, &routing);
+            (inner, result)
+        });
+        let (inner, result) = worker.join().map_err(|_| "the thread panicked")?;
+        self.inner = Some(inner);
+        result
+    }
+}
+
+#[test]
+fn experts_may_wait_for_the_trunks_own_pool_of_one_thread() {
+    let checkpoint = Checkpoint::open(&fixture("qwen2_moe")).unwrap();
+    let pool = Arc::new(compute_pool(1).unwrap());
+    let trunk = Trunk::load(&checkpoint, pool.clone()).unwrap();
+    let mut experts = Elsewhere { inner: Some(LocalExperts::load(&checkpoint, pool).unwrap()) };
+    let mut cache = trunk.new_cache();
+    for tokens in [&[1, 2, 3, 4][..], &[5]] {
+        let mut segments = [Segment { tokens, cache: &mut cache, logits: LogitsWanted::Last }];
+        trunk.forward(&mut segments, &mut experts).unwrap();
+    }
+}

@@ -6,14 +6,14 @@ use candle_nn::rotary_emb::rope_thd;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use super::{ForwardError, Segment};
+use super::{ForwardError, Segment, within};
 use crate::attention::{Query, attend};
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadError, Swiglu};
 use crate::expert::{SwigluJob, run_swiglus};
 use crate::experts::Experts;
 use crate::gate::route;
 use crate::lanes::Isa;
-use crate::linear::{MIN_TASK, Matrix, linear, linears};
+use crate::linear::{MIN_SHARED, Matrix, linear, linears};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GroupedQuerySpec, ModelSpec, MoeSpec, QkNorm};
 
 /// Which segment and position each row of a pass belongs to.
@@ -192,8 +192,8 @@ impl Attention {
             unsafe { attend(isa, query, scores, out) };
         };
         let longest = rows.positions.iter().max().map_or(0, |position| position + 1);
-        let per_task = MIN_TASK.div_ceil(2 * longest * head_dim).max(1);
-        if per_task >= rows.positions.len() * heads || pool.current_num_threads() == 1 {
+        let work = 2 * longest * head_dim;
+        if work * rows.positions.len() * heads < MIN_SHARED || pool.current_num_threads() == 1 {
             let mut scores = Vec::new();
             attended.chunks_exact_mut(head_dim).enumerate().for_each(|(index, out)| one(&mut scores, index, out));
         } else {
@@ -201,7 +201,7 @@ impl Attention {
                 attended
                     .par_chunks_exact_mut(head_dim)
                     .enumerate()
-                    .with_min_len(per_task)
+                    .with_min_len(MIN_SHARED.div_ceil(4 * work))
                     .for_each_init(Vec::new, |scores, (index, out)| one(scores, index, out));
             });
         }
@@ -243,7 +243,9 @@ impl FeedForward {
             Self::Dense(swiglu) => return Ok(apply(swiglu, x, pool)),
             Self::Moe { spec, gate, shared } => (spec, gate, shared),
         };
-        let routing = route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate)?;
+        let routing = within(pool, x.len() == gate.inputs(), || {
+            route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate)
+        })?;
         let mut out = experts.forward(layer, x, &routing).map_err(|source| ForwardError::Experts { layer, source })?;
         if out.len() != x.len() {
             return Err(ForwardError::ExpertsShape { layer, expected: x.len(), found: out.len() });
@@ -299,10 +301,15 @@ impl Layer {
         pool: &ThreadPool,
     ) -> Result<Tensor, ForwardError> {
         let eps = spec.rms_norm_eps;
-        let normed = rms_norm(&x, &self.input_norm, eps)?.flatten_all()?.to_vec1::<f32>()?;
-        let attended = self.attention.forward(layer, &normed, eps, rows, angles, segments, pool)?;
-        let x = residual(x, attended, spec)?;
-        let normed = rms_norm(&x, &self.post_attention_norm, eps)?.flatten_all()?.to_vec1::<f32>()?;
+        // Candle shares out the rows of a norm from 33 on; a row has as many as heads where each is normed by itself.
+        let stay = rows.positions.len() == 1 && self.attention.spec.heads <= 32;
+        let (x, normed) = within(pool, stay, || -> CandleResult<_> {
+            let normed = rms_norm(&x, &self.input_norm, eps)?.flatten_all()?.to_vec1::<f32>()?;
+            let attended = self.attention.forward(layer, &normed, eps, rows, angles, segments, pool)?;
+            let x = residual(x, attended, spec)?;
+            let normed = rms_norm(&x, &self.post_attention_norm, eps)?.flatten_all()?.to_vec1::<f32>()?;
+            Ok((x, normed))
+        })?;
         let fed = self.feed_forward.forward(layer, &normed, experts, pool)?;
         Ok(residual(x, fed, spec)?)
     }
