@@ -1,7 +1,37 @@
 //! What is computed: checkpoints, families, attention, gates, expert kernels, tokenizer, sampling.
 //!
-//! No sockets, no async. The trunk calls the routed experts through [`Experts`], so that they can be in this process
-//! ([`LocalExperts`]) or anywhere else.
+//! No sockets, no async. [`Checkpoint`] opens a folder as model hubs have it and checks it; [`Trunk`] holds everything
+//! but the routed experts, which it calls through [`Experts`], so that they can be in this process ([`LocalExperts`]) or
+//! anywhere else.
+//!
+//! **A row's bits depend on nothing but the row and the weights**: not on the batch, the order, the number of threads,
+//! how a prompt is cut, or whether the machine has AVX-512, AVX2 or neither. So tokens do not change with who
+//! computes an expert.
+//!
+//! ```no_run
+//! use std::{path::Path, sync::Arc};
+//! use hanse_model::*;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let dir = Path::new("examples/models/tiny-moe");
+//! let checkpoint = Checkpoint::open(dir)?;
+//! let pool = Arc::new(compute_pool(2)?);
+//! let trunk = Trunk::load(&checkpoint, pool.clone())?;
+//! let mut experts = LocalExperts::load(&checkpoint, pool)?;
+//! let tokenizer = Tokenizer::load(dir)?;
+//! let (mut text, mut sampler) = (tokenizer.stream(true), Sampler::new(SamplingParams::greedy())?);
+//!
+//! let mut cache = trunk.new_cache();
+//! let mut tokens = tokenizer.encode("Once upon a time", true)?;
+//! for _ in 0..20 {
+//!     let segment = Segment { tokens: &tokens, cache: &mut cache, logits: LogitsWanted::Last };
+//!     let logits = trunk.forward(&mut [segment], &mut experts)?;
+//!     tokens = vec![sampler.sample(&logits[0])];
+//!     print!("{}", text.push(tokens[0])?);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are used in place and are little-endian");
