@@ -63,8 +63,7 @@ impl Decoder {
             let reason = format!("{kv_heads} key/value heads do not divide `num_attention_heads` ({heads})");
             return Err(config.invalid("num_key_value_heads", reason));
         }
-        let max_positions =
-            config.whole("max_position_embeddings", 1, MAX_POSITIONS)?.unwrap_or(defaults.max_positions);
+        let max_positions = whole_or(config, "max_position_embeddings", MAX_POSITIONS, defaults.max_positions)?;
         match config.text("hidden_act")? {
             None | Some("silu" | "swish") => {}
             Some(_) => return Err(config.invalid("hidden_act", "only silu is supported")),
@@ -124,13 +123,23 @@ pub(super) fn read_moe(
     gate: GateSpec,
 ) -> Result<MoeSpec, ConfigError> {
     let experts_key = config.first(&["num_local_experts", "num_experts"]);
-    let experts = config.whole(experts_key, 1, MAX_EXPERTS)?.unwrap_or(defaults.experts);
-    let top_k = config.whole("num_experts_per_tok", 1, MAX_EXPERTS)?.unwrap_or(defaults.top_k);
+    let experts = whole_or(config, experts_key, MAX_EXPERTS, defaults.experts)?;
+    let top_k = whole_or(config, "num_experts_per_tok", MAX_EXPERTS, defaults.top_k)?;
     if top_k > experts {
         return Err(config.invalid("num_experts_per_tok", format!("there are only {experts} experts")));
     }
     let intermediate_size = config.size(intermediate_key, MAX_SIZE)?;
     Ok(MoeSpec { experts, top_k, intermediate_size, gate, shared: None })
+}
+
+/// A whole number of 1 or more. The family's default for an absent one is what the reference takes, but hub folders
+/// always have these keys: their absence is worth a warning.
+fn whole_or(config: &Config<'_>, key: &str, max: usize, default: usize) -> Result<usize, ConfigError> {
+    let found = config.whole(key, 1, max)?;
+    if found.is_none() {
+        tracing::warn!(key, default, "config.json lacks a key; taking the family's default");
+    }
+    Ok(found.unwrap_or(default))
 }
 
 /// Reads rope in the classic form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).
@@ -154,8 +163,11 @@ fn read_rope(config: &Config<'_>, default_theta: f64, max_positions: usize) -> R
     // The families here rotate whole heads. Their reference ignores the factor for plain rope and fails otherwise.
     if let Some(partial) = rope.positive("partial_rotary_factor")?.or(outer_partial)
         && partial != 1.0
-        && kind != "default"
     {
+        if kind == "default" {
+            tracing::warn!(partial_rotary_factor = partial, "ignored: this family rotates whole heads");
+            return Ok(RopeSpec { theta, scaling: RopeScaling::None });
+        }
         let owner = if rope.has("partial_rotary_factor") { &rope } else { config };
         return Err(owner.invalid("partial_rotary_factor", "this family rotates whole heads"));
     }
