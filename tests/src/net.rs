@@ -117,6 +117,22 @@ pub fn model_config(dir: &Path) -> ModelConfig {
     ModelConfig { dir: dir.to_owned(), threads: 1 }
 }
 
+/// A copy of a model folder with one weight changed.
+#[must_use]
+pub fn changed_copy(dir: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let weights = copy.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    // The last tensor's last value, sign bit.
+    *bytes.last_mut().unwrap() ^= 0x80;
+    std::fs::write(&weights, bytes).unwrap();
+    copy
+}
+
 /// A free port on loopback for the control plane.
 #[must_use]
 pub fn loopback() -> Multiaddr {

@@ -4,9 +4,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_protocol::{ALPN, Frame, FrameError, FrameLimits, Identity, PeerId, RefusalCode, read_frame, write_frame};
+use hanse_model::Checkpoint;
+use hanse_protocol::{
+    ALPN, Combine, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits, Identity, PeerId, RefusalCode, WireDtype,
+    read_frame, write_frame,
+};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
+
+use crate::net::Net;
 
 /// An answer that takes longer does not come.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -55,6 +61,24 @@ impl Stranger {
             Ok(Frame::Refusal(refusal)) => (refusal.code, refusal.message),
             other => panic!("no refusal: {other:?}"),
         }
+    }
+}
+
+/// A good call of one row for one expert of the network's model.
+#[must_use]
+pub fn call(net: &Net, layer: u32, expert: u32) -> ExpertCall {
+    let hidden_size = Checkpoint::open(&net.dir).unwrap().spec().hidden_size as u32;
+    ExpertCall {
+        request_id: 1,
+        model: net.model,
+        layer,
+        hidden_size,
+        rows: 1,
+        dtype: WireDtype::F32,
+        combine: Combine::Client,
+        deadline_ms: 5000,
+        assignments: vec![ExpertRows { expert, rows: vec![0], weights: vec![1.0] }],
+        body: vec![0; hidden_size as usize * 4].into(),
     }
 }
 
