@@ -7,6 +7,7 @@
 //! channel. The task ends when the last handle is dropped or [`Discovery::shutdown`] is called.
 
 mod behaviour;
+mod bootstrap;
 pub mod exchange;
 pub mod keys;
 mod resolve;
@@ -82,8 +83,8 @@ pub enum LookupError {
         /// What went wrong.
         reason: String,
     },
-    /// None of the bootstrap addresses could be connected to in time.
-    #[error("none of the bootstrap addresses answered within {0:?}")]
+    /// No member of the network could be connected to in time.
+    #[error("no member of the network answered at the bootstrap addresses within {0:?}")]
     NoBootstrap(Duration),
 }
 
@@ -134,19 +135,19 @@ impl Discovery {
         self.addresses.borrow().clone()
     }
 
-    /// How many peers are connected on the control plane at present.
+    /// How many members of the network, other than clients, are connected on the control plane at present.
     #[must_use]
-    pub fn connected_peers(&self) -> usize {
+    pub fn connected_members(&self) -> usize {
         *self.connected.borrow()
     }
 
-    /// Waits until at least one peer is connected.
+    /// Waits until at least one member is connected and known to the DHT, so that look-ups have somebody to ask.
     ///
     /// # Errors
-    /// [`LookupError::NoBootstrap`] when nobody is connected after `timeout`.
+    /// [`LookupError::NoBootstrap`] when none is connected after `timeout`.
     pub async fn wait_connected(&self, timeout: Duration) -> Result<(), LookupError> {
         let mut connected = self.connected.clone();
-        match tokio::time::timeout(timeout, connected.wait_for(|peers| *peers > 0)).await {
+        match tokio::time::timeout(timeout, connected.wait_for(|members| *members > 0)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(LookupError::Stopped),
             Err(_) => Err(LookupError::NoBootstrap(timeout)),

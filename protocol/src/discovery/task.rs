@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
+use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
 use super::keys::ProviderKey;
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError};
@@ -21,8 +22,13 @@ use crate::{Identity, ModelId};
 
 /// How long an address may take to be listened on.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// "All interfaces" is one listener with several addresses: they are all known when none came for this long.
+const INTERFACES_PAUSE: Duration = Duration::from_millis(100);
 /// How often a member without any connection dials its bootstrap addresses again.
 const BOOTSTRAP_RETRY: Duration = Duration::from_secs(2);
+/// How often a volunteer dials those bootstrap members that it has lost: one that was started again knows nobody, and
+/// newcomers find the network through it.
+const BOOTSTRAP_RETURN: Duration = Duration::from_secs(5);
 /// Provider records are published again this often; well below their life time.
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 /// New peers often come in bursts: publishing waits this long after one, so that a burst is one publication.
@@ -53,7 +59,10 @@ pub(crate) struct SwarmTask {
     inbox: mpsc::Receiver<Command>,
     addresses: watch::Sender<Vec<Multiaddr>>,
     connected: watch::Sender<usize>,
-    bootstrap: Vec<Multiaddr>,
+    /// Connected peers that serve the DHT of this network, and are in the routing table.
+    members: HashSet<PeerId>,
+    bootstrap: Bootstrap,
+    serves: bool,
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
     publish_at: Instant,
@@ -64,6 +73,21 @@ pub(crate) struct SwarmTask {
 
 fn record_key(key: ProviderKey) -> RecordKey {
     RecordKey::new(key.as_bytes())
+}
+
+/// The innermost error that says something: the outer layers of a transport have no text of their own.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.map(ToString::to_string).filter(|text| !text.is_empty()).last().unwrap_or_else(|| format!("{error:?}"))
+}
+
+/// Whether an address stands for all interfaces.
+fn is_unspecified(address: &Multiaddr) -> bool {
+    match address.iter().next() {
+        Some(Protocol::Ip4(ip)) => ip.is_unspecified(),
+        Some(Protocol::Ip6(ip)) => ip.is_unspecified(),
+        _ => false,
+    }
 }
 
 impl SwarmTask {
@@ -80,7 +104,9 @@ impl SwarmTask {
             inbox,
             addresses,
             connected,
-            bootstrap: config.bootstrap.clone(),
+            members: HashSet::new(),
+            bootstrap: Bootstrap::new(identity.peer_id(), &config.bootstrap),
+            serves: !config.listen.is_empty(),
             hosted: Vec::new(),
             keys: Vec::new(),
             publish_at: Instant::now() + PUBLISH_INTERVAL,
@@ -96,7 +122,7 @@ impl SwarmTask {
         for address in addresses {
             let failed = |e: libp2p::TransportError<std::io::Error>| DiscoveryError::Listen {
                 address: address.clone(),
-                reason: e.to_string(),
+                reason: root_cause(&e),
             };
             pending.insert(self.swarm.listen_on(address.clone()).map_err(failed)?, address);
         }
@@ -121,6 +147,13 @@ impl SwarmTask {
             }
             self.on_event(event);
         }
+        if addresses.iter().any(is_unspecified) {
+            while let Ok(event) = tokio::time::timeout(INTERFACES_PAUSE, self.swarm.select_next_some()).await
+                && Instant::now() < deadline
+            {
+                self.on_event(event);
+            }
+        }
         Ok(self)
     }
 
@@ -130,33 +163,36 @@ impl SwarmTask {
         let mut retry = tokio::time::interval(BOOTSTRAP_RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         retry.tick().await;
+        let mut return_to = tokio::time::interval(BOOTSTRAP_RETURN);
+        return_to.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        return_to.tick().await;
         loop {
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_event(event),
                 command = self.inbox.recv() => match command {
                     None => return,
                     Some(Command::Shutdown { done }) => {
+                        drop(self);
                         let _ = done.send(());
                         return;
                     }
                     Some(command) => self.on_command(command),
                 },
                 _ = retry.tick() => {
-                    if self.swarm.connected_peers().next().is_none() {
+                    if self.members.is_empty() {
                         self.dial_bootstrap();
                     }
                 }
+                _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
                 () = tokio::time::sleep_until(self.publish_at) => self.publish(),
             }
         }
     }
 
+    /// Dials the bootstrap members that are not connected.
     fn dial_bootstrap(&mut self) {
-        for address in &self.bootstrap {
-            if let Some(Protocol::P2p(peer)) = address.iter().last() {
-                if peer == *self.swarm.local_peer_id() {
-                    continue;
-                }
+        for (address, peer) in self.bootstrap.absent(|peer| self.swarm.is_connected(peer)) {
+            if let Some(peer) = peer {
                 self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
             }
             if let Err(error) = self.swarm.dial(address.clone()) {
@@ -236,9 +272,13 @@ impl SwarmTask {
                 let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
                 self.addresses.send_modify(|all| all.retain(|known| *known != own));
             }
-            SwarmEvent::ConnectionEstablished { .. } | SwarmEvent::ConnectionClosed { .. } => {
-                let connected = self.swarm.connected_peers().count();
-                self.connected.send_if_modified(|known| std::mem::replace(known, connected) != connected);
+            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } if endpoint.is_dialer() => {
+                self.bootstrap.met(endpoint.get_remote_address(), peer_id);
+            }
+            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => {
+                if self.members.remove(&peer_id) {
+                    self.connected.send_replace(self.members.len());
+                }
             }
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
                 tracing::debug!(?peer_id, %error, "dial failed")
@@ -288,6 +328,9 @@ impl SwarmTask {
         }
         for address in info.listen_addrs.into_iter().take(MAX_ADDRESSES) {
             self.swarm.behaviour_mut().kad.add_address(&peer, address);
+        }
+        if self.swarm.is_connected(&peer) && self.members.insert(peer) {
+            self.connected.send_replace(self.members.len());
         }
     }
 

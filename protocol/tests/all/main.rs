@@ -2,6 +2,7 @@
 
 mod adverts;
 mod allocation;
+mod discovery;
 mod dtypes;
 mod frame_properties;
 mod frames;
