@@ -275,10 +275,8 @@ impl SwarmTask {
             SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } if endpoint.is_dialer() => {
                 self.bootstrap.met(endpoint.get_remote_address(), peer_id);
             }
-            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => {
-                if self.members.remove(&peer_id) {
-                    self.connected.send_replace(self.members.len());
-                }
+            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } if self.members.remove(&peer_id) => {
+                self.connected.send_replace(self.members.len());
             }
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
                 tracing::debug!(?peer_id, %error, "dial failed")
