@@ -99,17 +99,25 @@ fn busiest(net: &Net) -> usize {
     (0..net.volunteers.len()).max_by_key(|&i| net.volunteers[i].counts().pairs).unwrap()
 }
 
-/// The misbehaving peer announces everything, so it is the first choice beside volunteers that have one half each.
+/// Generates with a misbehaving peer beside two volunteers. It announces everything and the volunteers have one half each,
+/// so it is often the first choice of a client that knows nobody yet; new clients are made until it is.
 async fn with_fake_peer(manner: Manner) -> (FakePeer, NetworkUse) {
+    const COUNT: usize = 32;
     let net = Net::halves(&tiny_moe()).await;
     let fake = FakePeer::join(&net, manner).await;
-    let client = net.client().await;
-    let connected = || client.peers().iter().filter(|peer| peer.address.is_some()).count();
-    eventually("all three are connected", || connected() == 3).await;
-    let (found, used) = tokens(&client, greedy(&PROMPT, TOKENS)).await.unwrap();
-    assert!(fake.calls() > 0, "{manner:?}: it was called");
-    assert_eq!(found, expected(&PROMPT, TOKENS).await, "{manner:?}");
-    (fake, used)
+    let expected = expected(&PROMPT, COUNT).await;
+    for _ in 0..30 {
+        let client = net.client().await;
+        let connected = || client.peers().iter().filter(|peer| peer.address.is_some()).count();
+        eventually("all three are connected", || connected() == 3).await;
+        let (found, used) = tokens(&client, greedy(&PROMPT, COUNT)).await.unwrap();
+        assert_eq!(found, expected, "{manner:?}");
+        if fake.calls() > 0 {
+            println!("{manner:?}: {} calls, {used:?}", fake.calls());
+            return (fake, used);
+        }
+    }
+    panic!("{manner:?}: nobody ever called it");
 }
 
 #[test]
@@ -122,7 +130,7 @@ fn a_call_on_a_peer_that_vanishes_is_retried_on_another() {
 fn a_call_on_a_peer_that_hangs_is_hedged() {
     let (fake, used) = runtime().block_on(with_fake_peer(Manner::Hang));
     assert!(used.hedged >= 1, "{used:?}");
-    assert!(fake.calls() < TOKENS, "it is set aside and not called in every layer: {} calls", fake.calls());
+    assert!(fake.calls() < 32, "it is set aside and not called for every token: {} calls", fake.calls());
 }
 
 #[test]
