@@ -179,6 +179,13 @@ impl Client {
         self.network().map(|network| network.directory().peers()).unwrap_or_default()
     }
 
+    /// Leaves the network, see [`ExpertNetwork::shutdown`]; generations in progress fail. Nothing to do for a local client.
+    pub async fn close(&self) {
+        if let Some(network) = self.network() {
+            network.shutdown().await;
+        }
+    }
+
     /// Starts a generation on a thread of its own and returns the stream of its tokens.
     ///
     /// Must be called within a tokio runtime. Dropping the stream ends the generation within one step.

@@ -98,7 +98,7 @@ pub struct ExpertNetwork {
     discovery: Discovery,
     endpoint: DataEndpoint,
     cancel: CancellationToken,
-    membership: AbortOnDropHandle<()>,
+    _membership: AbortOnDropHandle<()>,
 }
 
 impl ExpertNetwork {
@@ -138,8 +138,16 @@ impl ExpertNetwork {
         });
         let cancel = CancellationToken::new();
         let membership = AbortOnDropHandle::new(tokio::spawn(membership.run(cancel.clone())));
-        let network =
-            Self { config, model, directory, request_ids: AtomicU64::new(1), discovery, endpoint, cancel, membership };
+        let network = Self {
+            config,
+            model,
+            directory,
+            request_ids: AtomicU64::new(1),
+            discovery,
+            endpoint,
+            cancel,
+            _membership: membership,
+        };
         match network.wait_complete(deadline).await {
             Ok(()) => Ok(network),
             Err(error) => {
@@ -175,11 +183,10 @@ impl ExpertNetwork {
         connected()
     }
 
-    /// Ends the background tasks and closes every connection.
-    pub async fn shutdown(self) {
+    /// Ends the background tasks and tells every peer that this client has gone; calls in flight fail. Without it peers notice
+    /// only when the connection has been silent for long.
+    pub async fn shutdown(&self) {
         self.cancel.cancel();
-        // It ends by cancellation; a panic in it has been logged by the runtime.
-        let _ = self.membership.await;
         self.endpoint.close().await;
         self.discovery.shutdown().await;
     }

@@ -105,6 +105,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         let rss_bytes = resident(pid, "VmHWM:").context("cannot read a volunteer's memory")?;
         nodes.push(NodeMemory { expert_bytes: bytes_of(spec)?, rss_bytes });
     }
+    client.close().await;
     net.stop().await;
     let memory = MemoryReport {
         checkpoint_bytes: sizes.trunk_bytes + sizes.expert_bytes,

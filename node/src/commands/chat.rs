@@ -49,6 +49,7 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
             }
         }
     }
+    client.close().await;
     Ok(())
 }
 

@@ -115,6 +115,7 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
 
     let identical = run.tokens == local_tokens;
     let peers = rows(&mut net, &client.peers());
+    client.close().await;
     net.stop().await;
     let document = Document {
         prompt,

@@ -78,6 +78,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
     }
     let Some(summary) = generation.summary() else { bail!("the generation ended without a word") };
     text.push_str(&summary.rest);
+    client.close().await;
     if args.json {
         return output::json(&Document {
             prompt_tokens: &prompt,

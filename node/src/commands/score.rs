@@ -30,6 +30,7 @@ pub(crate) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
     let keep = args.logits_out.is_some();
     let score = client.score(tokens.clone(), keep, move |done| shown.set_position(done as u64)).await;
     bar.finish_and_clear();
+    client.close().await;
     let score = score?;
     if let (Some(path), Some(logits)) = (&args.logits_out, &score.logits) {
         write_logits(path, logits, tokens.len(), client.spec().vocab_size)?;
