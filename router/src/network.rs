@@ -1,6 +1,7 @@
 //! The experts of one model as a network: joined once, called by many requests.
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,6 +96,8 @@ pub struct ExpertNetwork {
     pub(crate) model: ModelId,
     pub(crate) directory: Arc<Directory>,
     request_ids: AtomicU64,
+    /// Differs between clients, so that they do not all choose the same among equal peers.
+    pub(crate) salt: u64,
     discovery: Discovery,
     endpoint: DataEndpoint,
     cancel: CancellationToken,
@@ -143,6 +146,7 @@ impl ExpertNetwork {
             model,
             directory,
             request_ids: AtomicU64::new(1),
+            salt: RandomState::new().hash_one(identity.peer_id()),
             discovery,
             endpoint,
             cancel,

@@ -16,7 +16,7 @@ use hanse_protocol::{Combine, ExpertRows, PeerId};
 
 use super::{CallFailure, DispatchError, Outgoing, Usage, add_partial_sums, call, outgoing};
 use crate::network::ExpertNetwork;
-use crate::plan::plan;
+use crate::plan::{Share, plan};
 
 /// A call is late when it takes this many times what the peer usually takes ...
 const LATE_FACTOR: u32 = 4;
@@ -123,20 +123,19 @@ impl<'a> Layer<'a> {
         DispatchError::NoReplica { layer: self.layer, experts, reason: self.last_failure.clone() }
     }
 
+    fn plan(&self, wanted: &[ExpertRows], tried: &[PeerId], also_avoided: bool) -> Result<Vec<Share>, Vec<u32>> {
+        let candidates = self.network.directory.candidates(self.layer, wanted, tried, also_avoided, Instant::now());
+        // The same layer goes to the same peers as long as they are as good as others; another layer to others.
+        plan(wanted, &candidates, self.network.salt.wrapping_add(u64::from(self.layer)))
+    }
+
     /// Plans a piece's work onto peers that were not asked for it yet, and calls them. `false` if some expert has none.
     fn split(&mut self, parent: usize, why: &Why) -> Result<bool, DispatchError> {
         let (wanted, tried) = (self.pieces[parent].assignments.clone(), self.pieces[parent].tried.clone());
-        let directory = &self.network.directory;
-        let now = Instant::now();
-        let planned =
-            plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, false, now)).or_else(|missing| {
-                // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
-                if matches!(why, Why::Hedge) {
-                    Err(missing)
-                } else {
-                    plan(&wanted, &directory.candidates(self.layer, &wanted, &tried, true, now))
-                }
-            });
+        let planned = self.plan(&wanted, &tried, false).or_else(|missing| {
+            // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
+            if matches!(why, Why::Hedge) { Err(missing) } else { self.plan(&wanted, &tried, true) }
+        });
         let Ok(shares) = planned else { return Ok(false) };
         for share in shares {
             let mut tried = tried.clone();
@@ -262,10 +261,8 @@ impl<'a> Layer<'a> {
                 continue;
             }
             self.pieces[piece].tried.clear();
-            let now = Instant::now();
-            let wanted = self.pieces[piece].assignments.clone();
             // Peers that asked for time or failed a moment ago are left alone until their time is over.
-            let ready = plan(&wanted, &self.network.directory.candidates(self.layer, &wanted, &[], false, now)).is_ok();
+            let ready = self.plan(&self.pieces[piece].assignments, &[], false).is_ok();
             if !ready || !self.split(piece, &Why::Retry)? {
                 self.stuck.push(piece);
             }
