@@ -9,7 +9,7 @@ use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, PeerId, 
 use tokio::sync::watch;
 
 use crate::plan::Candidate;
-use crate::stats::PeerStats;
+use crate::stats::{Expectation, PeerStats};
 
 /// A peer that failed once is set aside this long; each further failure in a row doubles it.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
@@ -210,11 +210,12 @@ impl Directory {
         now: Instant,
         latency: Duration,
         compute: Duration,
+        usual: Duration,
         assignments: usize,
         queued_rows: u32,
     ) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.stats.answered(now, latency, compute, assignments, queued_rows);
+            member.stats.answered(now, latency, compute, usual, assignments, queued_rows);
             member.failures_in_a_row = 0;
         }
     }
@@ -276,20 +277,21 @@ impl Directory {
             .map(|(&peer, member)| Candidate {
                 peer,
                 hosts: wanted.iter().map(|want| member.advert.hosted.contains(layer, want.expert)).collect(),
-                overhead: member.stats.overhead(now, member.round_trip()),
+                overhead: member.stats.overhead(now, member.round_trip()) + member.stats.failure_cost(),
                 per_assignment: member.stats.per_assignment(),
             })
             .filter(|candidate| candidate.hosts.contains(&true))
             .collect()
     }
 
-    /// How long a call of `assignments` pairs to `peer` usually takes; `None` before its first answer.
-    pub(crate) fn expected(&self, peer: &PeerId, assignments: usize, now: Instant) -> Option<Duration> {
+    /// How long a call of `assignments` pairs to `peer` should take.
+    pub(crate) fn expectation(&self, peer: &PeerId, assignments: usize, now: Instant) -> Expectation {
         let members = self.read();
-        let member = members.get(peer).filter(|member| member.stats.is_known())?;
-        let count = u32::try_from(assignments).unwrap_or(u32::MAX);
-        let computing = member.stats.per_assignment().saturating_mul(count);
-        Some(member.stats.overhead(now, member.round_trip()) + computing)
+        // A peer that has left meanwhile is late as a new one would be.
+        let Some(member) = members.get(peer) else {
+            return PeerStats::default().expectation(now, Duration::ZERO, assignments);
+        };
+        member.stats.expectation(now, member.round_trip(), assignments)
     }
 
     /// The most rows in one frame that every connected peer accepts.

@@ -1,5 +1,6 @@
 //! One layer over the network: group by peer, call all peers at once, retry and hedge, add up.
 
+mod hedge;
 mod pieces;
 
 use std::collections::BTreeSet;
@@ -11,6 +12,7 @@ use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLim
 
 use crate::network::ExpertNetwork;
 use crate::stats::NetworkUse;
+pub(crate) use hedge::HedgeBudget;
 use pieces::Layer;
 
 /// Why a layer could not be computed by the network.
@@ -132,6 +134,11 @@ struct Outgoing {
     bytes: u64,
 }
 
+/// The rows that `assignments` name, ascending, each once.
+fn rows_of(assignments: &[ExpertRows]) -> Vec<u32> {
+    assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect()
+}
+
 /// Builds the frame that asks for `assignments` on the rows they need; rows that no assignment names stay at home.
 fn outgoing(
     network: &ExpertNetwork,
@@ -141,8 +148,7 @@ fn outgoing(
     assignments: &[ExpertRows],
 ) -> Result<Outgoing, String> {
     let width = network.directory.layout().hidden_size as usize;
-    let rows: Vec<u32> =
-        assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect();
+    let rows = rows_of(assignments);
     let wire = network.config.wire;
     let mut body = Vec::with_capacity(rows.len() * width * wire.bytes_per_value());
     for &row in &rows {
@@ -186,8 +192,13 @@ enum CallFailure {
 }
 
 /// Makes one call and decodes its answer to `[rows, hidden_size]`: the frame's rows with [`Combine::Peer`], one row per
-/// assignment with [`Combine::Client`].
-async fn call(network: &ExpertNetwork, peer: PeerId, outgoing: &Outgoing) -> Result<Vec<f32>, CallFailure> {
+/// assignment with [`Combine::Client`]. `usual` is what it should take.
+async fn call(
+    network: &ExpertNetwork,
+    peer: PeerId,
+    outgoing: &Outgoing,
+    usual: Duration,
+) -> Result<Vec<f32>, CallFailure> {
     let Some(link) = network.directory.link(&peer) else { return Err(CallFailure::Failed("not connected".into())) };
     let started = Instant::now();
     let reply = link.connection.call(&outgoing.frame, network.config.call_timeout).await;
@@ -209,7 +220,7 @@ async fn call(network: &ExpertNetwork, peer: PeerId, outgoing: &Outgoing) -> Res
     let values = answer.dtype.decode(&answer.body, count).map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
     let compute = Duration::from_micros(u64::from(answer.compute_us));
     let now = Instant::now();
-    network.directory.answered(&peer, now, now - started, compute, outgoing.assignments, answer.queued_rows);
+    network.directory.answered(&peer, now, now - started, compute, usual, outgoing.assignments, answer.queued_rows);
     Ok(values)
 }
 

@@ -13,6 +13,7 @@
 pub mod client;
 pub mod directory;
 pub mod dispatch;
+pub mod fallback;
 pub mod generate;
 mod membership;
 pub mod network;
@@ -23,7 +24,8 @@ pub mod stats;
 pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
 pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
 pub use dispatch::{DispatchError, Usage};
+pub use fallback::{Fallback, LocalFallback};
 pub use generate::{FinishReason, GenerateError, GenerateRequest, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
-pub use stats::{NetworkUse, PeerStats};
+pub use stats::{Expectation, NetworkUse, PeerStats};

@@ -14,7 +14,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::directory::{Directory, ExpertLayout, Missing};
+use crate::dispatch::HedgeBudget;
+use crate::fallback::Fallback;
 use crate::membership::{Membership, unix_ms};
+
+/// How long a client that can compute missing experts itself waits for peers that host them.
+const JOIN_GRACE: Duration = Duration::from_secs(3);
 
 /// How a client joins a network and calls its peers.
 #[derive(Debug, Clone)]
@@ -33,8 +38,11 @@ pub struct NetworkConfig {
     pub join_timeout: Duration,
     /// The longest that one call may take before it counts as failed.
     pub call_timeout: Duration,
-    /// How long to wait for a replica to come back when an expert has none, before giving up.
+    /// How long to wait for a replica to come back when an expert has none, before the fallback or giving up.
     pub replica_patience: Duration,
+    /// Who computes experts that have had no replica for so long; nobody by default. With a fallback the network may be joined
+    /// while some experts have no peer.
+    pub fallback: Option<Arc<dyn Fallback>>,
 }
 
 impl Default for NetworkConfig {
@@ -48,6 +56,7 @@ impl Default for NetworkConfig {
             join_timeout: Duration::from_secs(30),
             call_timeout: Duration::from_secs(20),
             replica_patience: Duration::from_secs(10),
+            fallback: None,
         }
     }
 }
@@ -96,6 +105,7 @@ pub struct ExpertNetwork {
     pub(crate) model: ModelId,
     pub(crate) directory: Arc<Directory>,
     request_ids: AtomicU64,
+    pub(crate) hedges: HedgeBudget,
     /// Differs between clients, so that they do not all choose the same among equal peers.
     pub(crate) salt: u64,
     discovery: Discovery,
@@ -146,6 +156,7 @@ impl ExpertNetwork {
             model,
             directory,
             request_ids: AtomicU64::new(1),
+            hedges: HedgeBudget::default(),
             salt: RandomState::new().hash_one(identity.peer_id()),
             discovery,
             endpoint,
@@ -196,6 +207,18 @@ impl ExpertNetwork {
     }
 
     async fn wait_complete(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
+        let Some(_) = &self.config.fallback else { return self.wait_covered(deadline).await };
+        let soon = deadline.min(tokio::time::Instant::now() + JOIN_GRACE);
+        match self.wait_covered(soon).await {
+            Err(JoinError::Incomplete(missing)) => {
+                tracing::warn!(%missing, "computing here what no peer hosts");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    async fn wait_covered(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
         let left = || deadline.saturating_duration_since(tokio::time::Instant::now());
         self.discovery.wait_connected(left()).await.map_err(|error| match error {
             LookupError::NoBootstrap(_) => JoinError::Unreachable(LookupError::NoBootstrap(self.config.join_timeout)),

@@ -9,6 +9,22 @@ const LATENCY_WINDOW: usize = 4096;
 const SMOOTHING: f64 = 1.0 / 8.0;
 /// How fast a measured delay is forgotten when no call renews it: a peer that was slow once is tried again soon.
 const FORGET_HALF: Duration = Duration::from_secs(2);
+/// How fast the estimate of slow calls follows.
+const QUANTILE_STEP: f64 = 0.1;
+/// The slow factor before anything is measured.
+const FIRST_SLOW_FACTOR: f64 = 4.0;
+/// Bounds of the slow factor.
+const SLOW_FACTORS: std::ops::RangeInclusive<f64> = 1.25..=8.0;
+/// No call is slow before this: scheduling on a busy machine takes as long.
+const SLOW_AT_LEAST: Duration = Duration::from_millis(20);
+/// A call is late at this many times the time at which it is slow ...
+const LATE_FACTOR: u32 = 3;
+/// ... but not before this.
+const LATE_AT_LEAST: Duration = Duration::from_millis(150);
+/// When a peer's first call is late: nothing is known of it yet.
+const FIRST_LATE: Duration = Duration::from_secs(1);
+/// What a failed call costs, for the choice between a fast peer that fails and a slower one that does not.
+const FAILURE_COST: Duration = LATE_AT_LEAST;
 /// Assumed for a peer that was not called yet.
 const FIRST_PER_ASSIGNMENT: Duration = Duration::from_micros(200);
 
@@ -27,19 +43,45 @@ pub struct PeerStats {
     smoothed_per_assignment: Option<f64>,
     queued_rows: u32,
     last_answer: Option<Instant>,
+    /// Share of the latest calls that failed, 0 to 1.
+    error_rate: f64,
+    /// A call in twenty takes longer than this many times what was expected of it.
+    slow_factor: f64,
+}
+
+/// What a call to a peer should take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Expectation {
+    /// On average.
+    pub usual: Duration,
+    /// One call in twenty takes longer: worth asking another replica if the budget allows.
+    pub slow: Duration,
+    /// Something is wrong: another replica is asked, and the peer is not used before it has answered a probe.
+    pub late: Duration,
 }
 
 impl PeerStats {
-    /// Notes a call answered at `now`: `latency` from sending to the decoded answer, `compute` as the peer reports it.
+    /// Notes a call answered at `now`: `latency` from sending to the decoded answer, `compute` as the peer reports it, `usual` what
+    /// was expected when it was sent.
     pub fn answered(
         &mut self,
         now: Instant,
         latency: Duration,
         compute: Duration,
+        usual: Duration,
         assignments: usize,
         queued_rows: u32,
     ) {
         self.calls += 1;
+        self.error_rate += SMOOTHING * (0.0 - self.error_rate);
+        if self.is_known() {
+            // Moves up at every call that was slower and down at every other, in balance when one in twenty is slower.
+            let step = if latency > usual.mul_f64(self.slow_factor) { 0.95 } else { -0.05 };
+            self.slow_factor *= 1.0 + QUANTILE_STEP * step;
+        } else {
+            self.slow_factor = FIRST_SLOW_FACTOR;
+        }
+        self.slow_factor = self.slow_factor.clamp(*SLOW_FACTORS.start(), *SLOW_FACTORS.end());
         self.rows += assignments as u64;
         self.queued_rows = queued_rows;
         self.last_answer = Some(now);
@@ -55,6 +97,25 @@ impl PeerStats {
     /// Notes a call that failed.
     pub fn failed(&mut self) {
         self.failures += 1;
+        self.error_rate += SMOOTHING * (1.0 - self.error_rate);
+    }
+
+    /// What a call of `assignments` (row, expert) pairs should take now; before the first answer only when it is late.
+    #[must_use]
+    pub fn expectation(&self, now: Instant, round_trip: Duration, assignments: usize) -> Expectation {
+        if !self.is_known() {
+            return Expectation { usual: round_trip, slow: FIRST_LATE, late: FIRST_LATE };
+        }
+        let count = u32::try_from(assignments).unwrap_or(u32::MAX);
+        let usual = self.overhead(now, round_trip) + self.per_assignment().saturating_mul(count);
+        let slow = usual.mul_f64(self.slow_factor).max(SLOW_AT_LEAST);
+        Expectation { usual, slow, late: (slow * LATE_FACTOR).max(LATE_AT_LEAST) }
+    }
+
+    /// What failures cost on average, per call.
+    #[must_use]
+    pub fn failure_cost(&self) -> Duration {
+        FAILURE_COST.mul_f64(self.error_rate)
     }
 
     /// Expected time of a call apart from its own computing: way and queue. `round_trip` is what the connection measures; what
@@ -132,6 +193,8 @@ pub struct NetworkUse {
     pub retries: u64,
     /// Calls sent because another one was late.
     pub hedged: u64,
+    /// Experts computed by the client's fallback because no peer could.
+    pub fallbacks: u64,
     /// Different peers that answered.
     pub peers: usize,
 }
@@ -146,7 +209,7 @@ mod tests {
         assert_eq!(stats.quantile(0.99), Duration::ZERO);
         assert_eq!(stats.mean(), Duration::ZERO);
         for ms in 1..=100 {
-            stats.answered(Instant::now(), Duration::from_millis(ms), Duration::ZERO, 1, 0);
+            stats.answered(Instant::now(), Duration::from_millis(ms), Duration::ZERO, Duration::ZERO, 1, 0);
         }
         assert_eq!(stats.quantile(0.99), Duration::from_millis(99));
         assert_eq!(stats.quantile(0.5), Duration::from_millis(50));
@@ -156,7 +219,7 @@ mod tests {
     #[test]
     fn computing_time_is_told_apart_from_the_way() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
-        stats.answered(now, Duration::from_millis(30), Duration::from_millis(10), 5, 3);
+        stats.answered(now, Duration::from_millis(30), Duration::from_millis(10), Duration::ZERO, 5, 3);
         assert_eq!(stats.per_assignment(), Duration::from_millis(2));
         assert_eq!(stats.overhead(now, Duration::from_millis(1)), Duration::from_millis(20 + 6), "way and queue");
     }
@@ -166,9 +229,45 @@ mod tests {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
         let round_trip = Duration::from_millis(2);
         assert_eq!(stats.overhead(now, round_trip), round_trip);
-        stats.answered(now, Duration::from_millis(102), Duration::ZERO, 1, 0);
+        stats.answered(now, Duration::from_millis(102), Duration::ZERO, Duration::ZERO, 1, 0);
         assert_eq!(stats.overhead(now, round_trip), Duration::from_millis(102));
         assert_eq!(stats.overhead(now + FORGET_HALF, round_trip), Duration::from_millis(52));
         assert!(stats.overhead(now + 20 * FORGET_HALF, round_trip) < Duration::from_millis(3));
+    }
+
+    #[test]
+    fn one_call_in_twenty_is_slow() {
+        let (mut stats, now) = (PeerStats::default(), Instant::now());
+        // Durations of 100 to 199 ms, each equally often, in a fixed disorder.
+        let call = |i: u64| Duration::from_millis(100 + i * 37 % 100);
+        let mut slow = 0;
+        for i in 0..4000 {
+            let expected = stats.expectation(now, Duration::from_millis(1), 1);
+            if i >= 1000 && call(i) > expected.slow {
+                slow += 1;
+            }
+            stats.answered(now, call(i), Duration::ZERO, expected.usual, 1, 0);
+        }
+        assert!((50..=450).contains(&slow), "{slow} of 3000");
+    }
+
+    #[test]
+    fn a_call_is_late_well_after_it_is_slow_and_never_at_once() {
+        let (mut stats, now) = (PeerStats::default(), Instant::now());
+        let round_trip = Duration::from_micros(100);
+        assert_eq!(stats.expectation(now, round_trip, 1).late, FIRST_LATE);
+        stats.answered(now, Duration::from_micros(200), Duration::ZERO, Duration::ZERO, 1, 0);
+        let expected = stats.expectation(now, round_trip, 1);
+        assert_eq!((expected.slow, expected.late), (SLOW_AT_LEAST, LATE_AT_LEAST));
+    }
+
+    #[test]
+    fn failures_count_against_a_peer_and_are_forgotten_with_answers() {
+        let (mut stats, now) = (PeerStats::default(), Instant::now());
+        assert_eq!(stats.failure_cost(), Duration::ZERO);
+        (0..50).for_each(|_| stats.failed());
+        assert!(stats.failure_cost() > FAILURE_COST.mul_f64(0.99));
+        (0..50).for_each(|_| stats.answered(now, Duration::ZERO, Duration::ZERO, Duration::ZERO, 1, 0));
+        assert!(stats.failure_cost() < FAILURE_COST.mul_f64(0.01));
     }
 }

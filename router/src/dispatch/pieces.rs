@@ -1,11 +1,12 @@
 //! The bookkeeping of one layer: which part of the work is asked of whom, and what became of it.
 //!
 //! The work is a tree of *pieces*. The root stands for the whole layer and is never sent itself; every other piece is one
-//! call. When a call fails or is late, its work is planned again as child pieces on other replicas. A piece is resolved by
+//! call. When a call fails, is slow or late, its work is planned again as child pieces on other replicas. A piece is resolved by
 //! its own answer or by all of its children, whichever comes first; calls that are no longer needed are dropped, which
-//! resets their streams.
+//! resets their streams. Work that has had no replica for long is computed by the fallback, if there is one.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -14,16 +15,11 @@ use futures::stream::FuturesUnordered;
 use hanse_model::add_weighted;
 use hanse_protocol::{Combine, ExpertRows, PeerId};
 
-use super::{CallFailure, DispatchError, Outgoing, Usage, add_partial_sums, call, outgoing};
+use super::{CallFailure, DispatchError, Outgoing, Usage, add_partial_sums, call, outgoing, rows_of};
+use crate::fallback::Fallback;
 use crate::network::ExpertNetwork;
 use crate::plan::{Share, plan};
 
-/// A call is late when it takes this many times what the peer usually takes ...
-const LATE_FACTOR: u32 = 4;
-/// ... but not before this, so that a busy machine's scheduling is not taken for a failure.
-const LATE_AT_LEAST: Duration = Duration::from_millis(150);
-/// When a peer's first call is late: nothing is known of it yet.
-const FIRST_LATE: Duration = Duration::from_secs(1);
 /// How often experts without a replica are looked for again.
 const STUCK_RETRY: Duration = Duration::from_millis(50);
 
@@ -49,8 +45,21 @@ struct Piece {
 }
 
 enum Event {
-    Answered { piece: usize, outgoing: Outgoing, result: Result<Vec<f32>, CallFailure> },
+    Answered {
+        piece: usize,
+        outgoing: Outgoing,
+        result: Result<Vec<f32>, CallFailure>,
+    },
+    /// Slower than nineteen of twenty calls; late after the given time more.
+    Slow {
+        piece: usize,
+        late_in: Duration,
+    },
     Late(usize),
+    FellBack {
+        piece: usize,
+        result: Result<(Vec<u32>, Vec<f32>), String>,
+    },
     Dropped,
 }
 
@@ -104,7 +113,10 @@ impl<'a> Layer<'a> {
             if self.stuck.is_empty() {
                 stuck_since = None;
             } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > self.network.config.replica_patience {
-                return Err(self.no_replica());
+                let Some(fallback) = self.network.config.fallback.clone() else { return Err(self.no_replica()) };
+                for piece in std::mem::take(&mut self.stuck) {
+                    self.fall_back(piece, fallback.clone());
+                }
             }
             tokio::select! {
                 Some(event) = self.events.next() => self.on_event(event)?,
@@ -142,7 +154,7 @@ impl<'a> Layer<'a> {
             tried.push(share.peer);
             self.start(parent, share.peer, share.assignments, tried)?;
             match why {
-                Why::First => {}
+                Why::First => self.network.hedges.earn(),
                 Why::Retry => self.usage.counts.retries += 1,
                 Why::Hedge => self.usage.counts.hedged += 1,
             }
@@ -164,24 +176,21 @@ impl<'a> Layer<'a> {
         self.usage.counts.frames += 1;
         self.usage.counts.bytes_sent += outgoing.bytes;
 
-        let late_after = self
-            .network
-            .directory
-            .expected(&peer, outgoing.assignments, Instant::now())
-            .map_or(FIRST_LATE, |usual| (usual * LATE_FACTOR).max(LATE_AT_LEAST))
-            .min(self.network.config.call_timeout);
+        let expected = self.network.directory.expectation(&peer, outgoing.assignments, Instant::now());
+        let late = expected.late.min(self.network.config.call_timeout);
+        let slow = expected.slow.min(late);
         let (abort, registration) = AbortHandle::new_pair();
         let network = self.network;
         self.events.push(Box::pin(async move {
             let made = async {
-                let result = call(network, peer, &outgoing).await;
+                let result = call(network, peer, &outgoing, expected.usual).await;
                 Event::Answered { piece, outgoing, result }
             };
             Abortable::new(made, registration).await.unwrap_or(Event::Dropped)
         }));
         self.events.push(Box::pin(async move {
-            tokio::time::sleep(late_after).await;
-            Event::Late(piece)
+            tokio::time::sleep(slow).await;
+            Event::Slow { piece, late_in: late - slow }
         }));
         self.pieces.push(Piece {
             parent,
@@ -202,14 +211,47 @@ impl<'a> Layer<'a> {
     fn on_event(&mut self, event: Event) -> Result<(), DispatchError> {
         match event {
             Event::Dropped => Ok(()),
-            Event::Late(piece) => {
-                let at = &self.pieces[piece];
-                if at.resolved || at.failed || !at.children.is_empty() {
+            Event::Slow { piece, late_in } => {
+                if !self.is_waiting(piece) {
                     return Ok(());
                 }
-                // No other replica is no error: the late answer may still come.
-                self.split(piece, &Why::Hedge).map(|_| ())
+                self.events.push(Box::pin(async move {
+                    tokio::time::sleep(late_in).await;
+                    Event::Late(piece)
+                }));
+                if self.pieces[piece].children.is_empty() && self.network.hedges.spend() {
+                    // No other replica is no error: the answer may still come.
+                    self.split(piece, &Why::Hedge)?;
+                }
+                Ok(())
             }
+            Event::Late(piece) => {
+                if !self.is_waiting(piece) {
+                    return Ok(());
+                }
+                if let Some(peer) = self.pieces[piece].tried.last() {
+                    // Out of every route at once, until it shows that it still answers.
+                    self.network.directory.failed(peer, Instant::now());
+                }
+                if self.pieces[piece].children.is_empty() {
+                    self.split(piece, &Why::Hedge)?;
+                }
+                Ok(())
+            }
+            Event::FellBack { piece, result } => match result {
+                Ok(answer) => {
+                    if !self.pieces[piece].resolved {
+                        self.pieces[piece].answer = Some(answer);
+                        self.resolve(piece);
+                    }
+                    Ok(())
+                }
+                Err(reason) => {
+                    self.last_failure = Some(reason);
+                    self.stuck.push(piece);
+                    Err(self.no_replica())
+                }
+            },
             Event::Answered { piece, outgoing, result: Ok(values) } => {
                 if let Some(peer) = self.pieces[piece].tried.last() {
                     self.usage.answered_by.insert(*peer);
@@ -223,6 +265,34 @@ impl<'a> Layer<'a> {
             }
             Event::Answered { piece, result: Err(failure), .. } => self.on_failure(piece, failure),
         }
+    }
+
+    /// Whether the piece's own call is still wanted and in flight.
+    fn is_waiting(&self, piece: usize) -> bool {
+        !self.pieces[piece].resolved && !self.pieces[piece].failed
+    }
+
+    /// Has the fallback compute a piece.
+    fn fall_back(&mut self, piece: usize, fallback: Arc<dyn Fallback>) {
+        let width = self.network.directory.layout().hidden_size as usize;
+        let assignments = self.pieces[piece].assignments.clone();
+        let row = |row: &u32| &self.hidden[*row as usize * width..(*row as usize + 1) * width];
+        let inputs: Vec<Vec<f32>> =
+            assignments.iter().map(|a| a.rows.iter().flat_map(row).copied().collect()).collect();
+        let (layer, combine) = (self.layer, self.network.combine());
+        self.usage.counts.fallbacks += assignments.len() as u64;
+        let computing = tokio::task::spawn_blocking(move || {
+            let outputs = assignments.iter().zip(&inputs).map(|(a, input)| fallback.compute(layer, a.expert, input));
+            let outputs = outputs.collect::<Result<Vec<Vec<f32>>, String>>()?;
+            Ok(match combine {
+                Combine::Client => (Vec::new(), outputs.concat()),
+                Combine::Peer => partial_sums(&assignments, &outputs, width),
+            })
+        });
+        self.events.push(Box::pin(async move {
+            let result = computing.await.unwrap_or_else(|e| Err(format!("the fallback failed: {e}")));
+            Event::FellBack { piece, result }
+        }));
     }
 
     fn on_failure(&mut self, piece: usize, failure: CallFailure) -> Result<(), DispatchError> {
@@ -272,11 +342,6 @@ impl<'a> Layer<'a> {
 
     fn resolve(&mut self, piece: usize) {
         self.drop_calls(piece);
-        let at = &self.pieces[piece];
-        if let (Some(peer), None, false) = (at.tried.last(), &at.answer, at.failed) {
-            // Others were asked later and answered sooner: it must show that it still answers before it is asked again.
-            self.network.directory.failed(peer, Instant::now());
-        }
         self.pieces[piece].resolved = true;
         if piece == ROOT {
             return;
@@ -342,4 +407,18 @@ impl<'a> Layer<'a> {
         }
         output
     }
+}
+
+/// The rows that `assignments` name, ascending, and for each the weighted sum of its experts' outputs.
+fn partial_sums(assignments: &[ExpertRows], outputs: &[Vec<f32>], width: usize) -> (Vec<u32>, Vec<f32>) {
+    let rows = rows_of(assignments);
+    let mut sums = vec![0.0; rows.len() * width];
+    for (assigned, values) in assignments.iter().zip(outputs) {
+        for ((row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width)) {
+            if let Ok(index) = rows.binary_search(row) {
+                add_weighted(&mut sums[index * width..(index + 1) * width], value, weight);
+            }
+        }
+    }
+    (rows, sums)
 }

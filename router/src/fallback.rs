@@ -1,0 +1,39 @@
+//! Experts that no peer can compute, computed by the client itself: the last resort, when the client may.
+
+use std::sync::Arc;
+
+use hanse_model::{Checkpoint, Expert, ExpertJob, run_experts};
+
+/// A source of expert rows beside the network. It is asked only when an expert has had no replica for
+/// [`NetworkConfig::replica_patience`](crate::NetworkConfig::replica_patience).
+pub trait Fallback: std::fmt::Debug + Send + Sync {
+    /// One expert on some rows: `hidden` is `[rows, hidden_size]` and so is the answer, unweighted. May block.
+    ///
+    /// # Errors
+    /// In words, for the error that the request then ends with.
+    fn compute(&self, layer: u32, expert: u32, hidden: &[f32]) -> Result<Vec<f32>, String>;
+}
+
+/// The client's own copy of the model's folder.
+#[derive(Debug)]
+pub struct LocalFallback {
+    checkpoint: Checkpoint,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+impl LocalFallback {
+    /// Experts are mapped from `checkpoint` when they are needed and computed on `pool`.
+    #[must_use]
+    pub fn new(checkpoint: Checkpoint, pool: Arc<rayon::ThreadPool>) -> Self {
+        Self { checkpoint, pool }
+    }
+}
+
+impl Fallback for LocalFallback {
+    fn compute(&self, layer: u32, expert: u32, hidden: &[f32]) -> Result<Vec<f32>, String> {
+        let expert = Expert::load(&self.checkpoint, layer as usize, expert as usize).map_err(|e| e.to_string())?;
+        let mut output = vec![0.0; hidden.len()];
+        run_experts(&mut [ExpertJob { expert: &expert, hidden, output: &mut output }], &self.pool);
+        Ok(output)
+    }
+}
