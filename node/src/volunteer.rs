@@ -389,6 +389,8 @@ impl Announcer {
             // Rises also over a restart, as long as the clock does not go back.
             sequence: millis(now),
             expires_unix_ms: millis(now + ADVERT_LIFETIME),
+            popularity: Vec::new(),
+            loading: HostedExperts::new(),
         };
         let mut keys = Vec::new();
         if !draining {

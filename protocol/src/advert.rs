@@ -2,6 +2,7 @@
 
 mod encoding;
 mod hosted;
+mod popularity;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -13,6 +14,7 @@ use libp2p::identity::{PublicKey, ed25519};
 use crate::{Identity, ModelId, WireDtype, verify_signature};
 
 pub use hosted::{HostedError, HostedExperts, MAX_EXPERTS, MAX_LAYERS};
+pub use popularity::{MAX_POPULARITY, popularity, rows_per_minute};
 
 /// What signatures under adverts are for.
 const DOMAIN: &str = "hanse/advert/1";
@@ -50,6 +52,10 @@ pub struct Advert {
     pub sequence: u64,
     /// When it ends to be true, in milliseconds since 1970.
     pub expires_unix_ms: u64,
+    /// How wanted each hosted expert is here, see [`popularity`]: one step per hosted expert in ascending order, or none at all.
+    pub popularity: Vec<u8>,
+    /// Experts that it is about to host: others count them when they choose what to host, but do not call them.
+    pub loading: HostedExperts,
 }
 
 /// An advert with its author's signature, not yet verified after decoding.
@@ -184,8 +190,12 @@ impl Advert {
         }
         // The highest expert of each layer stands for all: an advert of a stranger may hold four million.
         let known = |(layer, expert): (u32, u32)| self.layers.get(&layer).is_some_and(|experts| expert < *experts);
-        if let Some((layer, expert)) = self.hosted.highest().find(|hosted| !known(*hosted)) {
+        if let Some((layer, expert)) = self.hosted.highest().chain(self.loading.highest()).find(|any| !known(*any)) {
             return Err(AdvertError::NotInModel { layer, expert });
+        }
+        let told = self.popularity.len();
+        if (told != 0 && told != self.hosted.count()) || self.popularity.iter().any(|step| *step > MAX_POPULARITY) {
+            return Err(AdvertError::OutOfRange("list of popularities"));
         }
         if self.load_permille > 1000 {
             return Err(AdvertError::OutOfRange("load"));

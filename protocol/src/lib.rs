@@ -35,7 +35,7 @@ mod transport;
 
 pub use advert::{
     Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME, MAX_DATA_ADDRESSES,
-    MAX_EXPERTS, MAX_LAYERS, SignedAdvert,
+    MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert, popularity, rows_per_minute,
 };
 pub use dtype::{Combine, DecodeError, EncodeError, UnknownDtype, WireDtype};
 pub use frame::{

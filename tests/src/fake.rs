@@ -81,6 +81,8 @@ impl FakePeer {
             draining: false,
             sequence: now,
             expires_unix_ms: now + 60_000,
+            popularity: Vec::new(),
+            loading: HostedExperts::new(),
         };
         let signed = SignedAdvert::sign(&advert, &identity).unwrap();
         discovery.announce(vec![(net.model, signed)], keys).await.unwrap();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Advert, AdvertError, HostedError, HostedExperts, MAX_DATA_ADDRESSES, MAX_LAYERS};
+use super::{Advert, AdvertError, HostedError, HostedExperts, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity};
 use crate::{ModelId, WireDtype};
 
 const FORMAT: u16 = 1;
@@ -12,13 +12,7 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
     let mut out = Vec::with_capacity(256);
     out.extend(FORMAT.to_le_bytes());
     out.extend(advert.model.0);
-    let bitmaps = advert.hosted.bitmaps();
-    out.extend((bitmaps.len() as u16).to_le_bytes());
-    for (layer, bitmap) in bitmaps {
-        out.extend((layer as u16).to_le_bytes());
-        out.extend((bitmap.len() as u16).to_le_bytes());
-        out.extend(bitmap);
-    }
+    put_experts(&mut out, &advert.hosted);
     out.push(advert.wire_dtypes.len() as u8);
     out.extend(advert.wire_dtypes.iter().map(|dtype| dtype.code()));
     out.push(advert.data_addresses.len() as u8);
@@ -45,7 +39,20 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
         out.extend((*layer as u16).to_le_bytes());
         out.extend((*experts as u16).to_le_bytes());
     }
+    out.push((!advert.popularity.is_empty()).into());
+    out.extend(popularity::pack(&advert.popularity));
+    put_experts(&mut out, &advert.loading);
     out
+}
+
+fn put_experts(out: &mut Vec<u8>, experts: &HostedExperts) {
+    let bitmaps = experts.bitmaps();
+    out.extend((bitmaps.len() as u16).to_le_bytes());
+    for (layer, bitmap) in bitmaps {
+        out.extend((layer as u16).to_le_bytes());
+        out.extend((bitmap.len() as u16).to_le_bytes());
+        out.extend(bitmap);
+    }
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
@@ -54,9 +61,9 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
     if format != FORMAT {
         return Err(AdvertError::Format(format));
     }
-    let advert = Advert {
+    let mut advert = Advert {
         model: ModelId(rest.array()?),
-        hosted: hosted(&mut rest)?,
+        hosted: experts(&mut rest)?,
         wire_dtypes: wire_dtypes(&mut rest)?,
         data_addresses: data_addresses(&mut rest)?,
         capacity_rows: u32::from_le_bytes(rest.array()?),
@@ -69,14 +76,25 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         sequence: u64::from_le_bytes(rest.array()?),
         expires_unix_ms: u64::from_le_bytes(rest.array()?),
         layers: layers(&mut rest)?,
+        popularity: Vec::new(),
+        loading: HostedExperts::new(),
     };
+    advert.popularity = match rest.u8()? {
+        0 => Vec::new(),
+        1 if !advert.hosted.is_empty() => {
+            let count = advert.hosted.count();
+            popularity::unpack(rest.take(count.div_ceil(2))?, count)?
+        }
+        _ => return Err(AdvertError::OutOfRange("popularity flag")),
+    };
+    advert.loading = experts(&mut rest)?;
     match rest.0.len() {
         0 => Ok(advert),
         trailing => Err(AdvertError::TrailingBytes(trailing)),
     }
 }
 
-fn hosted(rest: &mut Reader<'_>) -> Result<HostedExperts, AdvertError> {
+fn experts(rest: &mut Reader<'_>) -> Result<HostedExperts, AdvertError> {
     let layers = rest.u16()?;
     if u32::from(layers) > MAX_LAYERS {
         return Err(HostedError::Layer(layers.into()).into());

@@ -32,6 +32,8 @@ fn advert() -> Advert {
         sequence: 3,
         expires_unix_ms: NOW + 300_000,
         layers: [(0, 16), (5, 8)].into(),
+        popularity: vec![1, 15, 3],
+        loading: HostedExperts::new(),
     }
 }
 
@@ -58,7 +60,8 @@ const GOLDEN: &str = "0100 000102030405060708090a0b0c0d0e0f101112131415161718191
     02 00 02
     02  04 c0000207 5c12  06 20010db8000000000000000000000007 5d12
     00040000 fa00 00 0300000000000000 e0e36018a3010000
-    0200  0000 1000  0500 0800";
+    0200  0000 1000  0500 0800
+    01 f1 03  0000";
 
 #[test]
 fn an_advert_has_the_bytes_of_the_specification() {
@@ -125,6 +128,20 @@ fn fields_out_of_range_are_refused() {
     assert!(matches!(refused(|a| _ = a.layers.insert(7, 4097)), AdvertError::OutOfRange(_)));
     assert!(matches!(refused(|a| _ = a.layers.insert(1024, 8)), AdvertError::OutOfRange(_)));
     assert_eq!(refused(|a| _ = a.layers.insert(5, 7)), AdvertError::NotInModel { layer: 5, expert: 7 });
+    assert_eq!(refused(|a| a.loading.insert(6, 1).expect("in range")), AdvertError::NotInModel { layer: 6, expert: 1 });
+    assert!(matches!(refused(|a| a.popularity = vec![1, 2]), AdvertError::OutOfRange(_)));
+    assert!(matches!(refused(|a| a.popularity = vec![1, 16, 2]), AdvertError::OutOfRange(_)));
+}
+
+#[test]
+fn popularity_doubles_with_every_step() {
+    use hanse_protocol::{popularity, rows_per_minute};
+    for (rows, step) in [(0.0, 0), (0.9, 0), (1.0, 1), (1.9, 1), (2.0, 2), (16384.0, 15), (1e300, 15), (f64::NAN, 0)] {
+        assert_eq!(popularity(rows), step, "{rows}");
+    }
+    for step in 0..=15 {
+        assert_eq!(popularity(rows_per_minute(step)), step);
+    }
 }
 
 #[test]
@@ -145,7 +162,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[42] = 0), Err(HostedError::LayerOrder(0).into()));
     assert_eq!(
         verify(&|b| {
-            let at = b.len() - 4;
+            let at = b.len() - 9;
             b[at] = 0;
         }),
         Err(HostedError::LayerOrder(0).into())
@@ -154,6 +171,9 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[48] = 9), Err(AdvertError::OutOfRange("wire dtype")));
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
     assert_eq!(verify(&|b| b[51] = 5), Err(AdvertError::OutOfRange("address family")));
+    let end = good.len();
+    assert_eq!(verify(&|b| b[end - 5] = 2), Err(AdvertError::OutOfRange("popularity flag")));
+    assert_eq!(verify(&|b| b[end - 3] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
     assert_eq!(verify(&|b| b[52..56].fill(0)), Err(AdvertError::BadAddress("0.0.0.0:4700".parse().expect("v4"))));
 }
 
@@ -163,9 +183,12 @@ fn the_largest_advert_fits_and_a_larger_one_is_not_read() {
     for layer in 0..1024 {
         hosted.insert(layer, 4095).expect("in range");
     }
-    let signed = SignedAdvert::sign(&Advert { hosted, layers: all_layers(), ..advert() }, &Identity::generate())
-        .expect("it fits")
-        .encode();
+    let signed = SignedAdvert::sign(
+        &Advert { hosted, layers: all_layers(), popularity: Vec::new(), ..advert() },
+        &Identity::generate(),
+    )
+    .expect("it fits")
+    .encode();
     assert!(signed.len() <= MAX_ADVERT_BYTES);
     let error = SignedAdvert::decode(&vec![0; MAX_ADVERT_BYTES + 1]).expect_err("too long");
     assert_eq!(error, AdvertError::TooLong(MAX_ADVERT_BYTES + 1));
@@ -187,7 +210,7 @@ fn the_highest_expert_of_a_layer_must_be_in_the_model() {
         hosted.insert(5, 0).and_then(|()| hosted.insert(5, expert)).expect("in range");
         let error = refused(|advert| (advert.hosted, advert.layers) = (hosted.clone(), [(5, expert)].into()));
         assert_eq!(error, AdvertError::NotInModel { layer: 5, expert });
-        let advert = Advert { hosted, layers: [(5, expert + 1)].into(), ..advert() };
+        let advert = Advert { hosted, layers: [(5, expert + 1)].into(), popularity: vec![0, 9], ..advert() };
         assert!(SignedAdvert::sign(&advert, &Identity::generate()).is_ok());
     }
 }
@@ -207,9 +230,11 @@ proptest! {
             let expected = chosen.range((layer, 0)..(layer + 1, 0)).map(|(_, expert)| *expert);
             prop_assert!(hosted.in_layer(layer).eq(expected));
         }
-        let signed = SignedAdvert::sign(&Advert { hosted, layers: chosen.iter().map(|(layer, _)| (*layer, 4096)).collect(), ..advert() }, &Identity::generate()).expect("a proper advert");
+        let steps: Vec<u8> = (0u8..16).cycle().take(chosen.len()).collect();
+        let signed = SignedAdvert::sign(&Advert { layers: chosen.iter().map(|(layer, _)| (*layer, 4096)).collect(), popularity: steps.clone(), loading: hosted.clone(), hosted, ..advert() }, &Identity::generate()).expect("a proper advert");
         let (_, advert) = signed.verify(NOW).expect("its own bytes");
-        prop_assert!(advert.hosted.iter().eq(chosen));
+        prop_assert!(advert.hosted == advert.loading && advert.hosted.iter().eq(chosen));
+        prop_assert_eq!(advert.popularity, steps);
     }
 
     #[test]
