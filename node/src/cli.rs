@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hanse_node::ExpertsSpec;
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
@@ -63,9 +63,23 @@ pub(crate) struct ClientArgs {
     /// Threads for the trunk; 0 takes one per core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) threads: usize,
+    /// What happens to an expert that has had no host for --patience: `none` fails and names it, `local` computes it here from
+    /// the model folder.
+    #[arg(long, value_enum, default_value_t = FallbackKind::None, value_name = "KIND")]
+    pub(crate) fallback: FallbackKind,
+    /// Seconds to wait for a host of an expert to come back.
+    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    pub(crate) patience: u64,
     /// Seconds that joining the network may take.
     #[arg(long, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) join_timeout: u64,
+}
+
+/// Who computes an expert that no peer hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FallbackKind {
+    None,
+    Local,
 }
 
 /// How to find a network.
@@ -95,6 +109,7 @@ impl ClientArgs {
             wire: self.wire,
             combine: self.combine,
             join_timeout: Duration::from_secs(self.join_timeout),
+            replica_patience: Duration::from_secs(self.patience),
             ..NetworkConfig::default()
         }
     }

@@ -9,7 +9,7 @@ use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, PeerId, 
 use tokio::sync::watch;
 
 use crate::plan::Candidate;
-use crate::stats::{Expectation, PeerStats};
+use crate::stats::{AnsweredCall, Expectation, PeerStats};
 
 /// A peer that failed once is set aside this long; each further failure in a row doubles it.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
@@ -204,18 +204,9 @@ impl Directory {
         self.changed();
     }
 
-    pub(crate) fn answered(
-        &self,
-        peer: &PeerId,
-        now: Instant,
-        latency: Duration,
-        compute: Duration,
-        usual: Duration,
-        assignments: usize,
-        queued_rows: u32,
-    ) {
+    pub(crate) fn answered(&self, peer: &PeerId, now: Instant, call: AnsweredCall) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.stats.answered(now, latency, compute, usual, assignments, queued_rows);
+            member.stats.answered(now, call);
             member.failures_in_a_row = 0;
         }
     }

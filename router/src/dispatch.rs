@@ -11,7 +11,7 @@ use hanse_model::{Routing, add_weighted};
 use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLimits, PeerId, RefusalCode};
 
 use crate::network::ExpertNetwork;
-use crate::stats::NetworkUse;
+use crate::stats::{AnsweredCall, NetworkUse};
 pub(crate) use hedge::HedgeBudget;
 use pieces::Layer;
 
@@ -220,7 +220,9 @@ async fn call(
     let values = answer.dtype.decode(&answer.body, count).map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
     let compute = Duration::from_micros(u64::from(answer.compute_us));
     let now = Instant::now();
-    network.directory.answered(&peer, now, now - started, compute, usual, outgoing.assignments, answer.queued_rows);
+    let (assignments, queued_rows) = (outgoing.assignments, answer.queued_rows);
+    let answered = AnsweredCall { latency: now - started, compute, usual, assignments, queued_rows };
+    network.directory.answered(&peer, now, answered);
     Ok(values)
 }
 

@@ -1,8 +1,10 @@
 //! Experts that no peer can compute, computed by the client itself: the last resort, when the client may.
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hanse_model::{Checkpoint, Expert, ExpertJob, run_experts};
+use hanse_protocol::ExpertRows;
 
 /// A source of expert rows beside the network. It is asked only when an expert has had no replica for
 /// [`NetworkConfig::replica_patience`](crate::NetworkConfig::replica_patience).
@@ -35,5 +37,23 @@ impl Fallback for LocalFallback {
         let mut output = vec![0.0; hidden.len()];
         run_experts(&mut [ExpertJob { expert: &expert, hidden, output: &mut output }], &self.pool);
         Ok(output)
+    }
+}
+
+/// Experts that were waited for in vain: when they have no peer again, nobody waits a second time. An expert that has found a
+/// peer is asked there all the same.
+#[derive(Debug, Default)]
+pub(crate) struct Orphans(Mutex<HashSet<(u32, u32)>>);
+
+impl Orphans {
+    pub(crate) fn add(&self, layer: u32, assignments: &[ExpertRows]) {
+        let mut orphans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        orphans.extend(assignments.iter().map(|a| (layer, a.expert)));
+    }
+
+    /// Whether all of them are.
+    pub(crate) fn contains(&self, layer: u32, assignments: &[ExpertRows]) -> bool {
+        let orphans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        assignments.iter().all(|a| orphans.contains(&(layer, a.expert)))
     }
 }

@@ -28,4 +28,4 @@ pub use fallback::{Fallback, LocalFallback};
 pub use generate::{FinishReason, GenerateError, GenerateRequest, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
-pub use stats::{Expectation, NetworkUse, PeerStats};
+pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};

@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::directory::{Directory, ExpertLayout, Missing};
 use crate::dispatch::HedgeBudget;
-use crate::fallback::Fallback;
+use crate::fallback::{Fallback, Orphans};
 use crate::membership::{Membership, unix_ms};
 
 /// How long a client that can compute missing experts itself waits for peers that host them.
@@ -106,6 +106,7 @@ pub struct ExpertNetwork {
     pub(crate) directory: Arc<Directory>,
     request_ids: AtomicU64,
     pub(crate) hedges: HedgeBudget,
+    pub(crate) orphans: Orphans,
     /// Differs between clients, so that they do not all choose the same among equal peers.
     pub(crate) salt: u64,
     discovery: Discovery,
@@ -157,6 +158,7 @@ impl ExpertNetwork {
             directory,
             request_ids: AtomicU64::new(1),
             hedges: HedgeBudget::default(),
+            orphans: Orphans::default(),
             salt: RandomState::new().hash_one(identity.peer_id()),
             discovery,
             endpoint,

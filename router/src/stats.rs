@@ -49,6 +49,21 @@ pub struct PeerStats {
     slow_factor: f64,
 }
 
+/// One call that was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct AnsweredCall {
+    /// From sending to the decoded answer.
+    pub latency: Duration,
+    /// Of which the peer computed, by its own account.
+    pub compute: Duration,
+    /// What was expected when it was sent.
+    pub usual: Duration,
+    /// (row, expert) pairs in it.
+    pub assignments: usize,
+    /// What waited at the peer when it answered.
+    pub queued_rows: u32,
+}
+
 /// What a call to a peer should take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Expectation {
@@ -61,17 +76,9 @@ pub struct Expectation {
 }
 
 impl PeerStats {
-    /// Notes a call answered at `now`: `latency` from sending to the decoded answer, `compute` as the peer reports it, `usual` what
-    /// was expected when it was sent.
-    pub fn answered(
-        &mut self,
-        now: Instant,
-        latency: Duration,
-        compute: Duration,
-        usual: Duration,
-        assignments: usize,
-        queued_rows: u32,
-    ) {
+    /// Notes a call answered at `now`.
+    pub fn answered(&mut self, now: Instant, call: AnsweredCall) {
+        let AnsweredCall { latency, compute, usual, assignments, queued_rows } = call;
         self.calls += 1;
         self.error_rate += SMOOTHING * (0.0 - self.error_rate);
         if self.is_known() {
@@ -203,13 +210,17 @@ pub struct NetworkUse {
 mod tests {
     use super::*;
 
+    fn took(latency: Duration) -> AnsweredCall {
+        AnsweredCall { latency, assignments: 1, ..AnsweredCall::default() }
+    }
+
     #[test]
     fn quantiles_are_those_of_the_latest_calls() {
         let mut stats = PeerStats::default();
         assert_eq!(stats.quantile(0.99), Duration::ZERO);
         assert_eq!(stats.mean(), Duration::ZERO);
         for ms in 1..=100 {
-            stats.answered(Instant::now(), Duration::from_millis(ms), Duration::ZERO, Duration::ZERO, 1, 0);
+            stats.answered(Instant::now(), took(Duration::from_millis(ms)));
         }
         assert_eq!(stats.quantile(0.99), Duration::from_millis(99));
         assert_eq!(stats.quantile(0.5), Duration::from_millis(50));
@@ -219,7 +230,9 @@ mod tests {
     #[test]
     fn computing_time_is_told_apart_from_the_way() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
-        stats.answered(now, Duration::from_millis(30), Duration::from_millis(10), Duration::ZERO, 5, 3);
+        let compute = Duration::from_millis(10);
+        let call = AnsweredCall { compute, assignments: 5, queued_rows: 3, ..took(Duration::from_millis(30)) };
+        stats.answered(now, call);
         assert_eq!(stats.per_assignment(), Duration::from_millis(2));
         assert_eq!(stats.overhead(now, Duration::from_millis(1)), Duration::from_millis(20 + 6), "way and queue");
     }
@@ -229,7 +242,7 @@ mod tests {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
         let round_trip = Duration::from_millis(2);
         assert_eq!(stats.overhead(now, round_trip), round_trip);
-        stats.answered(now, Duration::from_millis(102), Duration::ZERO, Duration::ZERO, 1, 0);
+        stats.answered(now, took(Duration::from_millis(102)));
         assert_eq!(stats.overhead(now, round_trip), Duration::from_millis(102));
         assert_eq!(stats.overhead(now + FORGET_HALF, round_trip), Duration::from_millis(52));
         assert!(stats.overhead(now + 20 * FORGET_HALF, round_trip) < Duration::from_millis(3));
@@ -246,7 +259,7 @@ mod tests {
             if i >= 1000 && call(i) > expected.slow {
                 slow += 1;
             }
-            stats.answered(now, call(i), Duration::ZERO, expected.usual, 1, 0);
+            stats.answered(now, AnsweredCall { usual: expected.usual, ..took(call(i)) });
         }
         assert!((50..=450).contains(&slow), "{slow} of 3000");
     }
@@ -256,7 +269,7 @@ mod tests {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
         let round_trip = Duration::from_micros(100);
         assert_eq!(stats.expectation(now, round_trip, 1).late, FIRST_LATE);
-        stats.answered(now, Duration::from_micros(200), Duration::ZERO, Duration::ZERO, 1, 0);
+        stats.answered(now, took(Duration::from_micros(200)));
         let expected = stats.expectation(now, round_trip, 1);
         assert_eq!((expected.slow, expected.late), (SLOW_AT_LEAST, LATE_AT_LEAST));
     }
@@ -267,7 +280,7 @@ mod tests {
         assert_eq!(stats.failure_cost(), Duration::ZERO);
         (0..50).for_each(|_| stats.failed());
         assert!(stats.failure_cost() > FAILURE_COST.mul_f64(0.99));
-        (0..50).for_each(|_| stats.answered(now, Duration::ZERO, Duration::ZERO, Duration::ZERO, 1, 0));
+        (0..50).for_each(|_| stats.answered(now, took(Duration::ZERO)));
         assert!(stats.failure_cost() < FAILURE_COST.mul_f64(0.01));
     }
 }

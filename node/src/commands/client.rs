@@ -1,13 +1,14 @@
 //! What the commands that use a model share: make a client, read the prompt.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_model::Checkpoint;
+use hanse_model::{Checkpoint, compute_pool};
 use hanse_protocol::Identity;
-use hanse_router::Client;
+use hanse_router::{Client, LocalFallback};
 
-use crate::cli::ClientArgs;
+use crate::cli::{ClientArgs, FallbackKind};
 use crate::{model_id, output};
 
 /// A client that computes the experts here, or on the network that `args` name.
@@ -20,18 +21,22 @@ pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Clien
                 return Ok((Some(Client::local(&config)?), None));
             }
             let checkpoint = Checkpoint::open(&config.dir)?;
-            Ok((None, Some(model_id::of(&checkpoint)?)))
+            Ok((None, Some((model_id::of(&checkpoint)?, checkpoint))))
         }
     };
-    let (client, id) = tokio::task::spawn_blocking(opening).await??;
+    let (client, opened) = tokio::task::spawn_blocking(opening).await??;
     if let Some(client) = client {
         return Ok(client);
     }
-    let id = id.context("the model has no id")?;
+    let (id, checkpoint) = opened.context("the model was not opened")?;
+    let mut network = args.network_config();
+    if args.fallback == FallbackKind::Local {
+        network.fallback = Some(Arc::new(LocalFallback::new(checkpoint, Arc::new(compute_pool(args.threads)?))));
+    }
     // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
     let identity = Identity::generate();
     let spinner = output::spinner("looking for peers");
-    let client = Client::connect(&config, id, &identity, args.network_config()).await;
+    let client = Client::connect(&config, id, &identity, network).await;
     spinner.finish_and_clear();
     Ok(client?)
 }

@@ -44,6 +44,22 @@ struct Piece {
     abort: Option<AbortHandle>,
 }
 
+impl Piece {
+    fn new(parent: usize, assignments: Vec<ExpertRows>, tried: Vec<PeerId>, abort: Option<AbortHandle>) -> Self {
+        Self {
+            parent,
+            children: Vec::new(),
+            open_children: 0,
+            assignments,
+            tried,
+            resolved: false,
+            failed: false,
+            answer: None,
+            abort,
+        }
+    }
+}
+
 enum Event {
     Answered {
         piece: usize,
@@ -94,20 +110,8 @@ impl<'a> Layer<'a> {
     /// Computes `wanted` (experts ascending) and returns `[rows, hidden_size]`.
     pub(super) async fn run(mut self, wanted: Vec<ExpertRows>) -> Result<Vec<f32>, DispatchError> {
         self.usage.counts.round_trips += 1;
-        self.pieces.push(Piece {
-            parent: ROOT,
-            children: Vec::new(),
-            open_children: 0,
-            assignments: wanted,
-            tried: Vec::new(),
-            resolved: false,
-            failed: false,
-            answer: None,
-            abort: None,
-        });
-        if !self.split(ROOT, &Why::First)? {
-            self.stuck.push(ROOT);
-        }
+        self.pieces.push(Piece::new(ROOT, wanted, Vec::new(), None));
+        self.split(ROOT, &Why::First)?;
         let mut stuck_since: Option<Instant> = None;
         while !self.pieces[ROOT].resolved {
             if self.stuck.is_empty() {
@@ -115,6 +119,7 @@ impl<'a> Layer<'a> {
             } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > self.network.config.replica_patience {
                 let Some(fallback) = self.network.config.fallback.clone() else { return Err(self.no_replica()) };
                 for piece in std::mem::take(&mut self.stuck) {
+                    self.network.orphans.add(self.layer, &self.pieces[piece].assignments);
                     self.fall_back(piece, fallback.clone());
                 }
             }
@@ -141,14 +146,26 @@ impl<'a> Layer<'a> {
         plan(wanted, &candidates, self.network.salt.wrapping_add(u64::from(self.layer)))
     }
 
-    /// Plans a piece's work onto peers that were not asked for it yet, and calls them. `false` if some expert has none.
-    fn split(&mut self, parent: usize, why: &Why) -> Result<bool, DispatchError> {
+    /// Plans a piece's work onto peers that were not asked for it yet, and calls them. Experts that have no such peer wait; a
+    /// hedge is all or nothing instead, since the piece's own answer may still come.
+    fn split(&mut self, parent: usize, why: &Why) -> Result<(), DispatchError> {
         let (wanted, tried) = (self.pieces[parent].assignments.clone(), self.pieces[parent].tried.clone());
-        let planned = self.plan(&wanted, &tried, false).or_else(|missing| {
-            // Better a peer that failed lately than nobody; but a call that is merely late is not given to a bad peer.
-            if matches!(why, Why::Hedge) { Err(missing) } else { self.plan(&wanted, &tried, true) }
-        });
-        let Ok(shares) = planned else { return Ok(false) };
+        let (mut shares, mut without) = (Vec::new(), Vec::new());
+        match (self.plan(&wanted, &tried, false), why) {
+            (Ok(planned), _) => shares = planned,
+            // A call that is merely late is not given to a peer that failed lately.
+            (Err(_), Why::Hedge) => return Ok(()),
+            // Better such a peer than nobody.
+            (Err(_), Why::First | Why::Retry) => match self.plan(&wanted, &tried, true) {
+                Ok(planned) => shares = planned,
+                Err(missing) => {
+                    let hosted;
+                    (without, hosted) = wanted.into_iter().partition(|a| missing.contains(&a.expert));
+                    shares.extend(self.plan(&hosted, &tried, true).unwrap_or_default());
+                }
+            },
+        }
+        let strand_all = shares.is_empty();
         for share in shares {
             let mut tried = tried.clone();
             tried.push(share.peer);
@@ -159,7 +176,38 @@ impl<'a> Layer<'a> {
                 Why::Hedge => self.usage.counts.hedged += 1,
             }
         }
-        Ok(true)
+        if strand_all {
+            self.strand(parent);
+        } else if !without.is_empty() {
+            let piece = self.add(parent, without, tried, None);
+            self.strand(piece);
+        }
+        Ok(())
+    }
+
+    /// Has a piece without a peer wait for one; or not, if its experts were waited for in vain before.
+    fn strand(&mut self, piece: usize) {
+        match &self.network.config.fallback {
+            Some(fallback) if self.network.orphans.contains(self.layer, &self.pieces[piece].assignments) => {
+                self.fall_back(piece, fallback.clone());
+            }
+            _ => self.stuck.push(piece),
+        }
+    }
+
+    /// Adds a piece below `parent`.
+    fn add(
+        &mut self,
+        parent: usize,
+        assignments: Vec<ExpertRows>,
+        tried: Vec<PeerId>,
+        abort: Option<AbortHandle>,
+    ) -> usize {
+        let piece = self.pieces.len();
+        self.pieces.push(Piece::new(parent, assignments, tried, abort));
+        self.pieces[parent].children.push(piece);
+        self.pieces[parent].open_children += 1;
+        piece
     }
 
     fn start(
@@ -192,19 +240,7 @@ impl<'a> Layer<'a> {
             tokio::time::sleep(slow).await;
             Event::Slow { piece, late_in: late - slow }
         }));
-        self.pieces.push(Piece {
-            parent,
-            children: Vec::new(),
-            open_children: 0,
-            assignments,
-            tried,
-            resolved: false,
-            failed: false,
-            answer: None,
-            abort: Some(abort),
-        });
-        self.pieces[parent].children.push(piece);
-        self.pieces[parent].open_children += 1;
+        self.add(parent, assignments, tried, Some(abort));
         Ok(())
     }
 
@@ -318,10 +354,7 @@ impl<'a> Layer<'a> {
         if self.pieces[piece].resolved || !self.pieces[piece].children.is_empty() {
             return Ok(());
         }
-        if !self.split(piece, &Why::Retry)? {
-            self.stuck.push(piece);
-        }
-        Ok(())
+        self.split(piece, &Why::Retry)
     }
 
     /// Looks again for peers for the work that has none: any peer will do now, also one that failed before.
@@ -332,8 +365,9 @@ impl<'a> Layer<'a> {
             }
             self.pieces[piece].tried.clear();
             // Peers that asked for time or failed a moment ago are left alone until their time is over.
-            let ready = self.plan(&self.pieces[piece].assignments, &[], false).is_ok();
-            if !ready || !self.split(piece, &Why::Retry)? {
+            if self.plan(&self.pieces[piece].assignments, &[], false).is_ok() {
+                self.split(piece, &Why::Retry)?;
+            } else {
                 self.stuck.push(piece);
             }
         }
