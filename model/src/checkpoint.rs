@@ -4,8 +4,12 @@ pub(crate) mod config;
 mod digest;
 mod error;
 mod layout;
+mod mapping;
+mod parts;
 mod tensors;
+mod weight_map;
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,10 +17,14 @@ use std::sync::Arc;
 pub use config::ConfigError;
 pub use error::{CheckpointError, LoadError};
 pub(crate) use layout::Swiglu;
+pub use mapping::Mapping;
+pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, StoredDtype, TrunkPart, WeightMap};
+pub use weight_map::weight_map_of_headers;
 
 use crate::families::{self, Family};
 use crate::linear::Matrix;
 use crate::spec::ModelSpec;
+use parts::Verifier;
 use tensors::TensorFiles;
 
 /// Bytes of `config.json` that are read at most.
@@ -37,6 +45,15 @@ struct Inner {
     spec: ModelSpec,
     family: &'static Family,
     tensors: TensorFiles,
+    /// Where routed experts come from that lie in no file.
+    experts: Option<Experts>,
+}
+
+/// Routed experts that are had one by one.
+#[derive(Debug)]
+struct Experts {
+    source: Arc<dyn PartSource>,
+    layers: BTreeMap<usize, [StoredDtype; 3]>,
 }
 
 /// How large the parts of a checkpoint are, in bytes as stored.
@@ -64,9 +81,56 @@ impl Checkpoint {
         let family = families::find(&config)?;
         let spec = (family.spec)(&config)?;
         let tensors = TensorFiles::open(dir)?;
-        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors };
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
         inner.check()?;
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Like [`Checkpoint::open`], for a folder whose parts must have these hashes. Each is compared when it is first used.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and `Unlisted` if a part has no hash. Loading a part fails with `Mismatch` if it has another.
+    pub fn open_verified(dir: &Path, hashes: PartHashes) -> Result<Self, CheckpointError> {
+        let opened = Self::open(dir)?;
+        let verifier = Verifier::new(hashes);
+        verifier.covers(&opened.weight_map()?.parts)?;
+        // It was made a moment ago and has no clones.
+        let Some(mut inner) = Arc::into_inner(opened.inner) else { return Self::open(dir) };
+        inner.tensors.verifier = Some(verifier);
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// A checkpoint whose weights `source` gives part by part, when they are first used. `dir` is the folder with the
+    /// tokenizer and the other small files.
+    ///
+    /// # Errors
+    /// What is wrong with the config, and parts that do not fit it.
+    pub fn from_parts(
+        dir: &Path,
+        config_text: String,
+        parts: Parts,
+        source: Arc<dyn PartSource>,
+    ) -> Result<Self, CheckpointError> {
+        let map = config::parse(&config_text)?;
+        let config = config::Config::new(&map);
+        let family = families::find(&config)?;
+        let spec = (family.spec)(&config)?;
+        let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
+        let layers = parts.experts.iter().map(|layer| (layer.layer, layer.dtypes)).collect();
+        let experts = Some(Experts { source, layers });
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts };
+        inner.check()?;
+        let fits = inner.spec.moe_layers().map(|(layer, moe)| (layer, moe.experts));
+        if !fits.eq(parts.experts.iter().map(|layer| (layer.layer, layer.experts))) {
+            let part = "the number of experts in each layer".to_owned();
+            return Err(CheckpointError::Mismatch { part });
+        }
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The text of `config.json`.
+    pub fn config_text(&self) -> &str {
+        &self.inner.config_text
     }
 
     /// The folder.
@@ -136,7 +200,8 @@ pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, Con
     let family = families::find(&config)?;
     let spec = (family.spec)(&config)?;
     let tensors = TensorFiles::none();
-    Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors }.shapes())
+    Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
+        .shapes())
 }
 
 /// Reads a text file of at most `limit` bytes.

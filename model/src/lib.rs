@@ -56,7 +56,10 @@ mod trunk;
 
 pub use cache::KvCache;
 pub use chat_template::{ChatMessage, ChatTemplate, ChatTemplateError};
-pub use checkpoint::{Checkpoint, CheckpointError, ConfigError, LoadError, Sizes, tensor_shapes};
+pub use checkpoint::{
+    Checkpoint, CheckpointError, ConfigError, ExpertParts, LoadError, Mapping, Part, PartHashes, PartSource, Parts,
+    Piece, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
+};
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;

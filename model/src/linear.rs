@@ -7,11 +7,11 @@ mod tests;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use crate::checkpoint::Mapping;
 use crate::lanes::Isa;
 
 /// A matrix `[outputs, inputs]`, row-major, in its stored dtype.
@@ -32,7 +32,7 @@ enum Slab<T: 'static> {
     /// `values` points into `_map`, which keeps it alive.
     Mapped {
         values: &'static [T],
-        _map: Arc<Mmap>,
+        _map: Arc<Mapping>,
     },
     Owned(Vec<T>),
 }
@@ -48,7 +48,7 @@ impl<T> Slab<T> {
 
 impl<T: Copy + Default> Slab<T> {
     /// `len` values from byte `start` of the mapping. Panics if they do not lie in it.
-    fn new(map: &Arc<Mmap>, start: usize, len: usize) -> Self {
+    fn new(map: &Arc<Mapping>, start: usize, len: usize) -> Self {
         let bytes = &map[start..start + len * size_of::<T>()];
         // SAFETY: T is f32, f16 or bf16, for which every bit pattern is a value.
         let (before, values, after) = unsafe { bytes.align_to::<T>() };
@@ -77,7 +77,7 @@ impl std::fmt::Debug for Matrix {
 
 impl Matrix {
     /// The caller has checked that the values lie in the mapping and that the dtype is f32, f16 or bf16.
-    pub(crate) fn new(map: &Arc<Mmap>, start: usize, dtype: Dtype, outputs: usize, inputs: usize) -> Self {
+    pub(crate) fn new(map: &Arc<Mapping>, start: usize, dtype: Dtype, outputs: usize, inputs: usize) -> Self {
         let len = outputs * inputs;
         let values = match dtype {
             Dtype::F16 => Values::F16(Slab::new(map, start, len)),

@@ -12,12 +12,12 @@ mod prefix;
 
 use bytes::Bytes;
 
-use crate::{Combine, ModelId, WireDtype};
+use crate::{BlobHash, Combine, ModelId, WireDtype};
 
 pub use error::{FrameError, Malformed};
 pub(crate) use io::{Encoded, read_frame_admitted};
 pub use io::{read_frame, write_frame};
-pub use limits::FrameLimits;
+pub use limits::{FrameLimits, MAX_CHUNK_BYTES};
 pub use prefix::{FrameKind, PREFIX_BYTES, VERSION};
 
 /// One message on the data plane.
@@ -33,6 +33,10 @@ pub enum Frame {
     Answer(ExpertAnswer),
     /// Server to client: why there is no welcome or no answer.
     Refusal(Refusal),
+    /// Client to server: a piece of the model itself is wanted.
+    Fetch(Fetch),
+    /// Server to client: the answer to [`Frame::Fetch`].
+    Chunk(Chunk),
 }
 
 /// What a client wants of the connection.
@@ -116,6 +120,45 @@ pub struct ExpertAnswer {
     pub body: Bytes,
 }
 
+/// What a [`Fetch`] is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Wanted {
+    /// The encoded [`SignedManifest`](crate::SignedManifest) of the model.
+    Manifest,
+    /// A blob that the manifest lists.
+    Blob(BlobHash),
+    /// The chaining values of a blob's groups, see [`GroupTree`](crate::GroupTree).
+    Tree(BlobHash),
+}
+
+/// Asks for a run of bytes of a model's manifest or weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetch {
+    /// Chosen by the client and returned in the chunk.
+    pub request_id: u64,
+    /// The model meant.
+    pub model: ModelId,
+    /// Of what.
+    pub wanted: Wanted,
+    /// First byte.
+    pub offset: u64,
+    /// How many bytes, 1 to [`MAX_CHUNK_BYTES`]; fewer come at the end.
+    pub length: u32,
+}
+
+/// A run of bytes. Whoever gets it compares it with its hash before it is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// The one of the fetch.
+    pub request_id: u64,
+    /// Length of the whole that this is a part of.
+    pub total: u64,
+    /// First byte; the one of the fetch.
+    pub offset: u64,
+    /// The bytes: as many as were asked for, or up to the end.
+    pub body: Bytes,
+}
+
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -187,6 +230,8 @@ impl Frame {
             Self::Call(_) => FrameKind::Call,
             Self::Answer(_) => FrameKind::Answer,
             Self::Refusal(_) => FrameKind::Refusal,
+            Self::Fetch(_) => FrameKind::Fetch,
+            Self::Chunk(_) => FrameKind::Chunk,
         }
     }
 
@@ -195,7 +240,8 @@ impl Frame {
         match self {
             Self::Call(call) => call.body.clone(),
             Self::Answer(answer) => answer.body.clone(),
-            Self::Hello(_) | Self::Welcome(_) | Self::Refusal(_) => Bytes::new(),
+            Self::Chunk(chunk) => chunk.body.clone(),
+            Self::Hello(_) | Self::Welcome(_) | Self::Refusal(_) | Self::Fetch(_) => Bytes::new(),
         }
     }
 
@@ -204,7 +250,8 @@ impl Frame {
         match self {
             Self::Call(call) => call.body = body,
             Self::Answer(answer) => answer.body = body,
-            Self::Hello(_) | Self::Welcome(_) | Self::Refusal(_) => {}
+            Self::Chunk(chunk) => chunk.body = body,
+            Self::Hello(_) | Self::Welcome(_) | Self::Refusal(_) | Self::Fetch(_) => {}
         }
     }
 
@@ -221,8 +268,14 @@ impl Frame {
                     && call.hidden_size == answer.hidden_size
                     && call.answer_rows() == u64::from(answer.rows)
             }
-            (Self::Call(call), Self::Refusal(refusal)) => {
-                refusal.request_id == 0 || refusal.request_id == call.request_id
+            (
+                Self::Call(ExpertCall { request_id, .. }) | Self::Fetch(Fetch { request_id, .. }),
+                Self::Refusal(refusal),
+            ) => refusal.request_id == 0 || refusal.request_id == *request_id,
+            (Self::Fetch(fetch), Self::Chunk(chunk)) => {
+                fetch.request_id == chunk.request_id
+                    && fetch.offset == chunk.offset
+                    && u64::from(fetch.length).min(chunk.total.saturating_sub(chunk.offset)) == chunk.body.len() as u64
             }
             _ => false,
         }

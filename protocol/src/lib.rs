@@ -30,8 +30,10 @@ pub mod discovery;
 mod dtype;
 mod frame;
 mod identity;
+mod manifest;
 mod model_id;
 mod transport;
+mod tree;
 
 pub use advert::{
     Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME, MAX_DATA_ADDRESSES,
@@ -39,13 +41,18 @@ pub use advert::{
 };
 pub use dtype::{Combine, DecodeError, EncodeError, UnknownDtype, WireDtype};
 pub use frame::{
-    ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameKind, FrameLimits, Hello, Malformed, PREFIX_BYTES,
-    Refusal, RefusalCode, VERSION, Welcome, read_frame, write_frame,
+    Chunk, ExpertAnswer, ExpertCall, ExpertRows, Fetch, Frame, FrameError, FrameKind, FrameLimits, Hello,
+    MAX_CHUNK_BYTES, Malformed, PREFIX_BYTES, Refusal, RefusalCode, VERSION, Wanted, Welcome, read_frame, write_frame,
 };
 pub use identity::{Identity, IdentityError, verify_signature};
 pub use libp2p::{Multiaddr, PeerId, multiaddr};
+pub use manifest::{
+    Blob, ExpertLayer, Locations, MANIFEST_FILE, MAX_BLOB_BYTES, MAX_CONFIG_BYTES, MAX_FILES, MAX_MANIFEST_BYTES,
+    MAX_TRUNK_TENSORS, Manifest, ManifestError, ManifestFile, Place, SignedManifest, TensorDtype, TrunkTensor,
+};
 pub use model_id::{ModelId, ParseModelIdError};
 pub use transport::{
     ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream,
     PendingConnection,
 };
+pub use tree::{BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, ParseHashError, TreeBuilder, group_count};

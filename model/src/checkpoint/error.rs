@@ -123,6 +123,32 @@ pub enum CheckpointError {
         /// The shape in the file.
         found: Vec<usize>,
     },
+    /// A tensor or an expert is not what the manifest says: its file was changed or is damaged.
+    #[error("{part} is not the one of the manifest: its hash differs. Get it again, or make a new manifest")]
+    Mismatch {
+        /// The tensor or the expert.
+        part: String,
+    },
+    /// The manifest does not list a tensor or an expert of this model.
+    #[error("the manifest does not list {part}: it belongs to another model")]
+    Unlisted {
+        /// The tensor or the expert.
+        part: String,
+    },
+    /// Experts of a layer are not all stored in the same dtypes.
+    #[error("the experts of layer {layer} are stored in different dtypes")]
+    MixedDtypes {
+        /// The layer.
+        layer: usize,
+    },
+    /// A tensor or an expert could not be had from where it should come. A retry may help.
+    #[error("{part} cannot be had: {source}")]
+    Part {
+        /// The tensor or the expert.
+        part: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A tensor is stored in a dtype that is not supported.
     #[error("tensor `{tensor}` is stored as {found}; supported are F32, F16 and BF16")]
     Dtype {

@@ -1,10 +1,14 @@
 //! Which tensors the model consists of, by name and shape.
 
-use super::Inner;
+use std::ops::Range;
+
 use super::error::{CheckpointError, LoadError};
+use super::parts::{Part, StoredDtype};
+use super::tensors::{Tensor, open_part};
+use super::{Experts, Inner};
 use crate::families::SharedNames;
 use crate::linear::Matrix;
-use crate::spec::{AttentionSpec, FeedForwardSpec, QkNorm};
+use crate::spec::{AttentionSpec, FeedForwardSpec, MoeSpec, QkNorm};
 
 /// The three matrices of `down_proj(silu(gate_proj(x)) * up_proj(x))`.
 #[derive(Debug)]
@@ -80,6 +84,10 @@ impl Inner {
         let moe = self.spec.moe(layer).filter(|moe| expert < moe.experts);
         let Some(moe) = moe else { return Err(LoadError::NoSuchExpert { layer, expert }) };
         let (hidden, width) = (self.spec.hidden_size, moe.intermediate_size);
+        if let Some(experts) = &self.experts {
+            return Ok(self.expert_part(experts, layer, expert, width)?);
+        }
+        self.verify_expert(layer, expert, moe)?;
         Ok(match self.expert_tensors(layer) {
             ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
                 let matrix = |name, outputs, inputs| {
@@ -102,6 +110,84 @@ impl Inner {
                 }
             }
         })
+    }
+
+    /// The matrices of an expert that lies in no file.
+    fn expert_part(
+        &self,
+        experts: &Experts,
+        layer: usize,
+        expert: usize,
+        width: usize,
+    ) -> Result<Swiglu, CheckpointError> {
+        let part = Part::Expert { layer, expert };
+        let unlisted = || CheckpointError::Unlisted { part: part.to_string() };
+        let dtypes = experts.layers.get(&layer).ok_or_else(unlisted)?;
+        let bytes: usize = dtypes.iter().map(|dtype| dtype.bytes_per_value() * width * self.spec.hidden_size).sum();
+        let map = open_part(&*experts.source, part, bytes)?;
+        let hidden = self.spec.hidden_size;
+        let mut start = 0;
+        let mut next = |dtype: StoredDtype, outputs: usize, inputs: usize| {
+            let matrix = Matrix::new(&map, start, dtype.safetensors(), outputs, inputs);
+            start += dtype.bytes_per_value() * outputs * inputs;
+            matrix
+        };
+        let [gate, up, down] = *dtypes;
+        Ok(Swiglu {
+            gate_proj: next(gate, width, hidden),
+            up_proj: next(up, width, hidden),
+            down_proj: next(down, hidden, width),
+        })
+    }
+
+    /// Compares an expert with its hash, if hashes are known.
+    fn verify_expert(&self, layer: usize, expert: usize, moe: &MoeSpec) -> Result<(), CheckpointError> {
+        let Some(verifier) = &self.tensors.verifier else { return Ok(()) };
+        let contents = self
+            .expert_ranges(layer, expert, moe)
+            .into_iter()
+            .map(|(name, shape, within)| {
+                let (map, range) = self.tensors.content(&name, &shape)?;
+                Ok((map, range.start + within.start..range.start + within.end))
+            })
+            .collect::<Result<Vec<_>, CheckpointError>>()?;
+        let slices: Vec<&[u8]> =
+            contents.iter().map(|(map, range)| map.get(range.clone()).unwrap_or_default()).collect();
+        verifier.expert(layer, expert, &slices)
+    }
+
+    /// Where gate_proj, up_proj and down_proj of an expert lie: the tensor, its shape, and the bytes within it. The range
+    /// is empty where the tensor is missing.
+    pub(super) fn expert_ranges(
+        &self,
+        layer: usize,
+        expert: usize,
+        moe: &MoeSpec,
+    ) -> [(String, Vec<usize>, Range<usize>); 3] {
+        let (hidden, width) = (self.spec.hidden_size, moe.intermediate_size);
+        let bytes = |name: &str| self.tensors.get(name).map_or(0, Tensor::bytes);
+        match self.expert_tensors(layer) {
+            ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
+                [(gate_proj, [width, hidden]), (up_proj, [width, hidden]), (down_proj, [hidden, width])].map(
+                    |(name, shape)| {
+                        let name = format!("{prefix}.{expert}.{name}.weight");
+                        let range = 0..bytes(&name);
+                        (name, shape.to_vec(), range)
+                    },
+                )
+            }
+            ExpertTensors::Fused { gate_up_proj, down_proj } => {
+                let both = bytes(&gate_up_proj) / moe.experts;
+                let down = bytes(&down_proj) / moe.experts;
+                let (start, half) = (expert * both, both / 2);
+                let shape = vec![moe.experts, 2 * width, hidden];
+                [
+                    (gate_up_proj.clone(), shape.clone(), start..start + half),
+                    (gate_up_proj, shape, start + half..start + both),
+                    (down_proj, vec![moe.experts, hidden, width], expert * down..(expert + 1) * down),
+                ]
+            }
+        }
     }
 
     pub(super) fn shared_expert(&self, layer: usize) -> Result<Option<(Swiglu, Option<Matrix>)>, CheckpointError> {
@@ -136,6 +222,12 @@ impl Inner {
     /// Bytes of one routed expert of `layer`, 0 if it is dense.
     pub(super) fn expert_bytes(&self, layer: usize) -> u64 {
         let Some(moe) = self.spec.moe(layer) else { return 0 };
+        if let Some(experts) = &self.experts {
+            let value_bytes =
+                |dtypes: &[StoredDtype; 3]| dtypes.iter().map(|dtype| dtype.bytes_per_value() as u64).sum();
+            let per_value: u64 = experts.layers.get(&layer).map_or(0, value_bytes);
+            return per_value * (moe.intermediate_size * self.spec.hidden_size) as u64;
+        }
         let bytes = |name: &str| self.tensors.get(name).map_or(0, |tensor| tensor.bytes() as u64);
         match self.expert_tensors(layer) {
             ExpertTensors::Split { prefix, gate_proj, up_proj, down_proj } => {
@@ -250,7 +342,8 @@ impl Inner {
 
     /// Checks that every tensor of the model is there with the right shape and a supported dtype.
     pub(super) fn check(&self) -> Result<(), CheckpointError> {
-        for (name, shape) in self.shapes() {
+        let shapes = if self.experts.is_some() { self.trunk_tensors() } else { self.shapes() };
+        for (name, shape) in shapes {
             self.tensors.expect(&name, &shape)?;
         }
         Ok(())

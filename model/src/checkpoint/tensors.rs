@@ -7,13 +7,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use super::error::CheckpointError;
+use super::mapping::Mapping;
+use super::parts::{Part, PartSource, TrunkPart, Verifier};
 use super::read_text;
 use crate::linear::Matrix;
 
@@ -27,12 +28,17 @@ const PREFIX: usize = 8;
 pub(super) struct TensorFiles {
     pub(super) files: Vec<TensorFile>,
     pub(super) tensors: BTreeMap<String, Tensor>,
+    /// Where tensors come from that lie in no file; each by itself.
+    source: Option<Arc<dyn PartSource>>,
+    /// What the tensors in files are compared with.
+    pub(super) verifier: Option<Verifier>,
 }
 
 #[derive(Debug)]
 pub(super) struct TensorFile {
     pub(super) path: PathBuf,
-    map: Arc<Mmap>,
+    /// Absent where only the header is known.
+    map: Option<Arc<Mapping>>,
 }
 
 /// Where a tensor lies. The range has been checked against the file and against shape and dtype.
@@ -54,7 +60,35 @@ impl Tensor {
 impl TensorFiles {
     /// No files: every tensor goes by the first of its names.
     pub(super) fn none() -> Self {
-        Self { files: Vec::new(), tensors: BTreeMap::new() }
+        Self { files: Vec::new(), tensors: BTreeMap::new(), source: None, verifier: None }
+    }
+
+    /// The trunk's tensors, each of which `source` gives by its name.
+    pub(super) fn of_parts(trunk: Vec<TrunkPart>, source: Arc<dyn PartSource>) -> Result<Self, CheckpointError> {
+        let mut this = Self { source: Some(source), ..Self::none() };
+        for TrunkPart { name, dtype, shape } in trunk {
+            let bytes = byte_count(&shape, dtype.bytes_per_value()).ok_or_else(|| CheckpointError::Shape {
+                tensor: name.clone(),
+                expected: Vec::new(),
+                found: shape.clone(),
+            })?;
+            this.tensors.insert(name, Tensor { file: 0, dtype: dtype.safetensors(), shape, range: 0..bytes });
+        }
+        Ok(this)
+    }
+
+    /// What the headers of safetensors files say; the tensors themselves cannot be read. `headers` are file names and
+    /// the first bytes of each, up to the end of the header.
+    pub(super) fn of_headers(headers: Vec<(String, Vec<u8>)>) -> Result<Self, CheckpointError> {
+        let mut this = Self::none();
+        for (name, bytes) in headers {
+            let path = PathBuf::from(name);
+            let header = |reason: String| CheckpointError::Header { path: path.clone(), reason };
+            let text = bytes.get(PREFIX..).unwrap_or_default();
+            let metadata: Metadata = serde_json::from_slice(text).map_err(|error| header(error.to_string()))?;
+            this.insert(path, bytes.len(), &metadata, None)?;
+        }
+        Ok(this)
     }
 
     pub(super) fn open(dir: &Path) -> Result<Self, CheckpointError> {
@@ -100,10 +134,22 @@ impl TensorFiles {
     fn add(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
         let map = Arc::new(map(&path)?);
         let (data_start, metadata) = read_header(&path, &map)?;
+        self.insert(path, data_start, &metadata, Some(map))
+    }
+
+    fn insert(
+        &mut self,
+        path: PathBuf,
+        data_start: usize,
+        metadata: &Metadata,
+        map: Option<Arc<Mapping>>,
+    ) -> Result<(), CheckpointError> {
         let file = self.files.len();
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
-            let range = data_start + start..data_start + end;
+            let too_far = || CheckpointError::Overlapping { path: path.clone(), tensor: name.clone() };
+            // Only a header whose file was not looked at can overflow.
+            let range = data_start + start..data_start.checked_add(end).ok_or_else(too_far)?;
             let tensor = Tensor { file, dtype: info.dtype, shape: info.shape.clone(), range };
             match self.tensors.entry(name) {
                 Entry::Vacant(slot) => slot.insert(tensor),
@@ -143,14 +189,33 @@ impl TensorFiles {
         };
         let row_bytes = tensor.bytes() / all_rows.max(1);
         let start = tensor.range.start + rows.start * row_bytes;
-        Ok(Matrix::new(&self.files[tensor.file].map, start, tensor.dtype, rows.len(), inputs))
+        Ok(Matrix::new(&self.mapping(name, tensor)?, start, tensor.dtype, rows.len(), inputs))
+    }
+
+    /// The bytes of a tensor.
+    pub(super) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
+        let tensor = self.expect(name, shape)?;
+        Ok((self.mapping(name, tensor)?, tensor.range.clone()))
+    }
+
+    /// What holds a tensor, whose content is right as far as is known.
+    fn mapping(&self, name: &str, tensor: &Tensor) -> Result<Arc<Mapping>, CheckpointError> {
+        if let Some(source) = &self.source {
+            return open_part(&**source, Part::Trunk(name), tensor.bytes());
+        }
+        let missing = || CheckpointError::MissingTensor { tensor: name.to_owned() };
+        let map = self.files.get(tensor.file).and_then(|file| file.map.as_ref()).ok_or_else(missing)?;
+        if let Some(verifier) = &self.verifier {
+            verifier.trunk(name, map.get(tensor.range.clone()).ok_or_else(missing)?)?;
+        }
+        Ok(map.clone())
     }
 
     /// All values, widened to f32.
     pub(super) fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let elements = shape.iter().product();
         let tensor = self.expect(name, shape)?;
-        let row = Matrix::new(&self.files[tensor.file].map, tensor.range.start, tensor.dtype, 1, elements);
+        let row = Matrix::new(&self.mapping(name, tensor)?, tensor.range.start, tensor.dtype, 1, elements);
         let mut values = vec![0.0; elements];
         row.widen_row(0, &mut values);
         Ok(values)
@@ -162,15 +227,30 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn map(path: &Path) -> Result<Mmap, CheckpointError> {
+fn map(path: &Path) -> Result<Mapping, CheckpointError> {
     let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
     let len = file.metadata().map_err(failed)?.len();
     if len < PREFIX as u64 {
         return Err(CheckpointError::Truncated { path: path.to_owned(), expected: PREFIX as u64, found: len });
     }
-    // SAFETY: the mapping is read-only; `Checkpoint` documents that its files must stay as they are while it is open.
-    unsafe { Mmap::map(&file) }.map_err(failed)
+    Mapping::of(file).map_err(failed)
+}
+
+/// A part of exactly `bytes` bytes.
+pub(super) fn open_part(
+    source: &dyn PartSource,
+    part: Part<'_>,
+    bytes: usize,
+) -> Result<Arc<Mapping>, CheckpointError> {
+    let failed = |source| CheckpointError::Part { part: part.to_string(), source };
+    let map = source.open(part).map_err(failed)?;
+    if map.len() == bytes { Ok(map) } else { Err(CheckpointError::Mismatch { part: part.to_string() }) }
+}
+
+/// `None` where it would overflow.
+fn byte_count(shape: &[usize], value_bytes: usize) -> Option<usize> {
+    shape.iter().try_fold(value_bytes, |bytes, &size| bytes.checked_mul(size))
 }
 
 /// Where the data starts, and what the header says. All offsets have been checked against the file.

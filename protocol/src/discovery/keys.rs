@@ -40,6 +40,18 @@ impl ProviderKey {
         Self(blake3::derive_key("hanse/provider/1 layers", &material))
     }
 
+    /// The key of those who give out the manifest of `model` and the weights that they have.
+    #[must_use]
+    pub fn weights(model: ModelId) -> Self {
+        Self(blake3::derive_key("hanse/provider/1 weights", &model.0))
+    }
+
+    /// The key of those among them who have the whole trunk and the tokenizer.
+    #[must_use]
+    pub fn trunk(model: ModelId) -> Self {
+        Self(blake3::derive_key("hanse/provider/1 trunk", &model.0))
+    }
+
     /// The keys that cover `layers` of `model`, each once.
     pub fn covering(model: ModelId, layers: impl IntoIterator<Item = u32>) -> Vec<Self> {
         let ranges: std::collections::BTreeSet<u32> =

@@ -1,7 +1,7 @@
 //! The rules between the fields of a frame, the same for reading and for writing.
 
-use super::limits::MAX_NETWORK_BYTES;
-use super::{ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits, Malformed};
+use super::limits::{MAX_CHUNK_BYTES, MAX_NETWORK_BYTES};
+use super::{Chunk, ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits, Malformed};
 use crate::WireDtype;
 
 impl Frame {
@@ -23,8 +23,23 @@ impl Frame {
             Self::Call(call) => check_call(call, body_bytes, limits),
             Self::Answer(answer) => check_answer(answer, body_bytes, limits),
             Self::Refusal(_) => Ok(()),
+            Self::Fetch(fetch) => {
+                non_zero("bytes wanted", fetch.length)?;
+                FrameError::limit("bytes wanted", fetch.length.into(), MAX_CHUNK_BYTES)
+            }
+            Self::Chunk(chunk) => check_chunk(chunk, body_bytes),
         }
     }
+}
+
+fn check_chunk(chunk: &Chunk, body_bytes: usize) -> Result<(), FrameError> {
+    FrameError::limit("bytes of a chunk", body_bytes as u64, MAX_CHUNK_BYTES)?;
+    non_zero("bytes in a chunk", body_bytes as u32)?;
+    let left = chunk.total.saturating_sub(chunk.offset);
+    if body_bytes as u64 > left {
+        return Err(Malformed::BodyLength { found: body_bytes as u64, expected: left }.into());
+    }
+    Ok(())
 }
 
 fn check_call(call: &ExpertCall, body_bytes: usize, limits: &FrameLimits) -> Result<(), FrameError> {

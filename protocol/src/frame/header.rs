@@ -9,9 +9,10 @@ use bytes::Bytes;
 
 use super::limits::{MAX_HEADER_BYTES, MAX_MESSAGE_BYTES};
 use super::{
-    ExpertAnswer, ExpertCall, ExpertRows, Frame, FrameError, FrameKind, Hello, Malformed, Refusal, RefusalCode, Welcome,
+    Chunk, ExpertAnswer, ExpertCall, ExpertRows, Fetch, Frame, FrameError, FrameKind, Hello, Malformed, Refusal,
+    RefusalCode, Wanted, Welcome,
 };
-use crate::{Combine, ModelId, WireDtype};
+use crate::{BlobHash, Combine, ModelId, WireDtype};
 
 // The limit also bounds what a decoded header occupies in memory, whatever lengths it claims.
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<{ MAX_HEADER_BYTES as usize }>> =
@@ -70,6 +71,23 @@ struct RefusalHeader {
     retry_after_ms: u32,
 }
 
+#[derive(Encode, Decode)]
+struct FetchHeader {
+    request_id: u64,
+    model: [u8; 32],
+    wanted: u8,
+    hash: [u8; 32],
+    offset: u64,
+    length: u32,
+}
+
+#[derive(Encode, Decode)]
+struct ChunkHeader {
+    request_id: u64,
+    total: u64,
+    offset: u64,
+}
+
 impl Frame {
     /// Appends the header to `out`.
     pub(super) fn encode_header(&self, out: &mut Vec<u8>) -> Result<(), FrameError> {
@@ -84,6 +102,11 @@ impl Frame {
             Self::Call(call) => append(self.kind(), &CallHeader::from(call), out),
             Self::Answer(answer) => append(self.kind(), &AnswerHeader::from(answer), out),
             Self::Refusal(refusal) => append(self.kind(), &RefusalHeader::from(refusal), out),
+            Self::Fetch(fetch) => append(self.kind(), &FetchHeader::from(fetch), out),
+            Self::Chunk(chunk) => {
+                let Chunk { request_id, total, offset, .. } = *chunk;
+                append(self.kind(), &ChunkHeader { request_id, total, offset }, out)
+            }
         }
     }
 
@@ -111,6 +134,11 @@ impl Frame {
                     message,
                     retry_after_ms: header.retry_after_ms,
                 })
+            }
+            FrameKind::Fetch => Self::Fetch(parse::<FetchHeader>(kind, header)?.try_into()?),
+            FrameKind::Chunk => {
+                let ChunkHeader { request_id, total, offset } = parse(kind, header)?;
+                Self::Chunk(Chunk { request_id, total, offset, body: Bytes::new() })
             }
         })
     }
@@ -222,6 +250,45 @@ impl From<&Refusal> for RefusalHeader {
             message,
             retry_after_ms: refusal.retry_after_ms,
         }
+    }
+}
+
+impl From<&Fetch> for FetchHeader {
+    fn from(fetch: &Fetch) -> Self {
+        let (wanted, hash) = match fetch.wanted {
+            Wanted::Manifest => (0, [0; 32]),
+            Wanted::Blob(hash) => (1, hash.0),
+            Wanted::Tree(hash) => (2, hash.0),
+        };
+        Self {
+            request_id: fetch.request_id,
+            model: fetch.model.0,
+            wanted,
+            hash,
+            offset: fetch.offset,
+            length: fetch.length,
+        }
+    }
+}
+
+impl TryFrom<FetchHeader> for Fetch {
+    type Error = Malformed;
+
+    fn try_from(header: FetchHeader) -> Result<Self, Malformed> {
+        let hash = BlobHash(header.hash);
+        Ok(Self {
+            request_id: header.request_id,
+            model: ModelId(header.model),
+            wanted: match header.wanted {
+                // A manifest has no hash but the model's id: the field is not looked at.
+                0 => Wanted::Manifest,
+                1 => Wanted::Blob(hash),
+                2 => Wanted::Tree(hash),
+                found => return Err(Malformed::UnknownCode { what: "kind of fetch", found: found.into() }),
+            },
+            offset: header.offset,
+            length: header.length,
+        })
     }
 }
 

@@ -42,3 +42,5 @@ pub(crate) const MAX_HEADER_BYTES: u32 = 1 << 20;
 pub(crate) const MAX_NETWORK_BYTES: usize = 128;
 /// Bytes of a refusal's message.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1024;
+/// Bytes of a chunk: one group of a blob.
+pub const MAX_CHUNK_BYTES: u32 = 1 << 20;

@@ -22,10 +22,15 @@ pub enum FrameKind {
     Answer,
     /// 5
     Refusal,
+    /// 6
+    Fetch,
+    /// 7
+    Chunk,
 }
 
 impl FrameKind {
-    const ALL: [Self; 5] = [Self::Hello, Self::Welcome, Self::Call, Self::Answer, Self::Refusal];
+    const ALL: [Self; 7] =
+        [Self::Hello, Self::Welcome, Self::Call, Self::Answer, Self::Refusal, Self::Fetch, Self::Chunk];
 
     fn code(self) -> u16 {
         match self {
@@ -34,11 +39,13 @@ impl FrameKind {
             Self::Call => 3,
             Self::Answer => 4,
             Self::Refusal => 5,
+            Self::Fetch => 6,
+            Self::Chunk => 7,
         }
     }
 
     fn has_body(self) -> bool {
-        matches!(self, Self::Call | Self::Answer)
+        matches!(self, Self::Call | Self::Answer | Self::Chunk)
     }
 }
 

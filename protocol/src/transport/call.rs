@@ -20,7 +20,7 @@ pub enum CallError {
     /// The frame breaks a rule of the protocol: the caller's fault. Nothing was sent.
     #[error("the request cannot be sent: {0}")]
     Request(FrameError),
-    /// Only hello and call frames are answered. Nothing was sent.
+    /// Only hello, call and fetch frames are answered. Nothing was sent.
     #[error("a {0:?} frame is no request")]
     NotARequest(FrameKind),
     /// No answer in time; the server has been told that nobody waits any more. Ask another replica.
@@ -94,7 +94,7 @@ pub(super) async fn call(
     request: &Frame,
     deadline: Duration,
 ) -> Result<Frame, CallError> {
-    if !matches!(request, Frame::Hello(_) | Frame::Call(_)) {
+    if !matches!(request, Frame::Hello(_) | Frame::Call(_) | Frame::Fetch(_)) {
         return Err(CallError::NotARequest(request.kind()));
     }
     let encoded = Encoded::new(request).map_err(CallError::Request)?;

@@ -14,6 +14,9 @@ use crate::{Frame, FrameError, FrameLimits};
 /// Twice the largest body.
 pub(super) const BODY_BUDGET_KIB: u32 = 128 << 10;
 
+/// Priority of chunks below that of everything else.
+const BULK: i32 = -1;
+
 /// How long a finished stream waits until the other side has everything.
 const FINISH_TIME: Duration = Duration::from_secs(2);
 
@@ -93,6 +96,8 @@ impl FrameStream {
     pub async fn write(&mut self, frame: &Frame) -> Result<(), FrameError> {
         let encoded = Encoded::new(frame)?;
         self.writing.enter_frame()?;
+        // Weights go out only while no answer waits to be sent on this connection. It fails only where the stream is closed.
+        let _ = self.send.set_priority(if matches!(frame, Frame::Chunk(_)) { BULK } else { 0 });
         let time = FrameLimits::default().frame_time;
         match tokio::time::timeout(time, write_encoded(&mut self.send, encoded)).await {
             Err(_) => return Err(FrameError::TooSlow(time)),

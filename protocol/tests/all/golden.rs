@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use hanse_protocol::{
-    Combine, ExpertAnswer, ExpertCall, ExpertRows, Frame, Hello, ModelId, Refusal, RefusalCode, Welcome, WireDtype,
+    BlobHash, Chunk, Combine, ExpertAnswer, ExpertCall, ExpertRows, Fetch, Frame, Hello, ModelId, Refusal, RefusalCode,
+    Wanted, Welcome, WireDtype,
 };
 
 use crate::{bytes, decode, encode};
@@ -61,6 +62,27 @@ fn hello_has_the_bytes_of_the_specification() {
     check(
         Frame::Hello(Hello { network: "hanse".into(), model: model() }),
         &format!("484e5345 0100 0100 2d000000 00000000  0500000000000000 68616e7365 {MODEL}"),
+    );
+}
+
+#[test]
+fn fetch_has_the_bytes_of_the_specification() {
+    let wanted = Wanted::Blob(BlobHash([0xaa; 32]));
+    check(
+        Frame::Fetch(Fetch { request_id: 8, model: model(), wanted, offset: 1 << 20, length: 4096 }),
+        &format!(
+            "484e5345 0100 0600 55000000 00000000 0800000000000000 {MODEL} 01 {} 0000100000000000 00100000",
+            "aa".repeat(32)
+        ),
+    );
+}
+
+#[test]
+fn chunk_has_the_bytes_of_the_specification() {
+    let body = Bytes::from_static(&[1, 2, 3]);
+    check(
+        Frame::Chunk(Chunk { request_id: 8, total: (1 << 20) + 3, offset: 1 << 20, body }),
+        "484e5345 0100 0700 18000000 03000000 0800000000000000 0300100000000000 0000100000000000 010203",
     );
 }
 

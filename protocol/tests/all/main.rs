@@ -8,6 +8,7 @@ mod frame_properties;
 mod frames;
 mod golden;
 mod identities;
+mod manifests;
 mod transport;
 
 use hanse_protocol::{Frame, FrameError, FrameLimits, read_frame, write_frame};

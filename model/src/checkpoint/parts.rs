@@ -1,0 +1,208 @@
+//! The parts that a model's weights consist of, for those who hash them, move them, or keep them one by one: each tensor
+//! of the trunk is a part, and so is each routed expert.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use safetensors::Dtype;
+
+use super::error::CheckpointError;
+use super::mapping::Mapping;
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoredDtype {
+    /// IEEE 754 binary32.
+    F32,
+    /// IEEE 754 binary16.
+    F16,
+    /// The upper half of a binary32.
+    Bf16,
+}
+
+impl StoredDtype {
+    /// Bytes of one value.
+    #[must_use]
+    pub fn bytes_per_value(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    pub(super) fn of(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::F32 => Some(Self::F32),
+            Dtype::F16 => Some(Self::F16),
+            Dtype::BF16 => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+
+    pub(super) fn safetensors(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::Bf16 => Dtype::BF16,
+        }
+    }
+}
+
+/// A run of bytes in one of the files of a [`WeightMap`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Index into [`WeightMap::files`].
+    pub file: usize,
+    /// First byte in the file.
+    pub offset: u64,
+    /// How many.
+    pub bytes: u64,
+}
+
+/// A tensor of the trunk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrunkPart {
+    /// Its name in the files.
+    pub name: String,
+    /// How it is stored.
+    pub dtype: StoredDtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+/// The routed experts of one layer. The bytes of an expert are its gate_proj `[intermediate, hidden]`, its up_proj
+/// `[intermediate, hidden]` and its down_proj `[hidden, intermediate]`, one after another, whether the files hold them
+/// one by one or all experts together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertParts {
+    /// The layer.
+    pub layer: usize,
+    /// How many experts it has.
+    pub experts: usize,
+    /// How gate_proj, up_proj and down_proj are stored, the same for all experts of the layer.
+    pub dtypes: [StoredDtype; 3],
+}
+
+/// What parts there are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parts {
+    /// The trunk's tensors, in the order of their names.
+    pub trunk: Vec<TrunkPart>,
+    /// The layers with routed experts, ascending.
+    pub experts: Vec<ExpertParts>,
+}
+
+/// Where the parts lie in safetensors files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightMap {
+    /// Names of the files in the model's folder.
+    pub files: Vec<String>,
+    /// What parts there are.
+    pub parts: Parts,
+    /// For each of `parts.trunk`.
+    pub trunk: Vec<Piece>,
+    /// For each of `parts.experts` and each of its experts: gate_proj, up_proj, down_proj.
+    pub experts: Vec<Vec<[Piece; 3]>>,
+}
+
+/// One part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part<'a> {
+    /// The trunk's tensor of this name.
+    Trunk(&'a str),
+    /// A routed expert.
+    Expert {
+        /// Its layer.
+        layer: usize,
+        /// Its number in the layer.
+        expert: usize,
+    },
+}
+
+impl std::fmt::Display for Part<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Trunk(name) => write!(f, "tensor `{name}`"),
+            Self::Expert { layer, expert } => write!(f, "expert {expert} of layer {layer}"),
+        }
+    }
+}
+
+/// Where a checkpoint that is no folder has its parts from.
+pub trait PartSource: std::fmt::Debug + Send + Sync {
+    /// The bytes of a part, which are what they should be: checked by hash. May block until they are here.
+    ///
+    /// # Errors
+    /// Why they cannot be had.
+    fn open(&self, part: Part<'_>) -> Result<Arc<Mapping>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// BLAKE3 hashes that the parts of a folder must have.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PartHashes {
+    /// By name of the tensor.
+    pub trunk: BTreeMap<String, [u8; 32]>,
+    /// By layer, for each expert.
+    pub experts: BTreeMap<usize, Vec<[u8; 32]>>,
+}
+
+/// Checks each part once, when it is first used.
+#[derive(Debug)]
+pub(super) struct Verifier {
+    hashes: PartHashes,
+    trunk: Mutex<BTreeSet<String>>,
+    experts: Mutex<BTreeSet<(usize, usize)>>,
+}
+
+impl Verifier {
+    pub(super) fn new(hashes: PartHashes) -> Self {
+        Self { hashes, trunk: Mutex::default(), experts: Mutex::default() }
+    }
+
+    /// Whether the hash is known of every part that `parts` lists.
+    pub(super) fn covers(&self, parts: &Parts) -> Result<(), CheckpointError> {
+        let unknown = |part: Part<'_>| CheckpointError::Unlisted { part: part.to_string() };
+        for tensor in &parts.trunk {
+            self.hashes.trunk.get(&tensor.name).ok_or_else(|| unknown(Part::Trunk(&tensor.name)))?;
+        }
+        for layer in &parts.experts {
+            let listed = self.hashes.experts.get(&layer.layer).map_or(0, Vec::len);
+            if listed != layer.experts {
+                return Err(unknown(Part::Expert { layer: layer.layer, expert: listed.min(layer.experts) }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the bytes of a tensor; those that are no part by themselves are compared with their expert.
+    pub(super) fn trunk(&self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let Some(expected) = self.hashes.trunk.get(name) else { return Ok(()) };
+        if self.trunk.lock().unwrap_or_else(PoisonError::into_inner).contains(name) {
+            return Ok(());
+        }
+        compare(Part::Trunk(name), expected, &[bytes])?;
+        self.trunk.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        Ok(())
+    }
+
+    pub(super) fn expert(&self, layer: usize, expert: usize, bytes: &[&[u8]]) -> Result<(), CheckpointError> {
+        let Some(expected) = self.hashes.experts.get(&layer).and_then(|layer| layer.get(expert)) else { return Ok(()) };
+        if self.experts.lock().unwrap_or_else(PoisonError::into_inner).contains(&(layer, expert)) {
+            return Ok(());
+        }
+        compare(Part::Expert { layer, expert }, expected, bytes)?;
+        self.experts.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, expert));
+        Ok(())
+    }
+}
+
+fn compare(part: Part<'_>, expected: &[u8; 32], bytes: &[&[u8]]) -> Result<(), CheckpointError> {
+    let mut hasher = blake3::Hasher::new();
+    for bytes in bytes {
+        hasher.update(bytes);
+    }
+    if hasher.finalize().as_bytes() == expected {
+        return Ok(());
+    }
+    Err(CheckpointError::Mismatch { part: part.to_string() })
+}

@@ -1,0 +1,84 @@
+//! Where the parts of a model lie in its files.
+
+use std::path::PathBuf;
+
+use super::error::CheckpointError;
+use super::parts::{ExpertParts, Parts, Piece, StoredDtype, TrunkPart, WeightMap};
+use super::tensors::{Tensor, TensorFiles};
+use super::{Checkpoint, Inner, config, families};
+
+impl Checkpoint {
+    /// Where the parts lie in the folder's files.
+    ///
+    /// # Errors
+    /// `MixedDtypes`. A checkpoint that is no folder has no files: `MissingTensor`.
+    pub fn weight_map(&self) -> Result<WeightMap, CheckpointError> {
+        self.inner.weight_map()
+    }
+}
+
+/// Where the parts of a model with this `config.json` lie in safetensors files of which only the headers are at hand:
+/// for each file its name and its first bytes, up to the end of the header.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn weight_map_of_headers(config_text: &str, headers: Vec<(String, Vec<u8>)>) -> Result<WeightMap, CheckpointError> {
+    let map = config::parse(config_text)?;
+    let config = config::Config::new(&map);
+    let family = families::find(&config)?;
+    let spec = (family.spec)(&config)?;
+    let tensors = TensorFiles::of_headers(headers)?;
+    let config_text = config_text.to_owned();
+    let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None };
+    inner.check()?;
+    inner.weight_map()
+}
+
+impl Inner {
+    fn weight_map(&self) -> Result<WeightMap, CheckpointError> {
+        let found = |name: &str| {
+            let missing = || CheckpointError::MissingTensor { tensor: name.to_owned() };
+            let tensor = self.tensors.get(name).filter(|_| self.experts.is_none()).ok_or_else(missing)?;
+            let unsupported =
+                || CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{:?}", tensor.dtype) };
+            Ok::<_, CheckpointError>((tensor, StoredDtype::of(tensor.dtype).ok_or_else(unsupported)?))
+        };
+        let piece = |tensor: &Tensor, start: usize, end: usize| Piece {
+            file: tensor.file,
+            offset: (tensor.range.start + start) as u64,
+            bytes: (end - start) as u64,
+        };
+        let mut names = self.trunk_tensors();
+        names.sort();
+        let (mut trunk_parts, mut trunk) = (Vec::new(), Vec::new());
+        for (name, shape) in names {
+            let (tensor, dtype) = found(&name)?;
+            trunk.push(piece(tensor, 0, tensor.bytes()));
+            trunk_parts.push(TrunkPart { name, dtype, shape });
+        }
+        let (mut expert_parts, mut experts) = (Vec::new(), Vec::new());
+        for (layer, moe) in self.spec.moe_layers() {
+            let mut dtypes = None;
+            let mut pieces = Vec::with_capacity(moe.experts);
+            for expert in 0..moe.experts {
+                let mut stored = [StoredDtype::F32; 3];
+                let mut at = [Piece { file: 0, offset: 0, bytes: 0 }; 3];
+                for (i, (name, _, range)) in self.expert_ranges(layer, expert, moe).into_iter().enumerate() {
+                    let (tensor, dtype) = found(&name)?;
+                    stored[i] = dtype;
+                    at[i] = piece(tensor, range.start, range.end);
+                }
+                if *dtypes.get_or_insert(stored) != stored {
+                    return Err(CheckpointError::MixedDtypes { layer });
+                }
+                pieces.push(at);
+            }
+            let dtypes = dtypes.unwrap_or([StoredDtype::F32; 3]);
+            expert_parts.push(ExpertParts { layer, experts: moe.experts, dtypes });
+            experts.push(pieces);
+        }
+        let name_of = |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let files = self.tensors.files.iter().map(|file| name_of(&file.path)).collect();
+        Ok(WeightMap { files, parts: Parts { trunk: trunk_parts, experts: expert_parts }, trunk, experts })
+    }
+}
