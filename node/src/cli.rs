@@ -179,6 +179,9 @@ pub(crate) struct NodeArgs {
     /// Data-plane UDP address; by default a free port on the address of the first --listen.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) data_listen: Option<SocketAddr>,
+    /// Data-plane address to announce in place of the bound ones, such as a router's forwarded port; may be given more than once.
+    #[arg(long, value_name = "IP:PORT", num_args = 1..)]
+    pub(crate) advertise: Vec<SocketAddr>,
     /// A member to join through; may be given more than once. None for the first member of a network.
     #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,

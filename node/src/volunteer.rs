@@ -56,6 +56,8 @@ pub struct VolunteerConfig {
     pub listen: Vec<Multiaddr>,
     /// The data plane's address; `None` takes a free UDP port on the address of the first of `listen`.
     pub data_listen: Option<SocketAddr>,
+    /// Data-plane addresses to announce in place of the bound ones: where others reach this node through a port forwarding.
+    pub advertise: Vec<SocketAddr>,
     /// Members to join through; none for the first member of a network.
     pub bootstrap: Vec<Multiaddr>,
     /// Whether to look for members on the local network by multicast DNS.
@@ -77,6 +79,7 @@ impl Default for VolunteerConfig {
             network: DEFAULT_NETWORK.to_owned(),
             listen: vec![quic],
             data_listen: None,
+            advertise: Vec::new(),
             bootstrap: Vec::new(),
             mdns: false,
             hosting: Hosting::Experts(ExpertsSpec::All),
@@ -206,6 +209,7 @@ impl Volunteer {
             hosted: store.hosted()?,
             layers: layout_of(checkpoint.spec()).layers,
             bound,
+            advertise: config.advertise.clone(),
         });
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
         let serve = AbortOnDropHandle::new(tokio::spawn(server.clone().run(endpoint.clone(), serving.clone())));
@@ -240,6 +244,12 @@ impl Volunteer {
     #[must_use]
     pub fn addresses(&self) -> Vec<Multiaddr> {
         self.discovery.addresses()
+    }
+
+    /// Where the data plane listens, whatever is announced.
+    #[must_use]
+    pub fn data_listen(&self) -> SocketAddr {
+        self.announcer.bound
     }
 
     /// Where the data plane can be dialled.
@@ -343,6 +353,7 @@ struct Announcer {
     hosted: HostedExperts,
     layers: BTreeMap<u32, u32>,
     bound: SocketAddr,
+    advertise: Vec<SocketAddr>,
 }
 
 impl Announcer {
@@ -358,9 +369,12 @@ impl Announcer {
         }
     }
 
-    /// The bound address, or one address per network interface if it is bound to all; loopback last, since only members on
+    /// What the owner says; else the bound address, or one address per network interface if it is bound to all; loopback last, since only members on
     /// this machine reach it.
     fn data_addresses(&self) -> Vec<SocketAddr> {
+        if !self.advertise.is_empty() {
+            return self.advertise.iter().copied().take(MAX_DATA_ADDRESSES).collect();
+        }
         let mut ips = vec![self.bound.ip()];
         if self.bound.ip().is_unspecified() {
             let accepts = |ip: &IpAddr| ip.is_ipv4() || self.bound.is_ipv6();

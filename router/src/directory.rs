@@ -204,6 +204,12 @@ impl Directory {
         self.changed();
     }
 
+    pub(crate) fn sent(&self, peer: &PeerId, now: Instant) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.stats.last_sent = Some(now);
+        }
+    }
+
     pub(crate) fn answered(&self, peer: &PeerId, now: Instant, call: AnsweredCall) {
         if let Some(member) = self.write().get_mut(peer) {
             member.stats.answered(now, call);
