@@ -155,6 +155,7 @@ impl Volunteer {
                 listen: config.listen.clone(),
                 bootstrap: config.bootstrap.clone(),
                 mdns: config.mdns,
+                ..DiscoveryConfig::default()
             },
         )
         .await?;

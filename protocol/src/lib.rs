@@ -32,6 +32,7 @@ mod frame;
 mod identity;
 mod manifest;
 mod model_id;
+mod relayed;
 mod transport;
 mod tree;
 
@@ -52,7 +53,7 @@ pub use manifest::{
 };
 pub use model_id::{ModelId, ParseModelIdError};
 pub use transport::{
-    ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream,
+    ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream, Path,
     PendingConnection,
 };
 pub use tree::{BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, ParseHashError, TreeBuilder, group_count};

@@ -54,7 +54,7 @@ impl FakePeer {
             network: net.config().network,
             listen: vec![loopback()],
             bootstrap: vec![net.bootstrap()],
-            mdns: false,
+            ..DiscoveryConfig::default()
         };
         let discovery = Discovery::start(&identity, config).await.unwrap();
         let endpoint = DataEndpoint::bind(&identity, "127.0.0.1:0".parse().unwrap()).unwrap();

@@ -58,6 +58,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
             listen: Vec::new(),
             bootstrap: args.join.bootstrap.clone(),
             mdns: args.join.mdns,
+            ..DiscoveryConfig::default()
         },
     )
     .await?;
