@@ -5,7 +5,6 @@ use std::time::Duration;
 use hanse_protocol::multiaddr::Protocol;
 use hanse_protocol::{
     ConnectError, DataConnection, ExpertCall, Frame, Hello, Identity, ModelId, Multiaddr, Refusal, RefusalCode,
-    WireDtype,
 };
 use hanse_router::network::bind_any;
 use hanse_router::{Client, ClientError, JoinError, NetworkConfig};
