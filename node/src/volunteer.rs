@@ -21,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts};
 use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
-use crate::placement;
+use crate::placement::{self, ExpertTable, View};
 use crate::server::Server;
 use crate::store::ExpertStore;
 
@@ -302,19 +302,14 @@ async fn choose(
     }
     let own = discovery.peer_id();
     let others = adverts.remove(&model).unwrap_or_default();
-    let hosted: Vec<&HostedExperts> =
-        others.iter().filter(|(peer, _)| *peer != own).map(|(_, advert)| &advert.hosted).collect();
-    let bytes_per_expert = checkpoint.sizes().bytes_per_expert;
-    let sizes: BTreeMap<u32, u64> = layout
-        .layers
-        .keys()
-        .copied()
-        .zip(checkpoint.spec().moe_layers().map(|(layer, _)| bytes_per_expert[layer]))
-        .collect();
+    let others = others.iter().filter(|(peer, _)| *peer != own).map(|(_, advert)| advert);
+    let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis());
+    let table = Arc::new(ExpertTable::of(checkpoint));
+    let view = View::of(table.clone(), others, now.unwrap_or(u64::MAX));
     let seed = own.to_bytes().iter().fold(0u64, |seed, &byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
-    let chosen = placement::choose(&layout, &hosted, &sizes, budget_bytes, seed);
+    let chosen = placement::choose(&view, budget_bytes, seed);
     if chosen.is_empty() {
-        let expert_bytes = sizes.values().copied().min().unwrap_or(0);
+        let expert_bytes = table.smallest();
         return Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes });
     }
     Ok(chosen)
