@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
     DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello,
     ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
@@ -43,9 +44,15 @@ pub(crate) struct Server {
 /// A refusal without the request id, which the caller of the failing function knows.
 type Refused = (RefusalCode, String);
 
+/// Someone to be served, before or after its handshake.
+enum Accepted {
+    Pending(Box<PendingConnection>),
+    Established(DataConnection),
+}
+
 impl Server {
     /// Accepts connections until cancelled, then lets the calls in progress end.
-    pub(crate) async fn run(self: Arc<Self>, endpoint: DataEndpoint, cancel: CancellationToken) {
+    pub(crate) async fn run(self: Arc<Self>, endpoint: DataEndpoint, discovery: Discovery, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
         loop {
@@ -54,14 +61,19 @@ impl Server {
                 Some(_) = connections.join_next() => continue,
                 place = places.clone().acquire_owned() => place,
             };
-            let pending = tokio::select! {
+            let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
-                pending = endpoint.accept() => pending,
+                pending = endpoint.accept() => pending.map(|pending| Accepted::Pending(Box::new(pending))),
+                // By way of a relay, or through a hole in a router.
+                connection = discovery.accept_data() => connection.map(Accepted::Established),
             };
-            let (Ok(place), Some(pending)) = (place, pending) else { break };
+            let (Ok(place), Some(accepted)) = (place, accepted) else { break };
             let (server, cancel) = (self.clone(), cancel.clone());
             connections.spawn(async move {
-                server.serve_pending(pending, &cancel).await;
+                match accepted {
+                    Accepted::Pending(pending) => server.serve_pending(*pending, &cancel).await,
+                    Accepted::Established(connection) => server.serve_established(connection, &cancel).await,
+                }
                 drop(place);
             });
         }
@@ -71,12 +83,14 @@ impl Server {
     async fn serve_pending(self: Arc<Self>, pending: PendingConnection, cancel: &CancellationToken) {
         let address = pending.remote_address();
         match pending.establish(HANDSHAKE_TIMEOUT).await {
-            Ok(connection) => {
-                let span = tracing::info_span!("client", peer = %connection.peer_id());
-                self.serve_connection(connection, cancel).instrument(span).await;
-            }
+            Ok(connection) => self.serve_established(connection, cancel).await,
             Err(error) => tracing::debug!(%address, %error, "handshake failed"),
         }
+    }
+
+    async fn serve_established(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {
+        let span = tracing::info_span!("client", peer = %connection.peer_id());
+        self.serve_connection(connection, cancel).instrument(span).await;
     }
 
     async fn serve_connection(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {

@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hanse_model::{Checkpoint, LoadError, compute_pool};
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{
-    Advert, AdvertError, BindError, DataEndpoint, HostedError, HostedExperts, Identity, MAX_DATA_ADDRESSES, ModelId,
-    Multiaddr, PeerId, SignedAdvert, WireDtype,
+    Advert, AdvertError, BindError, DataEndpoint, HostedError, HostedExperts, Identity, MAX_CIRCUITS,
+    MAX_DATA_ADDRESSES, ModelId, Multiaddr, PeerId, SignedAdvert, WireDtype,
 };
 use hanse_router::client::layout_of;
 use hanse_router::network::hosted_models;
@@ -60,6 +60,8 @@ pub struct VolunteerConfig {
     pub bootstrap: Vec<Multiaddr>,
     /// Whether to look for members on the local network by multicast DNS.
     pub mdns: bool,
+    /// How to deal with home routers.
+    pub reach: ReachConfig,
     /// Which experts to host.
     pub hosting: Hosting,
     /// Computing threads; 0 takes one per core.
@@ -79,6 +81,7 @@ impl Default for VolunteerConfig {
             data_listen: None,
             bootstrap: Vec::new(),
             mdns: false,
+            reach: ReachConfig::default(),
             hosting: Hosting::Experts(ExpertsSpec::All),
             threads: 0,
         }
@@ -155,7 +158,7 @@ impl Volunteer {
                 listen: config.listen.clone(),
                 bootstrap: config.bootstrap.clone(),
                 mdns: config.mdns,
-                ..DiscoveryConfig::default()
+                reach: config.reach.clone(),
             },
         )
         .await?;
@@ -209,7 +212,11 @@ impl Volunteer {
             bound,
         });
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
-        let serve = AbortOnDropHandle::new(tokio::spawn(server.clone().run(endpoint.clone(), serving.clone())));
+        let serve = AbortOnDropHandle::new(tokio::spawn(server.clone().run(
+            endpoint.clone(),
+            discovery.clone(),
+            serving.clone(),
+        )));
         announcer.announce().await?;
         let announce = AbortOnDropHandle::new(tokio::spawn(announcer.clone().run(announcing.clone())));
         Ok(Self {
@@ -241,6 +248,12 @@ impl Volunteer {
     #[must_use]
     pub fn addresses(&self) -> Vec<Multiaddr> {
         self.discovery.addresses()
+    }
+
+    /// How others reach it at present.
+    #[must_use]
+    pub fn reachability(&self) -> Reachability {
+        self.discovery.reach().borrow().reachability
     }
 
     /// Where the data plane can be dialled.
@@ -343,10 +356,12 @@ struct Announcer {
 
 impl Announcer {
     async fn run(self: Arc<Self>, cancel: CancellationToken) {
+        let mut reach = self.discovery.reach();
         loop {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 () = tokio::time::sleep(ADVERT_INTERVAL) => {}
+                Ok(()) = reach.changed() => {}
             }
             if let Err(error) = self.announce().await {
                 tracing::warn!(%error, "advert not renewed");
@@ -361,6 +376,8 @@ impl Announcer {
         if self.bound.ip().is_unspecified() {
             let accepts = |ip: &IpAddr| ip.is_ipv4() || self.bound.is_ipv6();
             ips = self.discovery.addresses().iter().filter_map(ip_of).filter(accepts).collect();
+            // Behind a router that leads to this machine, that router's address is not among its own.
+            ips.extend(self.discovery.reach().borrow().public_ips.iter().filter(|ip| accepts(ip)));
             ips.sort_by_key(|ip| (ip.is_loopback(), *ip));
             ips.dedup();
         }
@@ -372,6 +389,7 @@ impl Announcer {
         let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let batcher = &self.server.batcher;
         let draining = self.server.draining.load(Ordering::Relaxed);
+        let reach = self.discovery.reach().borrow().clone();
         let load = batcher.queued_pairs().saturating_mul(1000) / batcher.max_pairs().max(1);
         let advert = Advert {
             model: self.server.model,
@@ -387,6 +405,8 @@ impl Announcer {
             expires_unix_ms: millis(now + ADVERT_LIFETIME),
             popularity: Vec::new(),
             loading: HostedExperts::new(),
+            reachability: reach.reachability,
+            circuits: reach.circuits.into_iter().take(MAX_CIRCUITS).collect(),
         };
         let mut keys = Vec::new();
         if !draining {

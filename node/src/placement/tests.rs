@@ -102,6 +102,8 @@ fn members_that_leave_and_adverts_that_expired_do_not_count() {
         expires_unix_ms,
         popularity: Vec::new(),
         loading: HostedExperts::new(),
+        reachability: hanse_protocol::discovery::Reachability::Direct,
+        circuits: Vec::new(),
     };
     let adverts = [advert(false, 2000), advert(true, 2000), advert(false, 1000)];
     let view = View::of(table(2, 4), &adverts, 1000);

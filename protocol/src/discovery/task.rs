@@ -291,6 +291,13 @@ impl SwarmTask {
         }
     }
 
+    /// A connection that nobody takes is not served; the caller asks another replica.
+    fn hand_over(&mut self, lane: Lane) {
+        if self.reports.lanes.try_send(lane).is_err() {
+            tracing::debug!("too many connections wait to be served");
+        }
+    }
+
     /// Tells the DHT, relays and handles what has changed in how others reach this member.
     fn update_reach(&mut self) {
         let direct = self.reach.is_direct();
@@ -444,12 +451,7 @@ impl SwarmTask {
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
             }
-            BehaviourEvent::Frames(lane) => {
-                // One that nobody takes is not served; the caller asks another replica.
-                if self.reports.lanes.try_send(lane).is_err() {
-                    tracing::debug!("too many connections wait to be served");
-                }
-            }
+            BehaviourEvent::Frames(lane) => self.hand_over(lane),
             BehaviourEvent::Dcutr(event) => match event.result {
                 Ok(_) => tracing::debug!(peer = %event.remote_peer_id, "hole punched"),
                 Err(error) => tracing::debug!(peer = %event.remote_peer_id, %error, "no hole punched"),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
     Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, SignedAdvert, WireDtype,
     verify_signature,
@@ -34,6 +35,8 @@ fn advert() -> Advert {
         layers: [(0, 16), (5, 8)].into(),
         popularity: vec![1, 15, 3],
         loading: HostedExperts::new(),
+        reachability: Reachability::Relayed,
+        circuits: vec!["/ip4/192.0.2.1/udp/4001/quic-v1/p2p-circuit".parse().expect("a multiaddr")],
     }
 }
 
@@ -61,7 +64,8 @@ const GOLDEN: &str = "0100 000102030405060708090a0b0c0d0e0f101112131415161718191
     02  04 c0000207 5c12  06 20010db8000000000000000000000007 5d12
     00040000 fa00 00 0300000000000000 e0e36018a3010000
     0200  0000 1000  0500 0800
-    01 f1 03  0000";
+    01 f1 03  0000
+    01 01 0d 04c0000201 91020fa1 cd03 a202";
 
 #[test]
 fn an_advert_has_the_bytes_of_the_specification() {
@@ -117,6 +121,16 @@ fn addresses_that_cannot_be_dialled_are_refused() {
     }
     let address = "192.0.2.7:1".parse().expect("an address");
     assert_eq!(refused(|advert| advert.data_addresses = vec![address; 17]), AdvertError::TooManyAddresses(17));
+}
+
+#[test]
+fn circuits_that_are_none_or_too_many_or_too_long_are_refused() {
+    let circuit = advert().circuits.remove(0);
+    assert_eq!(refused(|advert| advert.circuits = vec![circuit.clone(); 5]), AdvertError::BadCircuit);
+    let direct = "/ip4/192.0.2.1/udp/4001/quic-v1".parse().expect("a multiaddr");
+    assert_eq!(refused(|advert| advert.circuits.push(direct)), AdvertError::BadCircuit);
+    let long = format!("/dns4/{}/udp/4001/quic-v1/p2p-circuit", "x".repeat(250)).parse().expect("a multiaddr");
+    assert_eq!(refused(|advert| advert.circuits.push(long)), AdvertError::BadCircuit);
 }
 
 #[test]
