@@ -14,7 +14,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::address::is_unspecified;
+use super::address::{is_quic, is_unspecified};
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
@@ -347,6 +347,8 @@ impl SwarmTask {
         self.reports.addresses.send_modify(|all| {
             if !all.contains(&own) {
                 all.push(own);
+                // Over QUIC holes are punched most easily, so those who join should rather use it.
+                all.sort_by_key(|address| !is_quic(address));
             }
         });
     }

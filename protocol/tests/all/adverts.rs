@@ -176,7 +176,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[42] = 0), Err(HostedError::LayerOrder(0).into()));
     assert_eq!(
         verify(&|b| {
-            let at = b.len() - 9;
+            let at = b.len() - 25;
             b[at] = 0;
         }),
         Err(HostedError::LayerOrder(0).into())
@@ -186,8 +186,12 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
     assert_eq!(verify(&|b| b[51] = 5), Err(AdvertError::OutOfRange("address family")));
     let end = good.len();
-    assert_eq!(verify(&|b| b[end - 5] = 2), Err(AdvertError::OutOfRange("popularity flag")));
-    assert_eq!(verify(&|b| b[end - 3] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
+    assert_eq!(verify(&|b| b[end - 21] = 2), Err(AdvertError::OutOfRange("popularity flag")));
+    assert_eq!(verify(&|b| b[end - 19] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
+    assert_eq!(verify(&|b| b[end - 16] = 3), Err(AdvertError::OutOfRange("reachability")));
+    assert_eq!(verify(&|b| b[end - 15] = 5), Err(AdvertError::BadCircuit));
+    assert_eq!(verify(&|b| b[end - 14] = 12), Err(AdvertError::BadCircuit));
+    assert_eq!(verify(&|b| b[end - 14] = 14), Err(AdvertError::Truncated));
     assert_eq!(verify(&|b| b[52..56].fill(0)), Err(AdvertError::BadAddress("0.0.0.0:4700".parse().expect("v4"))));
 }
 
