@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::batcher::{Batcher, Work, WorkError};
-use crate::counters::Counters;
-use crate::store::ExpertStore;
+use crate::counters::{Counters, Demand};
+use crate::store::{ExpertStore, Snapshot};
 
 /// Connections served at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 1024;
@@ -38,6 +38,7 @@ pub(crate) struct Server {
     pub(crate) top_k: u32,
     pub(crate) batcher: Batcher,
     pub(crate) counters: Counters,
+    pub(crate) demand: Demand,
     pub(crate) draining: AtomicBool,
 }
 
@@ -188,13 +189,15 @@ impl Server {
         Err((RefusalCode::ModelMismatch, format!("this peer hosts model {}, not {model}", self.model)))
     }
 
-    fn check_call(&self, call: &ExpertCall) -> Result<(), Refused> {
+    /// The experts to compute with.
+    fn check_call(&self, call: &ExpertCall) -> Result<Snapshot, Refused> {
         self.check_model(call.model)?;
         if call.hidden_size as usize != self.store.hidden_size() {
             let text = format!("rows of this model have {} values, not {}", self.store.hidden_size(), call.hidden_size);
             return Err((RefusalCode::Malformed, text));
         }
-        if let Some(missing) = call.assignments.iter().find(|a| self.store.expert(call.layer, a.expert).is_none()) {
+        let experts = self.store.snapshot();
+        if let Some(missing) = call.assignments.iter().find(|a| experts.expert(call.layer, a.expert).is_none()) {
             return Err((
                 RefusalCode::NotHosted,
                 format!("expert {} of layer {} is not here", missing.expert, call.layer),
@@ -204,9 +207,9 @@ impl Server {
             return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));
         }
         if self.draining.load(Ordering::Relaxed) {
-            return Err((RefusalCode::Draining, "this peer is leaving".into()));
+            return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
         }
-        Ok(())
+        Ok(experts)
     }
 
     /// `None` when the client took the call back.
@@ -230,13 +233,16 @@ impl Server {
     }
 
     async fn compute(&self, call: ExpertCall, cancel: CancellationToken) -> Result<ExpertAnswer, Refused> {
-        self.check_call(&call)?;
+        let experts = self.check_call(&call)?;
         let (rows, hidden_size) = (call.answer_rows(), call.hidden_size);
         let pairs = call.assignments.iter().map(|a| a.rows.len()).sum();
         let values = call.rows as usize * hidden_size as usize;
         let hidden = call.dtype.decode(&call.body, values).map_err(|e| (RefusalCode::Malformed, e.to_string()))?;
+        self.demand.count(call.layer, &call.assignments, Instant::now());
         let work = Work {
             layer: call.layer,
+            experts,
+            hidden_size: hidden_size as usize,
             hidden,
             assignments: call.assignments,
             combine: call.combine,

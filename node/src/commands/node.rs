@@ -73,6 +73,7 @@ async fn start(args: &NodeArgs, identity: &Identity) -> anyhow::Result<Volunteer
         },
         hosting,
         threads: args.threads,
+        ..VolunteerConfig::default()
     };
     let bar = output::count_bar("loading experts");
     let shown = bar.clone();
