@@ -191,6 +191,15 @@ pub(crate) struct NodeArgs {
     /// Do not look for members on the local network (multicast DNS). It is never done when listening on loopback only.
     #[arg(long)]
     pub(crate) no_mdns: bool,
+    /// Others can dial this node: do not wait until AutoNAT says so.
+    #[arg(long)]
+    pub(crate) reachable: bool,
+    /// Do not relay for nodes behind home routers.
+    #[arg(long)]
+    pub(crate) no_relay: bool,
+    /// Do not ask the home router for a port (UPnP).
+    #[arg(long)]
+    pub(crate) no_upnp: bool,
     /// Where the identity key is kept; by default hanse in the user's data folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,

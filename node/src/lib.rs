@@ -18,4 +18,4 @@ mod volunteer;
 pub use counters::{Counters, Counts};
 pub use experts_spec::{ExpertsSpec, ExpertsSpecError};
 pub use store::ExpertStore;
-pub use volunteer::{Hosting, Volunteer, VolunteerConfig, VolunteerError};
+pub use volunteer::{Hosting, Moves, Volunteer, VolunteerConfig, VolunteerError};

@@ -6,25 +6,33 @@
 //! One task owns the libp2p swarm; a [`Discovery`] is a clonable handle that sends it commands over a bounded
 //! channel. The task ends when the last handle is dropped or [`Discovery::shutdown`] is called.
 
+mod address;
 mod behaviour;
 mod bootstrap;
 pub mod exchange;
 pub mod keys;
+mod reach;
 mod resolve;
 mod task;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use libp2p::{Multiaddr, PeerId};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
-use crate::{Identity, ModelId, SignedAdvert};
+use crate::relayed::Lane;
+use crate::{DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
+
+pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
 
 /// How many commands may wait for the swarm task before senders wait too.
 const COMMAND_QUEUE: usize = 64;
 /// How many found providers may wait for a slow reader of one look-up.
 const PROVIDER_QUEUE: usize = 256;
+/// How many connections may wait for [`Discovery::accept_data`].
+const LANE_QUEUE: usize = 256;
 
 /// What a member tells the control plane when it starts.
 #[derive(Debug, Clone)]
@@ -38,6 +46,21 @@ pub struct DiscoveryConfig {
     pub bootstrap: Vec<Multiaddr>,
     /// Whether to look for members on the local network by multicast DNS.
     pub mdns: bool,
+    /// How to deal with home routers.
+    pub reach: ReachConfig,
+}
+
+impl Default for DiscoveryConfig {
+    /// A client of the default network that knows nobody yet.
+    fn default() -> Self {
+        Self {
+            network: keys::DEFAULT_NETWORK.to_owned(),
+            listen: Vec::new(),
+            bootstrap: Vec::new(),
+            mdns: false,
+            reach: ReachConfig::default(),
+        }
+    }
 }
 
 /// Why the control plane did not start.
@@ -95,6 +118,17 @@ pub struct Discovery {
     commands: mpsc::Sender<Command>,
     addresses: watch::Receiver<Vec<Multiaddr>>,
     connected: watch::Receiver<usize>,
+    reach: watch::Receiver<Reach>,
+    lanes: Arc<Mutex<mpsc::Receiver<Lane>>>,
+}
+
+/// What the swarm task tells the handles.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    addresses: watch::Sender<Vec<Multiaddr>>,
+    connected: watch::Sender<usize>,
+    reach: watch::Sender<Reach>,
+    lanes: mpsc::Sender<Lane>,
 }
 
 /// What handles ask of the swarm task.
@@ -103,6 +137,7 @@ pub(crate) enum Command {
     Announce { adverts: Vec<(ModelId, Vec<u8>)>, keys: Vec<ProviderKey> },
     Providers { key: ProviderKey, found: mpsc::Sender<PeerId> },
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
+    Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
     Shutdown { done: oneshot::Sender<()> },
 }
 
@@ -116,10 +151,15 @@ impl Discovery {
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (addresses_out, addresses) = watch::channel(Vec::new());
         let (connected_out, connected) = watch::channel(0);
-        let task = task::SwarmTask::new(identity, &config, inbox, addresses_out, connected_out)?;
+        let (reach_out, reach) = watch::channel(Reach::default());
+        let (lanes_out, lanes) = mpsc::channel(LANE_QUEUE);
+        let reports =
+            Reports { addresses: addresses_out, connected: connected_out, reach: reach_out, lanes: lanes_out };
+        let task = task::SwarmTask::new(identity, &config, inbox, reports)?;
         let listening = task.listen(&config.listen).await?;
         tokio::spawn(listening.run());
-        Ok(Self { peer_id: identity.peer_id(), commands, addresses, connected })
+        let lanes = Arc::new(Mutex::new(lanes));
+        Ok(Self { peer_id: identity.peer_id(), commands, addresses, connected, reach, lanes })
     }
 
     /// This member's own peer id.
@@ -190,6 +230,38 @@ impl Discovery {
         self.send(Command::Adverts { peer, model, answer }).await?;
         let encoded = receiver.await.map_err(|_| LookupError::Stopped)??;
         Ok(encoded.iter().filter_map(|bytes| SignedAdvert::decode(bytes).ok()).collect())
+    }
+
+    /// How others reach this member; changes as AutoNAT, the router and relays have their say.
+    #[must_use]
+    pub fn reach(&self) -> watch::Receiver<Reach> {
+        self.reach.clone()
+    }
+
+    /// The best way to `peer` for frames over the control plane: a connection that stands, direct before relayed, or else a new one
+    /// to `addresses`, circuits among them, and to those that are known. The connection is shared with the control plane.
+    ///
+    /// A dropped future leaves nothing behind but perhaps the connection.
+    ///
+    /// # Errors
+    /// [`LookupError::Unreachable`] when the peer cannot be dialled within `timeout`.
+    pub async fn connect_data(
+        &self,
+        peer: PeerId,
+        addresses: Vec<Multiaddr>,
+        timeout: Duration,
+    ) -> Result<DataConnection, LookupError> {
+        let (answer, receiver) = oneshot::channel();
+        self.send(Command::Lane { peer, addresses, answer }).await?;
+        let late = |_| LookupError::Unreachable { peer, reason: format!("no connection within {timeout:?}") };
+        let lane = tokio::time::timeout(timeout, receiver).await.map_err(late)?;
+        Ok(DataConnection::over_lane(lane.map_err(|_| LookupError::Stopped)??))
+    }
+
+    /// The next connection of the control plane on which a peer sends frames; `None` once the control plane has stopped. A
+    /// dropped future loses nothing.
+    pub async fn accept_data(&self) -> Option<DataConnection> {
+        self.lanes.lock().await.recv().await.map(DataConnection::over_lane)
     }
 
     /// Ends the swarm task and closes its connections; returns when it has ended.

@@ -32,12 +32,14 @@ mod frame;
 mod identity;
 mod manifest;
 mod model_id;
+mod relayed;
 mod transport;
 mod tree;
 
 pub use advert::{
-    Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME, MAX_DATA_ADDRESSES,
-    MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert, popularity, rows_per_minute,
+    Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME, MAX_CIRCUIT_BYTES,
+    MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert, popularity,
+    rows_per_minute,
 };
 pub use dtype::{Combine, DecodeError, EncodeError, UnknownDtype, WireDtype};
 pub use frame::{
@@ -52,7 +54,7 @@ pub use manifest::{
 };
 pub use model_id::{ModelId, ParseModelIdError};
 pub use transport::{
-    ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream,
+    ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream, Path,
     PendingConnection,
 };
 pub use tree::{BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, ParseHashError, TreeBuilder, group_count};

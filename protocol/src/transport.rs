@@ -1,9 +1,11 @@
 //! The data plane: QUIC connections whose TLS proves the peer id on both sides, and frames on their streams.
 
 mod call;
+mod carrier;
 mod connection;
 mod settings;
 mod stream;
+mod streams;
 mod tls;
 
 use std::net::SocketAddr;
@@ -17,6 +19,7 @@ use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
 use crate::Identity;
 
 pub use call::CallError;
+pub use carrier::Path;
 pub use connection::DataConnection;
 pub use stream::FrameStream;
 

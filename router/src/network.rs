@@ -137,6 +137,7 @@ impl ExpertNetwork {
                 listen: Vec::new(),
                 bootstrap: config.bootstrap.clone(),
                 mdns: config.mdns,
+                ..DiscoveryConfig::default()
             },
         )
         .await?;

@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use hanse_model::Checkpoint;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
+use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
 use hanse_protocol::multiaddr::Protocol;
 use hanse_protocol::{Identity, Multiaddr};
 use serde::Serialize;
@@ -17,6 +18,7 @@ struct Ready {
     addresses: Vec<String>,
     data_addresses: Vec<String>,
     data_listen: String,
+    reachability: String,
     experts: usize,
     expert_bytes: u64,
     model_id: String,
@@ -68,8 +70,15 @@ async fn start(args: &NodeArgs, identity: &Identity) -> anyhow::Result<Volunteer
         bootstrap: args.bootstrap.clone(),
         // On loopback there is no local network to look around in.
         mdns: !args.no_mdns && !args.listen.iter().all(is_loopback),
+        reach: ReachConfig {
+            policy: if args.reachable { ReachPolicy::Reachable } else { ReachPolicy::Detect },
+            serve_relay: !args.no_relay,
+            upnp: !args.no_upnp,
+            ..ReachConfig::default()
+        },
         hosting,
         threads: args.threads,
+        ..VolunteerConfig::default()
     };
     let bar = output::count_bar("loading experts");
     let shown = bar.clone();
@@ -88,6 +97,7 @@ fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {
         addresses: volunteer.addresses().iter().map(ToString::to_string).collect(),
         data_addresses: volunteer.data_addresses().iter().map(ToString::to_string).collect(),
         data_listen: volunteer.data_listen().to_string(),
+        reachability: volunteer.reachability().to_string(),
         experts: volunteer.store().len(),
         expert_bytes: volunteer.store().bytes(),
         model_id: volunteer.model().to_string(),

@@ -7,11 +7,15 @@ use libp2p::connection_limits::{self, ConnectionLimits};
 use libp2p::kad::store::{MemoryStore, MemoryStoreConfig};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
-use libp2p::{StreamProtocol, Swarm, SwarmBuilder, identify, kad, mdns, noise, ping, request_response, tcp, yamux};
+use libp2p::{
+    StreamProtocol, Swarm, SwarmBuilder, autonat, dcutr, identify, kad, mdns, noise, ping, relay, request_response,
+    tcp, upnp, yamux,
+};
 
 use super::exchange::{ADVERT_PROTOCOL, AdvertCodec};
+use super::reach::Standing;
 use super::{DiscoveryConfig, DiscoveryError, keys};
-use crate::Identity;
+use crate::{Identity, relayed};
 
 /// Provider records live minutes: a volunteer that vanished is not looked for much longer.
 const PROVIDER_TTL: Duration = Duration::from_secs(5 * 60);
@@ -24,6 +28,17 @@ const MAX_CONNECTIONS_PER_PEER: u32 = 4;
 const MAX_PENDING_INCOMING: u32 = 128;
 /// Providers remembered per key. The default of 20 would hide most of a large network's volunteers.
 const MAX_PROVIDERS_PER_KEY: usize = 1024;
+/// Also how fresh a lane's round trip is.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// Members that a relay stands in for at a time, and circuits through it: of all, and of one member.
+const MAX_RESERVATIONS: usize = 128;
+const MAX_CIRCUITS: usize = 256;
+const MAX_CIRCUITS_PER_PEER: usize = 32;
+/// Bytes over one circuit, both ways together, before it ends and has to be opened (and punched) anew. libp2p's default of 128 KiB is for
+/// signalling; a token of a large model takes some 400 KiB of hidden states, so this is about five thousand tokens.
+const MAX_CIRCUIT_BYTES: u64 = 2 << 30;
+/// A circuit lives no longer than this.
+const MAX_CIRCUIT_TIME: Duration = Duration::from_secs(60 * 60);
 
 #[derive(NetworkBehaviour)]
 pub(crate) struct Behaviour {
@@ -33,6 +48,13 @@ pub(crate) struct Behaviour {
     pub(crate) ping: ping::Behaviour,
     pub(crate) adverts: request_response::Behaviour<AdvertCodec>,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(crate) relay: Toggle<relay::Behaviour>,
+    pub(crate) relay_client: relay::client::Behaviour,
+    pub(crate) dcutr: Toggle<dcutr::Behaviour>,
+    pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
+    pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
+    pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
+    pub(crate) frames: relayed::Behaviour,
 }
 
 /// The name of the network's DHT protocol: members of other networks do not even negotiate it.
@@ -47,21 +69,29 @@ pub(crate) fn kad_protocol(network: &str) -> Result<StreamProtocol, DiscoveryErr
 pub(crate) fn build_swarm(identity: &Identity, config: &DiscoveryConfig) -> Result<Swarm<Behaviour>, DiscoveryError> {
     let setup = |e: &dyn std::fmt::Display| DiscoveryError::Setup(e.to_string());
     let protocol = kad_protocol(&config.network)?;
-    let behaviour = behaviour(identity, config, protocol).map_err(|e| setup(&e))?;
     Ok(SwarmBuilder::with_existing_identity(identity.keypair().clone())
         .with_tokio()
         .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
         .map_err(|e| setup(&e))?
         .with_quic()
-        .with_behaviour(|_| behaviour)
+        .with_relay_client(noise::Config::new, yamux::Config::default)
+        .map_err(|e| setup(&e))?
+        .with_behaviour(|_, relay_client| behaviour(identity, config, protocol, relay_client).map_err(Into::into))
         .map_err(|e| setup(&e))?
         .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE_TIMEOUT))
         .build())
 }
 
-fn behaviour(identity: &Identity, config: &DiscoveryConfig, protocol: StreamProtocol) -> std::io::Result<Behaviour> {
+fn behaviour(
+    identity: &Identity,
+    config: &DiscoveryConfig,
+    protocol: StreamProtocol,
+    relay_client: relay::client::Behaviour,
+) -> std::io::Result<Behaviour> {
     let peer_id = identity.peer_id();
-    let serves = !config.listen.is_empty();
+    let standing = Standing::of(config);
+    let serves = standing != Standing::Client;
+    let unconfirmed = standing == Standing::Unconfirmed;
 
     let mut kad_config = kad::Config::new(protocol);
     kad_config
@@ -84,7 +114,7 @@ fn behaviour(identity: &Identity, config: &DiscoveryConfig, protocol: StreamProt
         },
     );
     let mut kad = kad::Behaviour::with_config(peer_id, store, kad_config);
-    kad.set_mode(Some(if serves { kad::Mode::Server } else { kad::Mode::Client }));
+    kad.set_mode(Some(if standing == Standing::Reachable { kad::Mode::Server } else { kad::Mode::Client }));
 
     let limits = ConnectionLimits::default()
         .with_max_established(Some(MAX_CONNECTIONS))
@@ -93,6 +123,12 @@ fn behaviour(identity: &Identity, config: &DiscoveryConfig, protocol: StreamProt
     let support =
         if serves { request_response::ProtocolSupport::Full } else { request_response::ProtocolSupport::Outbound };
     let mdns = if config.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), peer_id)?) } else { None };
+    let relay = (serves && config.reach.serve_relay).then(|| {
+        let mut relay = relay::Behaviour::new(peer_id, relay_config());
+        // It is offered once this member is known to be reachable.
+        relay.set_status(Some(relay::Status::Disable));
+        relay
+    });
     Ok(Behaviour {
         limits: connection_limits::Behaviour::new(limits),
         kad,
@@ -101,12 +137,33 @@ fn behaviour(identity: &Identity, config: &DiscoveryConfig, protocol: StreamProt
                 .with_agent_version(concat!("hanse/", env!("CARGO_PKG_VERSION")).to_owned())
                 .with_push_listen_addr_updates(true),
         ),
-        ping: ping::Behaviour::default(),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_INTERVAL)),
         adverts: request_response::Behaviour::with_codec(
             AdvertCodec,
             [(ADVERT_PROTOCOL, support)],
             request_response::Config::default().with_request_timeout(ADVERT_TIMEOUT),
         ),
         mdns: Toggle::from(mdns),
+        relay: Toggle::from(relay),
+        relay_client,
+        dcutr: Toggle::from(config.reach.punch.then(|| dcutr::Behaviour::new(peer_id))),
+        autonat_client: Toggle::from(unconfirmed.then(autonat::v2::client::Behaviour::default)),
+        autonat_server: Toggle::from(serves.then(autonat::v2::server::Behaviour::default)),
+        upnp: Toggle::from((unconfirmed && config.reach.upnp).then(upnp::tokio::Behaviour::default)),
+        frames: relayed::Behaviour::new(serves),
     })
+}
+
+/// Circuits that activations can go through, unlike libp2p's defaults, yet bounded: a member that relays knows the most that it
+/// may cost.
+fn relay_config() -> relay::Config {
+    relay::Config {
+        max_reservations: MAX_RESERVATIONS,
+        max_circuits: MAX_CIRCUITS,
+        max_circuits_per_peer: MAX_CIRCUITS_PER_PEER,
+        max_circuit_bytes: MAX_CIRCUIT_BYTES,
+        max_circuit_duration: MAX_CIRCUIT_TIME,
+        // The default rates of reservations and of new circuits per peer and per IP address stay.
+        ..relay::Config::default()
+    }
 }

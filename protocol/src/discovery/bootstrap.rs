@@ -1,7 +1,8 @@
 //! The members to join through, and who was met there.
 
-use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
+
+use super::address::split;
 
 /// Bootstrap addresses, with the peer that answers at each as far as that is known.
 #[derive(Debug)]
@@ -15,15 +16,6 @@ struct Member {
     address: Multiaddr,
     /// The peer that was asked for or, where none was, the one that was met last.
     peer: Option<PeerId>,
-}
-
-/// Splits `/p2p/<peer id>` off the end.
-fn split(address: &Multiaddr) -> (Multiaddr, Option<PeerId>) {
-    let mut rest = address.clone();
-    match rest.pop() {
-        Some(Protocol::P2p(peer)) => (rest, Some(peer)),
-        _ => (address.clone(), None),
-    }
 }
 
 impl Bootstrap {
@@ -52,6 +44,8 @@ impl Bootstrap {
 
 #[cfg(test)]
 mod tests {
+    use libp2p::multiaddr::Protocol;
+
     use super::*;
 
     #[test]

@@ -9,15 +9,19 @@ use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, Recor
 use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
 use libp2p::swarm::SwarmEvent;
-use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, request_response};
-use tokio::sync::{mpsc, oneshot, watch};
+use libp2p::swarm::dial_opts::DialOpts;
+use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::address::{is_quic, is_unspecified};
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
 use super::keys::ProviderKey;
-use super::{Command, DiscoveryConfig, DiscoveryError, LookupError};
+use super::reach::{ReachState, Standing};
+use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
+use crate::relayed::{Lane, is_circuit};
 use crate::{Identity, ModelId};
 
 /// How long an address may take to be listened on.
@@ -35,6 +39,10 @@ const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 const PUBLISH_DELAY: Duration = Duration::from_millis(200);
 /// The most addresses believed of one peer.
 const MAX_ADDRESSES: usize = 16;
+/// Providers whose addresses are remembered.
+const MAX_HINTS: usize = 4096;
+/// How often relays are looked for while they are needed.
+const RELAY_INTERVAL: Duration = Duration::from_secs(1);
 
 type AdvertAnswer = oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>>;
 
@@ -57,8 +65,7 @@ pub(crate) struct SwarmTask {
     swarm: Swarm<Behaviour>,
     kad_protocol: StreamProtocol,
     inbox: mpsc::Receiver<Command>,
-    addresses: watch::Sender<Vec<Multiaddr>>,
-    connected: watch::Sender<usize>,
+    reports: Reports,
     /// Connected peers that serve the DHT of this network, and are in the routing table.
     members: HashSet<PeerId>,
     bootstrap: Bootstrap,
@@ -69,7 +76,16 @@ pub(crate) struct SwarmTask {
     searches: HashMap<QueryId, ProviderSearch>,
     questions: HashMap<OutboundRequestId, AdvertQuestion>,
     address_searches: HashMap<QueryId, AdvertQuestion>,
+    reach: ReachState,
+    /// Addresses at which peers were dialled with success, without circuits.
+    dialled: HashMap<PeerId, Multiaddr>,
+    /// Addresses of providers, as those say who store their records: of peers behind routers nobody else knows any.
+    hints: HashMap<PeerId, Vec<Multiaddr>>,
+    /// Who waits for a connection.
+    lane_questions: HashMap<PeerId, Vec<LaneAnswer>>,
 }
+
+type LaneAnswer = oneshot::Sender<Result<Lane, LookupError>>;
 
 fn record_key(key: ProviderKey) -> RecordKey {
     RecordKey::new(key.as_bytes())
@@ -81,38 +97,31 @@ fn root_cause(error: &dyn std::error::Error) -> String {
     chain.map(ToString::to_string).filter(|text| !text.is_empty()).last().unwrap_or_else(|| format!("{error:?}"))
 }
 
-/// Whether an address stands for all interfaces.
-fn is_unspecified(address: &Multiaddr) -> bool {
-    match address.iter().next() {
-        Some(Protocol::Ip4(ip)) => ip.is_unspecified(),
-        Some(Protocol::Ip6(ip)) => ip.is_unspecified(),
-        _ => false,
-    }
-}
-
 impl SwarmTask {
     pub(crate) fn new(
         identity: &Identity,
         config: &DiscoveryConfig,
         inbox: mpsc::Receiver<Command>,
-        addresses: watch::Sender<Vec<Multiaddr>>,
-        connected: watch::Sender<usize>,
+        reports: Reports,
     ) -> Result<Self, DiscoveryError> {
         Ok(Self {
             swarm: build_swarm(identity, config)?,
             kad_protocol: kad_protocol(&config.network)?,
             inbox,
-            addresses,
-            connected,
+            reports,
             members: HashSet::new(),
             bootstrap: Bootstrap::new(identity.peer_id(), &config.bootstrap),
-            serves: !config.listen.is_empty(),
+            serves: Standing::of(config) != Standing::Client,
             hosted: Vec::new(),
             keys: Vec::new(),
             publish_at: Instant::now() + PUBLISH_INTERVAL,
             searches: HashMap::new(),
             questions: HashMap::new(),
             address_searches: HashMap::new(),
+            reach: ReachState::new(config),
+            dialled: HashMap::new(),
+            hints: HashMap::new(),
+            lane_questions: HashMap::new(),
         })
     }
 
@@ -160,6 +169,9 @@ impl SwarmTask {
     /// Runs until told to shut down or until every handle is gone.
     pub(crate) async fn run(mut self) {
         self.dial_bootstrap();
+        self.update_reach();
+        let mut relays = tokio::time::interval(RELAY_INTERVAL);
+        relays.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retry = tokio::time::interval(BOOTSTRAP_RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         retry.tick().await;
@@ -184,6 +196,7 @@ impl SwarmTask {
                     }
                 }
                 _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
+                _ = relays.tick(), if self.serves => self.use_relays(),
                 () = tokio::time::sleep_until(self.publish_at) => self.publish(),
             }
         }
@@ -232,8 +245,10 @@ impl SwarmTask {
                 self.searches.insert(query, ProviderSearch { found, seen: HashSet::new() });
             }
             Command::Adverts { peer, model, answer } => {
-                self.ask(AdvertQuestion { peer, model, answer, searched: false }, Vec::new());
+                let addresses = self.hints.get(&peer).cloned().unwrap_or_default();
+                self.ask(AdvertQuestion { peer, model, answer, searched: false }, addresses);
             }
+            Command::Lane { peer, addresses, answer } => self.find_lane(peer, addresses, answer),
             // Handled where the loop can end.
             Command::Shutdown { done } => drop(done),
         }
@@ -250,6 +265,142 @@ impl SwarmTask {
         self.questions.insert(request, question);
     }
 
+    fn find_lane(&mut self, peer: PeerId, mut addresses: Vec<Multiaddr>, answer: LaneAnswer) {
+        if let Some(lane) = self.swarm.behaviour().frames.best(&peer) {
+            let _ = answer.send(Ok(lane));
+            return;
+        }
+        addresses.truncate(MAX_ADDRESSES);
+        addresses.extend(self.hints.get(&peer).into_iter().flatten().cloned());
+        let dial = DialOpts::peer_id(peer).addresses(addresses).extend_addresses_through_behaviour().build();
+        // It also fails where a dial is under way already, whose end answers this question too.
+        if let Err(error @ libp2p::swarm::DialError::NoAddresses) = self.swarm.dial(dial) {
+            let _ = answer.send(Err(LookupError::Unreachable { peer, reason: error.to_string() }));
+            return;
+        }
+        let waiting = self.lane_questions.entry(peer).or_default();
+        waiting.retain(|answer| !answer.is_closed());
+        waiting.push(answer);
+    }
+
+    fn answer_lanes(&mut self, peer: PeerId, failure: Option<String>) {
+        let lane = self.swarm.behaviour().frames.best(&peer);
+        let Some(result) = lane.map(Ok).or(failure.map(Err)) else { return };
+        for answer in self.lane_questions.remove(&peer).into_iter().flatten() {
+            let _ = answer.send(result.clone().map_err(|reason| LookupError::Unreachable { peer, reason }));
+        }
+    }
+
+    /// A connection that nobody takes is not served; the caller asks another replica.
+    fn hand_over(&mut self, lane: Lane) {
+        if self.reports.lanes.try_send(lane).is_err() {
+            tracing::debug!("too many connections wait to be served");
+        }
+    }
+
+    /// Tells the DHT, relays and handles what has changed in how others reach this member.
+    fn update_reach(&mut self) {
+        let direct = self.reach.is_direct();
+        let external = self.swarm.external_addresses().any(|address| !is_circuit(address));
+        let behaviour = self.swarm.behaviour_mut();
+        let mode = if direct { kad::Mode::Server } else { kad::Mode::Client };
+        if behaviour.kad.mode() != mode {
+            tracing::info!(direct, "reachability changed");
+            behaviour.kad.set_mode(Some(mode));
+        }
+        if let Some(relay) = behaviour.relay.as_mut() {
+            let serves = direct && external;
+            relay.set_status(Some(if serves { relay::Status::Enable } else { relay::Status::Disable }));
+        }
+        for listener in self.reach.needless_relays() {
+            self.swarm.remove_listener(listener);
+        }
+        let reach = self.reach.reach();
+        if *self.reports.reach.borrow() != reach {
+            self.reports.reach.send_replace(reach);
+            // The provider records carry addresses.
+            self.publish_soon();
+        }
+    }
+
+    fn use_relays(&mut self) {
+        for (relay, circuit) in self.reach.wanted_relays(Instant::now()) {
+            match self.swarm.listen_on(circuit.clone()) {
+                Ok(listener) => self.reach.asked(listener, relay),
+                Err(error) => {
+                    tracing::debug!(%circuit, %error, "relay not asked");
+                    self.reach.refused(relay, Instant::now());
+                }
+            }
+        }
+    }
+
+    fn on_listening(&mut self, listener: ListenerId, address: Multiaddr) {
+        if is_circuit(&address) {
+            tracing::info!(%address, "reached through a relay");
+            self.reach.reserved(listener, &address);
+            self.update_reach();
+            return;
+        }
+        self.tell_external(&address);
+        let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
+        self.reports.addresses.send_modify(|all| {
+            if !all.contains(&own) {
+                all.push(own);
+                // Over QUIC holes are punched most easily, so those who join should rather use it.
+                all.sort_by_key(|address| !is_quic(address));
+            }
+        });
+    }
+
+    /// Tells others an address that is known to be reachable without AutoNAT's word.
+    fn tell_external(&mut self, address: &Multiaddr) {
+        if self.reach.is_external(address) {
+            self.swarm.add_external_address(address.clone());
+            self.reach.confirm(address);
+            self.update_reach();
+        }
+    }
+
+    fn on_connected(&mut self, peer: PeerId, dialled: Option<Multiaddr>) {
+        if let Some(address) = dialled {
+            self.bootstrap.met(&address, peer);
+            if !is_circuit(&address) {
+                self.dialled.insert(peer, address);
+            }
+        }
+        self.answer_lanes(peer, None);
+    }
+
+    fn on_disconnected(&mut self, peer: PeerId) {
+        self.dialled.remove(&peer);
+        self.reach.forget_relay(&peer);
+        if self.members.remove(&peer) {
+            self.reports.connected.send_replace(self.members.len());
+        }
+    }
+
+    /// What those who store a provider's record know of its addresses, for as long as the query lasts.
+    fn note_addresses(&mut self, peer: PeerId) {
+        use libp2p::core::Endpoint;
+        use libp2p::swarm::{ConnectionId, NetworkBehaviour};
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let known = kad.handle_pending_outbound_connection(
+            ConnectionId::new_unchecked(usize::MAX),
+            Some(peer),
+            &[],
+            Endpoint::Dialer,
+        );
+        let mut addresses = known.unwrap_or_default();
+        addresses.truncate(MAX_ADDRESSES);
+        if !addresses.is_empty() {
+            if self.hints.len() >= MAX_HINTS {
+                self.hints.clear();
+            }
+            self.hints.insert(peer, addresses);
+        }
+    }
+
     fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
         self.hosted
             .iter()
@@ -260,26 +411,34 @@ impl SwarmTask {
 
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
-            SwarmEvent::NewListenAddr { address, .. } => {
-                let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-                self.addresses.send_modify(|all| {
-                    if !all.contains(&own) {
-                        all.push(own);
-                    }
-                });
-            }
+            SwarmEvent::NewListenAddr { listener_id, address } => self.on_listening(listener_id, address),
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-                self.addresses.send_modify(|all| all.retain(|known| *known != own));
+                self.reports.addresses.send_modify(|all| all.retain(|known| *known != own));
             }
-            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } if endpoint.is_dialer() => {
-                self.bootstrap.met(endpoint.get_remote_address(), peer_id);
+            SwarmEvent::ListenerClosed { listener_id, .. } => {
+                self.reach.lost(listener_id, Instant::now());
+                self.update_reach();
             }
-            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } if self.members.remove(&peer_id) => {
-                self.connected.send_replace(self.members.len());
+            SwarmEvent::NewExternalAddrCandidate { address } => self.tell_external(&address),
+            SwarmEvent::ExternalAddrConfirmed { address } => {
+                self.reach.confirm(&address);
+                self.update_reach();
             }
+            SwarmEvent::ExternalAddrExpired { address } => {
+                self.reach.expire(&address);
+                self.update_reach();
+            }
+            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => {
+                let dialled = endpoint.is_dialer().then(|| endpoint.get_remote_address().clone());
+                self.on_connected(peer_id, dialled);
+            }
+            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => self.on_disconnected(peer_id),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
-                tracing::debug!(?peer_id, %error, "dial failed")
+                tracing::debug!(?peer_id, %error, "dial failed");
+                if let Some(peer) = peer_id {
+                    self.answer_lanes(peer, Some(error.to_string()));
+                }
             }
             SwarmEvent::Behaviour(event) => self.on_behaviour(event),
             _ => {}
@@ -291,6 +450,18 @@ impl SwarmTask {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
                 self.on_identified(peer_id, info)
             }
+            BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
+                self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
+            }
+            BehaviourEvent::Frames(lane) => self.hand_over(lane),
+            BehaviourEvent::Dcutr(event) => match event.result {
+                Ok(_) => tracing::debug!(peer = %event.remote_peer_id, "hole punched"),
+                Err(error) => tracing::debug!(peer = %event.remote_peer_id, %error, "no hole punched"),
+            },
+            BehaviourEvent::AutonatClient(event) => {
+                tracing::debug!(address = %event.tested_addr, result = ?event.result, "AutoNAT tested an address")
+            }
+            BehaviourEvent::Upnp(event) => tracing::debug!(?event, "UPnP"),
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
                     self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
@@ -320,6 +491,9 @@ impl SwarmTask {
     }
 
     fn on_identified(&mut self, peer: PeerId, info: identify::Info) {
+        let relays = info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
+        self.reach.note_relay(peer, relays, self.dialled.get(&peer));
+        self.use_relays();
         // Clients are not part of the DHT, and nor are members of other networks.
         if !info.protocols.contains(&self.kad_protocol) {
             return;
@@ -328,7 +502,7 @@ impl SwarmTask {
             self.swarm.behaviour_mut().kad.add_address(&peer, address);
         }
         if self.swarm.is_connected(&peer) && self.members.insert(peer) {
-            self.connected.send_replace(self.members.len());
+            self.reports.connected.send_replace(self.members.len());
         }
     }
 
@@ -341,6 +515,11 @@ impl SwarmTask {
     fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
         match result {
             QueryResult::GetProviders(outcome) => {
+                if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = &outcome {
+                    for peer in providers {
+                        self.note_addresses(*peer);
+                    }
+                }
                 let Some(search) = self.searches.get_mut(&id) else { return };
                 if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = outcome {
                     for peer in providers.into_iter().filter(|peer| search.seen.insert(*peer)) {

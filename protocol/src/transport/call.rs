@@ -3,12 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use quinn::{Connection, RecvStream, SendStream};
-
-use super::settings::CANCELLED;
-use super::stream::write_encoded;
+use super::carrier::Carrier;
+use super::streams::Streams;
 use crate::frame::Encoded;
-use crate::{Frame, FrameError, FrameKind, FrameLimits, read_frame};
+use crate::{Frame, FrameError, FrameKind, FrameLimits};
 
 /// Idle streams kept for later calls.
 const MAX_IDLE: usize = 64;
@@ -39,14 +37,14 @@ pub enum CallError {
 
 /// Streams on which no call is outstanding.
 #[derive(Debug, Default)]
-pub(super) struct IdleStreams(Mutex<Vec<(SendStream, RecvStream)>>);
+pub(super) struct IdleStreams(Mutex<Vec<Streams>>);
 
 impl IdleStreams {
-    fn take(&self) -> Option<(SendStream, RecvStream)> {
+    fn take(&self) -> Option<Streams> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
-    fn put(&self, streams: (SendStream, RecvStream)) {
+    fn put(&self, streams: Streams) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
             idle.push(streams);
@@ -57,7 +55,7 @@ impl IdleStreams {
 
 /// A stream with a call on it. Unless it is given back, both directions are reset.
 struct Lease<'a> {
-    streams: Option<(SendStream, RecvStream)>,
+    streams: Option<Streams>,
     idle: &'a IdleStreams,
 }
 
@@ -69,10 +67,12 @@ impl Lease<'_> {
     }
 
     async fn exchange(&mut self, encoded: Encoded) -> Result<Frame, FrameError> {
-        let (send, recv) = self.streams.as_mut().ok_or(FrameError::Poisoned)?;
-        match write_encoded(send, encoded).await {
+        let streams = self.streams.as_mut().ok_or(FrameError::Poisoned)?;
+        match streams.write(encoded).await {
             // The server may have refused before it read all: its refusal is there to be read.
-            Ok(()) | Err(FrameError::Reset) => read_frame(recv, &FrameLimits::default()).await,
+            Ok(()) | Err(FrameError::Reset) => {
+                streams.read(&FrameLimits::default(), async |_| ()).await.map(|(frame, ())| frame)
+            }
             Err(error) => Err(error),
         }
     }
@@ -80,16 +80,14 @@ impl Lease<'_> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        if let Some((mut send, mut recv)) = self.streams.take() {
-            // Both fail only where the stream is closed already.
-            let _ = send.reset(CANCELLED);
-            let _ = recv.stop(CANCELLED);
+        if let Some(mut streams) = self.streams.take() {
+            streams.cancel();
         }
     }
 }
 
 pub(super) async fn call(
-    connection: &Connection,
+    carrier: &Carrier,
     idle: &IdleStreams,
     request: &Frame,
     deadline: Duration,
@@ -98,40 +96,33 @@ pub(super) async fn call(
         return Err(CallError::NotARequest(request.kind()));
     }
     let encoded = Encoded::new(request).map_err(CallError::Request)?;
-    tokio::time::timeout(deadline, ask(connection, idle, request, encoded))
-        .await
-        .unwrap_or(Err(CallError::Late(deadline)))
+    tokio::time::timeout(deadline, ask(carrier, idle, request, encoded)).await.unwrap_or(Err(CallError::Late(deadline)))
 }
 
-async fn ask(
-    connection: &Connection,
-    idle: &IdleStreams,
-    request: &Frame,
-    encoded: Encoded,
-) -> Result<Frame, CallError> {
+async fn ask(carrier: &Carrier, idle: &IdleStreams, request: &Frame, encoded: Encoded) -> Result<Frame, CallError> {
     if let Some(streams) = idle.take() {
         let mut lease = Lease { streams: Some(streams), idle };
         match lease.exchange(encoded.clone()).await {
             // Most likely the server had ended the idle stream before: once more, on a new one. Experts are pure functions, so
             // that it does no harm if the call was already computed.
-            Err(FrameError::Closed | FrameError::Reset) if connection.close_reason().is_none() => {}
-            result => return finish(connection, request, lease, result),
+            Err(FrameError::Closed | FrameError::Reset) if carrier.close_reason().is_none() => {}
+            result => return finish(carrier, request, lease, result),
         }
     }
-    let streams = connection.open_bi().await.map_err(|error| CallError::ConnectionLost(error.to_string()))?;
+    let streams = carrier.open().await.map_err(CallError::ConnectionLost)?;
     let mut lease = Lease { streams: Some(streams), idle };
     let result = lease.exchange(encoded).await;
-    finish(connection, request, lease, result)
+    finish(carrier, request, lease, result)
 }
 
 fn finish(
-    connection: &Connection,
+    carrier: &Carrier,
     request: &Frame,
     lease: Lease<'_>,
     result: Result<Frame, FrameError>,
 ) -> Result<Frame, CallError> {
-    let answer = result.map_err(|error| match connection.close_reason() {
-        Some(reason) => CallError::ConnectionLost(reason.to_string()),
+    let answer = result.map_err(|error| match carrier.close_reason() {
+        Some(reason) => CallError::ConnectionLost(reason),
         None => CallError::Stream(error),
     })?;
     if !request.is_answered_by(&answer) {

@@ -1,16 +1,17 @@
 //! A connection whose other side is an authenticated peer.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use libp2p::PeerId;
 use quinn::Connection;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use super::call::{self, IdleStreams};
-use super::settings::CLOSED;
+use super::carrier::{Carrier, Path};
 use super::stream::{BODY_BUDGET_KIB, FrameStream};
+use crate::relayed::Lane;
 use crate::{CallError, Frame};
 
 /// A connection to a peer that has proved its id. Clones share the connection; it closes when the last one is dropped.
@@ -23,7 +24,7 @@ pub struct DataConnection {
 
 #[derive(Debug)]
 struct Inner {
-    connection: Connection,
+    carrier: Carrier,
     peer_id: PeerId,
     idle: IdleStreams,
     body_budget: Arc<Semaphore>,
@@ -31,18 +32,28 @@ struct Inner {
 
 impl DataConnection {
     pub(super) fn new(connection: Connection, peer_id: PeerId) -> Self {
-        let body_budget = Arc::new(Semaphore::new(BODY_BUDGET_KIB as usize));
-        Self { inner: Arc::new(Inner { connection, peer_id, idle: IdleStreams::default(), body_budget }) }
+        Self::over(Carrier::Quic(connection), peer_id)
     }
 
-    /// Who is on the other side, as its TLS certificate proves.
+    /// A connection whose frames go over a connection of the control plane.
+    pub(crate) fn over_lane(lane: Lane) -> Self {
+        let peer_id = lane.peer_id();
+        Self::over(Carrier::Lane { lane, closed: CancellationToken::new() }, peer_id)
+    }
+
+    fn over(carrier: Carrier, peer_id: PeerId) -> Self {
+        let body_budget = Arc::new(Semaphore::new(BODY_BUDGET_KIB as usize));
+        Self { inner: Arc::new(Inner { carrier, peer_id, idle: IdleStreams::default(), body_budget }) }
+    }
+
+    /// Who is on the other side, as its handshake proves.
     pub fn peer_id(&self) -> PeerId {
         self.inner.peer_id
     }
 
-    /// Where the other side is now; it may move.
-    pub fn remote_address(&self) -> SocketAddr {
-        self.inner.connection.remote_address()
+    /// By which way the other side is reached now; it may move.
+    pub fn path(&self) -> Path {
+        self.inner.carrier.path()
     }
 
     /// Sends a hello or a call and waits for the answer, which fits the request or is a [`Refusal`](crate::Refusal).
@@ -53,33 +64,34 @@ impl DataConnection {
     /// # Errors
     /// [`CallError`], as its variants say.
     pub async fn call(&self, frame: &Frame, deadline: Duration) -> Result<Frame, CallError> {
-        call::call(&self.inner.connection, &self.inner.idle, frame, deadline).await
+        call::call(&self.inner.carrier, &self.inner.idle, frame, deadline).await
     }
 
     /// The next stream that the other side opens; `None` once the connection is closed. A dropped future loses nothing.
     pub async fn accept_stream(&self) -> Option<FrameStream> {
-        let streams = self.inner.connection.accept_bi().await.ok()?;
+        let streams = self.inner.carrier.accept().await?;
         Some(FrameStream::new(streams, self.inner.body_budget.clone()))
     }
 
     /// Waits until the connection is closed, and says why.
     pub async fn closed(&self) -> String {
-        self.inner.connection.closed().await.to_string()
+        self.inner.carrier.closed().await
     }
 
     /// Whether the connection is closed.
     pub fn is_closed(&self) -> bool {
-        self.inner.connection.close_reason().is_some()
+        self.inner.carrier.close_reason().is_some()
     }
 
-    /// The round trip as QUIC measures it, without computing; a guess before the first measurement.
+    /// The round trip as the transport measures it, without computing; a guess before the first measurement.
     pub fn round_trip(&self) -> Duration {
-        self.inner.connection.rtt()
+        self.inner.carrier.round_trip()
     }
 
-    /// Closes the connection at once, with a reason that the other side gets to see; calls still waiting fail on both sides.
+    /// Closes the connection at once; calls still waiting fail on both sides. On the data plane's own QUIC the other side gets to see
+    /// the reason; a connection of the control plane stays open for the control plane.
     pub fn close(&self, reason: &str) {
-        self.inner.connection.close(CLOSED, reason.as_bytes());
+        self.inner.carrier.close(reason);
     }
 }
 
@@ -126,7 +138,7 @@ mod tests {
         let budget = Arc::new(Semaphore::new(1));
         let mut streams = Vec::new();
         for _ in 0..2 {
-            let stream = server.inner.connection.accept_bi().await.expect("a stream");
+            let stream = server.inner.carrier.accept().await.expect("a stream");
             streams.push(FrameStream::new(stream, budget.clone()));
         }
         let (mut second, mut first) = (streams.pop().expect("two"), streams.pop().expect("two"));

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{RecvStream, SendStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::settings::{CANCELLED, REFUSED};
-use crate::frame::{Encoded, read_frame_admitted};
+use super::streams::Streams;
+use crate::frame::Encoded;
 use crate::{Frame, FrameError, FrameLimits};
 
 /// Bodies that the calls of one connection may occupy together, in KiB: a stranger cannot fill the memory by opening many streams.
@@ -26,8 +25,7 @@ const FINISH_TIME: Duration = Duration::from_secs(2);
 /// reset, so that the other side cannot take half a frame for the end.
 #[derive(Debug)]
 pub struct FrameStream {
-    send: SendStream,
-    recv: RecvStream,
+    streams: Streams,
     budget: Arc<Semaphore>,
     /// What the body of the last request took of the budget; given back when it is answered.
     taken: Option<OwnedSemaphorePermit>,
@@ -57,8 +55,8 @@ impl State {
 }
 
 impl FrameStream {
-    pub(super) fn new((send, recv): (SendStream, RecvStream), budget: Arc<Semaphore>) -> Self {
-        Self { send, recv, budget, taken: None, reading: State::Ready, writing: State::Ready }
+    pub(super) fn new(streams: Streams, budget: Arc<Semaphore>) -> Self {
+        Self { streams, budget, taken: None, reading: State::Ready, writing: State::Ready }
     }
 
     /// The next request; waits for it as long as the connection lives.
@@ -80,7 +78,7 @@ impl FrameStream {
             // The semaphore is never closed.
             budget.acquire_many_owned(kib).await.ok()
         };
-        let (frame, taken) = read_frame_admitted(&mut self.recv, limits, admit).await?;
+        let (frame, taken) = self.streams.read(limits, admit).await?;
         self.reading = State::Ready;
         self.taken = taken;
         Ok(frame)
@@ -96,10 +94,10 @@ impl FrameStream {
     pub async fn write(&mut self, frame: &Frame) -> Result<(), FrameError> {
         let encoded = Encoded::new(frame)?;
         self.writing.enter_frame()?;
-        // Weights go out only while no answer waits to be sent on this connection. It fails only where the stream is closed.
-        let _ = self.send.set_priority(if matches!(frame, Frame::Chunk(_)) { BULK } else { 0 });
+        // Weights go out only while no answer waits to be sent on this connection.
+        self.streams.set_priority(if matches!(frame, Frame::Chunk(_)) { BULK } else { 0 });
         let time = FrameLimits::default().frame_time;
-        match tokio::time::timeout(time, write_encoded(&mut self.send, encoded)).await {
+        match tokio::time::timeout(time, self.streams.write(encoded)).await {
             Err(_) => return Err(FrameError::TooSlow(time)),
             Ok(result) => result?,
         }
@@ -107,9 +105,7 @@ impl FrameStream {
         self.taken = None;
         if matches!(frame, Frame::Refusal(refusal) if refusal.code.ends_stream()) {
             (self.reading, self.writing) = (State::Ended, State::Ended);
-            // Both fail only where the stream is closed already.
-            let _ = self.send.finish();
-            let _ = self.recv.stop(REFUSED);
+            let _ = tokio::time::timeout(FINISH_TIME, self.streams.end_refused()).await;
         }
         Ok(())
     }
@@ -118,17 +114,14 @@ impl FrameStream {
     ///
     /// A dropped future leaves nothing behind.
     pub async fn cancelled(&mut self) {
-        // Each of its results means the same here.
-        let _ = self.send.stopped().await;
+        self.streams.given_up().await;
     }
 
     /// Ends the stream and waits, at most two seconds, until the other side has all that was written: for a server that leaves and
     /// is about to close its connections.
     pub async fn finish(mut self) {
         if self.writing == State::Ready {
-            // Fails only where the stream is closed already.
-            let _ = self.send.finish();
-            let _ = tokio::time::timeout(FINISH_TIME, self.send.stopped()).await;
+            let _ = tokio::time::timeout(FINISH_TIME, self.streams.finish()).await;
         }
     }
 }
@@ -136,16 +129,7 @@ impl FrameStream {
 impl Drop for FrameStream {
     fn drop(&mut self) {
         if self.writing == State::InFrame {
-            // Fails only where the stream is closed already.
-            let _ = self.send.reset(CANCELLED);
+            self.streams.reset_sending();
         }
     }
-}
-
-/// Writes head and body without copying them together.
-pub(super) async fn write_encoded(send: &mut SendStream, encoded: Encoded) -> Result<(), FrameError> {
-    let Encoded { head, body } = encoded;
-    let result =
-        if body.is_empty() { send.write_chunk(head).await } else { send.write_all_chunks(&mut [head, body]).await };
-    result.map_err(|error| FrameError::from_io(error.into()))
 }

@@ -15,7 +15,7 @@ async fn start(identity: &Identity, listen: &[&str], bootstrap: &[Multiaddr]) ->
         network: DEFAULT_NETWORK.to_owned(),
         listen: listen.iter().map(|address| address.parse().expect("a multiaddr")).collect(),
         bootstrap: bootstrap.to_vec(),
-        mdns: false,
+        ..DiscoveryConfig::default()
     };
     Discovery::start(identity, config).await
 }

@@ -9,6 +9,7 @@ mod frames;
 mod golden;
 mod identities;
 mod manifests;
+mod relayed;
 mod transport;
 
 use hanse_protocol::{Frame, FrameError, FrameLimits, read_frame, write_frame};

@@ -1,0 +1,325 @@
+//! Whether others can dial this member, and what it does when they cannot.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use libp2p::core::transport::ListenerId;
+use libp2p::multiaddr::Protocol;
+use libp2p::{Multiaddr, PeerId};
+use tokio::time::Instant;
+
+use super::DiscoveryConfig;
+use super::address::{self, is_public};
+use crate::relayed::is_circuit;
+
+/// Relays that are used at a time: when one vanishes, the other still leads here.
+const MAX_RELAYS: usize = 2;
+/// A relay that refused or was lost is asked again after this.
+const RELAY_RETRY: Duration = Duration::from_secs(10);
+/// Relays remembered.
+const MAX_CANDIDATES: usize = 64;
+
+/// What a member believes of its own reachability.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ReachPolicy {
+    /// On the open internet AutoNAT says whether others can dial it; where all bootstrap addresses are loopback or private, or there
+    /// are none, it takes itself for reachable.
+    #[default]
+    Detect,
+    /// Others can dial it.
+    Reachable,
+    /// Others cannot dial it: it is always reached through relays.
+    Unreachable,
+}
+
+/// How a member deals with routers that stand before it and before others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReachConfig {
+    /// What it believes of itself.
+    pub policy: ReachPolicy,
+    /// Whether it relays for others once it is reachable, within the limits in `docs/protocol.md`.
+    pub serve_relay: bool,
+    /// Whether it asks its router for a port (UPnP). Only done while it is not known to be reachable.
+    pub upnp: bool,
+    /// Whether relayed connections are replaced by hole-punched ones (DCUtR) where that succeeds.
+    pub punch: bool,
+}
+
+impl Default for ReachConfig {
+    /// Detects, relays and punches, but leaves the router alone.
+    fn default() -> Self {
+        Self { policy: ReachPolicy::Detect, serve_relay: true, upnp: false, punch: true }
+    }
+}
+
+/// How others reach a member.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Reachability {
+    /// They dial it.
+    #[default]
+    Direct = 0,
+    /// They go through a relay, and punch a hole where that succeeds.
+    Relayed = 1,
+    /// Not at all, or not yet.
+    Unreachable = 2,
+}
+
+impl std::fmt::Display for Reachability {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Direct => "direct",
+            Self::Relayed => "relayed",
+            Self::Unreachable => "unreachable",
+        })
+    }
+}
+
+/// What is known of how others reach this member.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// How.
+    pub reachability: Reachability,
+    /// Its addresses at the relays that hold a reservation for it.
+    pub circuits: Vec<Multiaddr>,
+    /// Addresses of the open internet at which it was seen to be reachable.
+    pub public_ips: BTreeSet<IpAddr>,
+}
+
+/// What a member took itself for when it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It does not listen.
+    Client,
+    /// It can be dialled.
+    Reachable,
+    /// AutoNAT or UPnP must say so first.
+    Unconfirmed,
+    /// It cannot be dialled.
+    Unreachable,
+}
+
+impl Standing {
+    pub(super) fn of(config: &DiscoveryConfig) -> Self {
+        match config.reach.policy {
+            _ if config.listen.is_empty() => Self::Client,
+            ReachPolicy::Reachable => Self::Reachable,
+            ReachPolicy::Unreachable => Self::Unreachable,
+            ReachPolicy::Detect if config.bootstrap.iter().any(is_public) => Self::Unconfirmed,
+            ReachPolicy::Detect => Self::Reachable,
+        }
+    }
+}
+
+/// A relay that was asked to lead others here.
+#[derive(Debug)]
+struct Reservation {
+    relay: PeerId,
+    /// Known once the relay has agreed.
+    circuit: Option<Multiaddr>,
+}
+
+/// Keeps account of confirmed addresses and of relays; what is to be done about them is the swarm task's.
+#[derive(Debug)]
+pub(super) struct ReachState {
+    standing: Standing,
+    policy: ReachPolicy,
+    loopback_only: bool,
+    confirmed: BTreeSet<Multiaddr>,
+    /// Connected members that relay, with the address at which they were dialled.
+    candidates: HashMap<PeerId, Multiaddr>,
+    reservations: HashMap<ListenerId, Reservation>,
+    not_before: HashMap<PeerId, Instant>,
+}
+
+impl ReachState {
+    pub(super) fn new(config: &DiscoveryConfig) -> Self {
+        Self {
+            standing: Standing::of(config),
+            policy: config.reach.policy,
+            loopback_only: config.listen.iter().all(address::is_loopback),
+            confirmed: BTreeSet::new(),
+            candidates: HashMap::new(),
+            reservations: HashMap::new(),
+            not_before: HashMap::new(),
+        }
+    }
+
+    /// Whether others can dial this member, as far as is known.
+    pub(super) fn is_direct(&self) -> bool {
+        match self.standing {
+            Standing::Reachable => true,
+            Standing::Unconfirmed => !self.confirmed.is_empty(),
+            Standing::Client | Standing::Unreachable => false,
+        }
+    }
+
+    /// Whether an address that this member listens on, or was seen at, is one to tell others without AutoNAT's word.
+    pub(super) fn is_external(&self, address: &Multiaddr) -> bool {
+        if self.standing != Standing::Reachable || is_circuit(address) {
+            return false;
+        }
+        let told = self.policy == ReachPolicy::Reachable
+            && (self.loopback_only || !address::is_loopback(address))
+            && !address::is_unspecified(address);
+        told || is_public(address)
+    }
+
+    /// An address was confirmed by AutoNAT, by the router, or by [`is_external`](Self::is_external).
+    pub(super) fn confirm(&mut self, address: &Multiaddr) {
+        if is_public(address) && !is_circuit(address) {
+            self.confirmed.insert(address.clone());
+        }
+    }
+
+    pub(super) fn expire(&mut self, address: &Multiaddr) {
+        self.confirmed.remove(address);
+    }
+
+    /// `peer` was seen to relay, or not to; `dialled` is the address by which we reached it.
+    pub(super) fn note_relay(&mut self, peer: PeerId, relays: bool, dialled: Option<&Multiaddr>) {
+        let (address, _) = match dialled {
+            Some(address) if relays => address::split(address),
+            _ => {
+                self.candidates.remove(&peer);
+                return;
+            }
+        };
+        // From outside, a relay on our own network would be no help.
+        let usable = !is_circuit(&address) && (self.standing == Standing::Unreachable || is_public(&address));
+        if usable && self.candidates.len() < MAX_CANDIDATES {
+            self.candidates.insert(peer, address);
+        }
+    }
+
+    pub(super) fn forget_relay(&mut self, peer: &PeerId) {
+        self.candidates.remove(peer);
+    }
+
+    /// The circuit addresses to listen on now.
+    pub(super) fn wanted_relays(&self, now: Instant) -> Vec<(PeerId, Multiaddr)> {
+        let behind = matches!(self.standing, Standing::Unconfirmed | Standing::Unreachable);
+        if !behind || self.is_direct() {
+            return Vec::new();
+        }
+        let asked = |peer: &PeerId| self.reservations.values().any(|reservation| reservation.relay == *peer);
+        let may = |peer: &PeerId| self.not_before.get(peer).is_none_or(|time| *time <= now);
+        self.candidates
+            .iter()
+            .filter(|(peer, _)| !asked(peer) && may(peer))
+            .take(MAX_RELAYS.saturating_sub(self.reservations.len()))
+            .map(|(peer, address)| (*peer, address.clone().with(Protocol::P2p(*peer)).with(Protocol::P2pCircuit)))
+            .collect()
+    }
+
+    /// Reservations that are of no more use.
+    pub(super) fn needless_relays(&self) -> Vec<ListenerId> {
+        if self.is_direct() { self.reservations.keys().copied().collect() } else { Vec::new() }
+    }
+
+    pub(super) fn asked(&mut self, listener: ListenerId, relay: PeerId) {
+        self.reservations.insert(listener, Reservation { relay, circuit: None });
+    }
+
+    /// A relay that could not even be asked.
+    pub(super) fn refused(&mut self, relay: PeerId, now: Instant) {
+        self.not_before.insert(relay, now + RELAY_RETRY);
+    }
+
+    pub(super) fn reserved(&mut self, listener: ListenerId, circuit: &Multiaddr) {
+        if let Some(reservation) = self.reservations.get_mut(&listener) {
+            reservation.circuit = Some(circuit.clone());
+        }
+    }
+
+    /// The listener has closed: the relay refused, or it is gone.
+    pub(super) fn lost(&mut self, listener: ListenerId, now: Instant) {
+        if let Some(reservation) = self.reservations.remove(&listener) {
+            self.not_before.retain(|_, time| *time > now);
+            self.refused(reservation.relay, now);
+        }
+    }
+
+    pub(super) fn reach(&self) -> Reach {
+        let circuits: Vec<Multiaddr> = self.reservations.values().filter_map(|r| r.circuit.clone()).collect();
+        let reachability = if self.is_direct() {
+            Reachability::Direct
+        } else if circuits.is_empty() {
+            Reachability::Unreachable
+        } else {
+            Reachability::Relayed
+        };
+        let public_ips = self.confirmed.iter().filter_map(address::ip).collect();
+        Reach { reachability, circuits, public_ips }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(listen: &str, bootstrap: &[&str], policy: ReachPolicy) -> DiscoveryConfig {
+        DiscoveryConfig {
+            listen: vec![listen.parse().unwrap()],
+            bootstrap: bootstrap.iter().map(|address| address.parse().unwrap()).collect(),
+            reach: ReachConfig { policy, ..ReachConfig::default() },
+            ..DiscoveryConfig::default()
+        }
+    }
+
+    const ALL: &str = "/ip4/0.0.0.0/udp/0/quic-v1";
+    const PUBLIC: &str = "/ip4/203.0.113.7/udp/4001/quic-v1";
+
+    #[test]
+    fn only_joining_through_the_open_internet_leaves_reachability_open() {
+        let standing = |bootstrap: &[&str]| Standing::of(&config(ALL, bootstrap, ReachPolicy::Detect));
+        assert_eq!(standing(&[]), Standing::Reachable, "the first member");
+        assert_eq!(standing(&["/ip4/192.168.1.2/udp/4001/quic-v1"]), Standing::Reachable, "a local network");
+        assert_eq!(standing(&[PUBLIC]), Standing::Unconfirmed);
+        assert_eq!(Standing::of(&config(ALL, &[PUBLIC], ReachPolicy::Reachable)), Standing::Reachable);
+        assert_eq!(Standing::of(&DiscoveryConfig::default()), Standing::Client);
+    }
+
+    #[test]
+    fn relays_are_used_until_an_address_is_confirmed() {
+        let mut state = ReachState::new(&config(ALL, &[PUBLIC], ReachPolicy::Detect));
+        let (relay, now, listener) = (PeerId::random(), Instant::now(), ListenerId::next());
+        let relay_address: Multiaddr = PUBLIC.parse().unwrap();
+        state.note_relay(PeerId::random(), false, Some(&relay_address));
+        state.note_relay(PeerId::random(), true, Some(&"/ip4/10.0.0.1/udp/1/quic-v1".parse().unwrap()));
+        assert!(state.wanted_relays(now).is_empty(), "the one does not relay, the other is local");
+        state.note_relay(relay, true, Some(&relay_address));
+        assert_eq!(state.reach().reachability, Reachability::Unreachable);
+        let circuit = relay_address.with(Protocol::P2p(relay)).with(Protocol::P2pCircuit);
+        assert_eq!(state.wanted_relays(now), [(relay, circuit.clone())]);
+        state.asked(listener, relay);
+        assert!(state.wanted_relays(now).is_empty());
+        state.reserved(listener, &circuit);
+        assert_eq!(state.reach().reachability, Reachability::Relayed);
+        assert_eq!(state.reach().circuits, [circuit]);
+
+        let own: Multiaddr = "/ip4/198.51.100.1/udp/4001/quic-v1".parse().unwrap();
+        state.confirm(&"/ip4/192.168.1.7/udp/4001/quic-v1".parse().unwrap());
+        assert!(!state.is_direct(), "a private address is reached from the neighbourhood only");
+        state.confirm(&own);
+        assert_eq!(state.reach().reachability, Reachability::Direct);
+        assert_eq!(state.needless_relays(), [listener]);
+        state.expire(&own);
+        assert!(!state.is_direct());
+        state.lost(listener, now);
+        assert!(state.wanted_relays(now).is_empty(), "a lost relay is left alone for a while");
+        assert_eq!(state.wanted_relays(now + RELAY_RETRY).len(), 1);
+    }
+
+    #[test]
+    fn a_reachable_member_tells_no_loopback_address_unless_it_has_no_other() {
+        let external = |listen: &str, policy, address: &str| {
+            ReachState::new(&config(listen, &[], policy)).is_external(&address.parse().unwrap())
+        };
+        let loopback = "/ip4/127.0.0.1/udp/4001/quic-v1";
+        assert!(!external(ALL, ReachPolicy::Reachable, loopback));
+        assert!(external(loopback, ReachPolicy::Reachable, loopback));
+        assert!(!external(loopback, ReachPolicy::Detect, loopback), "a network on loopback needs none");
+        assert!(external(ALL, ReachPolicy::Detect, PUBLIC));
+    }
+}
