@@ -138,6 +138,7 @@ pub(crate) enum Command {
     Providers { key: ProviderKey, found: mpsc::Sender<PeerId> },
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
+    Punch { peer: PeerId, circuits: Vec<Multiaddr> },
     Shutdown { done: oneshot::Sender<()> },
 }
 
@@ -256,6 +257,15 @@ impl Discovery {
         let late = |_| LookupError::Unreachable { peer, reason: format!("no connection within {timeout:?}") };
         let lane = tokio::time::timeout(timeout, receiver).await.map_err(late)?;
         Ok(DataConnection::over_lane(lane.map_err(|_| LookupError::Stopped)??))
+    }
+
+    /// Tries once more to punch a hole to `peer`, by a new connection through one of `circuits`; returns at once. Where it succeeds,
+    /// [`connect_data`](Self::connect_data) gives the direct connection from then on.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn punch(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<(), LookupError> {
+        self.send(Command::Punch { peer, circuits }).await
     }
 
     /// The next connection of the control plane on which a peer sends frames; `None` once the control plane has stopped. A

@@ -32,6 +32,9 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often a relayed peer is looked at for a hole-punched connection.
 const UPGRADE_INTERVAL: Duration = Duration::from_secs(1);
+/// Holes that could not be punched are tried again after this; each failure doubles it.
+const FIRST_PUNCH_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PUNCH_PAUSE: Duration = Duration::from_secs(600);
 /// How often the data-plane addresses of a peer that is reached otherwise are tried again.
 const DIRECT_INTERVAL: Duration = Duration::from_secs(30);
 /// A peer that is not connected and did not answer this often is forgotten until the DHT names it again.
@@ -254,6 +257,12 @@ impl Membership {
             {
                 return shared;
             }
+            if link.path.is_relayed() && ways.punched.elapsed() >= ways.punch_pause {
+                ways.punched = tokio::time::Instant::now();
+                ways.punch_pause = (ways.punch_pause * 2).min(LONGEST_PUNCH_PAUSE);
+                // It fails only where this client ends.
+                let _ = self.discovery.punch(peer, ways.circuits.clone()).await;
+            }
             if ways.tried_direct.elapsed() >= DIRECT_INTERVAL {
                 ways.tried_direct = tokio::time::Instant::now();
                 if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
@@ -271,12 +280,21 @@ struct Ways {
     circuits: Vec<Multiaddr>,
     reachability: Reachability,
     tried_direct: tokio::time::Instant,
+    punched: tokio::time::Instant,
+    punch_pause: Duration,
 }
 
 impl Default for Ways {
     fn default() -> Self {
-        let tried_direct = tokio::time::Instant::now();
-        Self { addresses: Vec::new(), circuits: Vec::new(), reachability: Reachability::Direct, tried_direct }
+        let now = tokio::time::Instant::now();
+        Self {
+            addresses: Vec::new(),
+            circuits: Vec::new(),
+            reachability: Reachability::Direct,
+            tried_direct: now,
+            punched: now,
+            punch_pause: FIRST_PUNCH_PAUSE,
+        }
     }
 }
 
