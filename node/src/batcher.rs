@@ -15,7 +15,7 @@ use hanse_protocol::{Combine, ExpertRows};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::store::ExpertStore;
+use crate::store::Snapshot;
 
 /// (row, expert) pairs joined in one pass: beyond this, larger batches gain nothing and only delay the first answer.
 const PAIRS_PER_PASS: usize = 1024;
@@ -24,9 +24,13 @@ const PAIRS_PER_PASS: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Work {
     pub(crate) layer: u32,
+    /// The experts: those that the store held when the work was accepted.
+    pub(crate) experts: Snapshot,
+    /// Values in a row.
+    pub(crate) hidden_size: usize,
     /// `[rows, hidden_size]`.
     pub(crate) hidden: Vec<f32>,
-    /// Experts of the store, each with rows of `hidden`; ascending.
+    /// Experts of the snapshot, each with rows of `hidden`; ascending.
     pub(crate) assignments: Vec<ExpertRows>,
     pub(crate) combine: Combine,
     /// Nobody waits for the answer after this.
@@ -75,7 +79,6 @@ struct Queue {
 struct Shared {
     queue: Mutex<Queue>,
     arrived: Condvar,
-    store: Arc<ExpertStore>,
     max_pairs: usize,
 }
 
@@ -99,12 +102,8 @@ impl std::fmt::Debug for Batcher {
 
 impl Batcher {
     /// Starts the computing thread. At most `max_pairs` (row, expert) pairs wait at a time.
-    pub(crate) fn start(
-        store: Arc<ExpertStore>,
-        pool: Arc<rayon::ThreadPool>,
-        max_pairs: usize,
-    ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { queue: Mutex::default(), arrived: Condvar::new(), store, max_pairs });
+    pub(crate) fn start(pool: Arc<rayon::ThreadPool>, max_pairs: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { queue: Mutex::default(), arrived: Condvar::new(), max_pairs });
         let worker = shared.clone();
         let thread = std::thread::Builder::new().name("experts".into()).spawn(move || compute_loop(&worker, &pool))?;
         Ok(Self { shared, thread: Some(thread) })
@@ -120,7 +119,7 @@ impl Batcher {
         self.shared.max_pairs
     }
 
-    /// Queues work and waits for its answer. The experts named in it must be in the store.
+    /// Queues work and waits for its answer. The experts named in it must be in its snapshot.
     ///
     /// # Errors
     /// [`WorkError::Full`] at once; the others later. Dropping the future does not take the work back: see [`Work::cancel`].
@@ -173,7 +172,7 @@ fn compute_loop(shared: &Shared, pool: &rayon::ThreadPool) {
             take_batch(&mut queue)
         };
         // A defect in one batch must not end the service: its callers see that their work was lost.
-        let done = std::panic::catch_unwind(AssertUnwindSafe(|| compute(batch, &shared.store, pool)));
+        let done = std::panic::catch_unwind(AssertUnwindSafe(|| compute(batch, pool)));
         if done.is_err() {
             tracing::error!("computing a batch panicked");
         }
@@ -207,19 +206,22 @@ fn take_batch(queue: &mut Queue) -> Vec<Queued> {
 
 /// The rows of one expert over all requests of a batch.
 struct Joined {
+    /// The expert as the first of the requests has it; the others have the same weights.
+    experts: Snapshot,
     /// Request and index of the assignment in it, in the order of the rows.
     parts: Vec<(usize, usize)>,
     input: Vec<f32>,
     output: Vec<f32>,
 }
 
-fn compute(batch: Vec<Queued>, store: &ExpertStore, pool: &rayon::ThreadPool) {
+fn compute(batch: Vec<Queued>, pool: &rayon::ThreadPool) {
     let started = Instant::now();
-    let width = store.hidden_size();
+    let Some(width) = batch.first().map(|queued| queued.work.hidden_size) else { return };
     let mut joined: BTreeMap<(u32, u32), Joined> = BTreeMap::new();
     for (request, queued) in batch.iter().enumerate() {
         for (index, assigned) in queued.work.assignments.iter().enumerate() {
             let rows = joined.entry((queued.work.layer, assigned.expert)).or_insert_with(|| Joined {
+                experts: queued.work.experts.clone(),
                 parts: Vec::new(),
                 input: Vec::new(),
                 output: Vec::new(),
@@ -235,7 +237,8 @@ fn compute(batch: Vec<Queued>, store: &ExpertStore, pool: &rayon::ThreadPool) {
         .iter_mut()
         .filter_map(|((layer, expert), rows)| {
             rows.output.resize(rows.input.len(), 0.0);
-            Some(ExpertJob { expert: store.expert(*layer, *expert)?, hidden: &rows.input, output: &mut rows.output })
+            let expert = rows.experts.expert(*layer, *expert)?;
+            Some(ExpertJob { expert, hidden: &rows.input, output: &mut rows.output })
         })
         .collect();
     run_experts(&mut jobs, pool);

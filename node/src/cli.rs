@@ -179,6 +179,9 @@ pub(crate) struct NodeArgs {
     /// Data-plane UDP address; by default a free port on the address of the first --listen.
     #[arg(long, value_name = "IP:PORT")]
     pub(crate) data_listen: Option<SocketAddr>,
+    /// Data-plane address to announce in place of the bound ones, such as a router's forwarded port; may be given more than once.
+    #[arg(long, value_name = "IP:PORT", num_args = 1..)]
+    pub(crate) advertise: Vec<SocketAddr>,
     /// A member to join through; may be given more than once. None for the first member of a network.
     #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,
@@ -188,6 +191,15 @@ pub(crate) struct NodeArgs {
     /// Do not look for members on the local network (multicast DNS). It is never done when listening on loopback only.
     #[arg(long)]
     pub(crate) no_mdns: bool,
+    /// Others can dial this node: do not wait until AutoNAT says so.
+    #[arg(long)]
+    pub(crate) reachable: bool,
+    /// Do not relay for nodes behind home routers.
+    #[arg(long)]
+    pub(crate) no_relay: bool,
+    /// Do not ask the home router for a port (UPnP).
+    #[arg(long)]
+    pub(crate) no_upnp: bool,
     /// Where the identity key is kept; by default hanse in the user's data folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,

@@ -9,4 +9,3 @@ pub(crate) mod inspect;
 pub(crate) mod node;
 pub(crate) mod score;
 pub(crate) mod status;
-mod testnet;

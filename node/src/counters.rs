@@ -1,6 +1,10 @@
 //! What a volunteer has done since it started.
 
+mod demand;
+
 use std::sync::atomic::{AtomicU64, Ordering};
+
+pub(crate) use demand::Demand;
 
 /// Counters that every task of the volunteer adds to.
 #[derive(Debug, Default)]

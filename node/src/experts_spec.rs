@@ -5,11 +5,13 @@ use std::str::FromStr;
 
 use hanse_router::ExpertLayout;
 
-/// `all`, or layers and experts such as `0-3:0-31,5:7,9`. Without experts, all of the layer.
+/// `all`, `none`, or layers and experts such as `0-3:0-31,5:7,9`. Without experts, all of the layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpertsSpec {
     /// Every expert of every MoE layer.
     All,
+    /// No expert: a member that others join through and that relays for those behind home routers.
+    None,
     /// Layers, each with the experts wanted in it (`None`: all).
     Some(Vec<(RangeInclusive<u32>, Option<RangeInclusive<u32>>)>),
 }
@@ -18,7 +20,7 @@ pub enum ExpertsSpec {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ExpertsSpecError {
     /// It is not written as it should be.
-    #[error("{0:?} is not `all` or a list such as 0-3:0-31,5:7")]
+    #[error("{0:?} is not `all`, `none` or a list such as 0-3:0-31,5:7")]
     Syntax(String),
     /// It names a layer that the model does not have.
     #[error("layer {layer} does not exist: the model's MoE layers are {known}")]
@@ -62,8 +64,10 @@ impl FromStr for ExpertsSpec {
     type Err = ExpertsSpecError;
 
     fn from_str(text: &str) -> Result<Self, ExpertsSpecError> {
-        if text == "all" {
-            return Ok(Self::All);
+        match text {
+            "all" => return Ok(Self::All),
+            "none" => return Ok(Self::None),
+            _ => {}
         }
         let item = |part: &str| match part.split_once(':') {
             Some((layers, experts)) => Some((range(layers)?, Some(range(experts)?))),
@@ -87,6 +91,7 @@ impl ExpertsSpec {
                 everything = vec![(0..=layers.saturating_sub(1), None)];
                 &everything
             }
+            Self::None => return Ok(Vec::new()),
             Self::Some(items) => items,
         };
         let known = || hanse_router::directory::ranges(&layout.layers.keys().copied().collect::<Vec<_>>());

@@ -3,7 +3,8 @@
 //! [`Volunteer::start`] is all that a program needs; the binary `hanse` is made of the same parts.
 //!
 //! Inside: `store` holds the experts, `server` checks every frame, `batcher` joins the rows of all clients for one expert,
-//! [`placement`] chooses experts for a given memory, [`experts_spec`] reads what a person wrote.
+//! [`placement`] chooses experts for a given memory, [`experts_spec`] reads what a person wrote. [`testnet`] runs volunteers as
+//! processes of this machine and makes trouble for them.
 
 mod batcher;
 mod counters;
@@ -11,9 +12,10 @@ pub mod experts_spec;
 pub mod placement;
 mod server;
 mod store;
+pub mod testnet;
 mod volunteer;
 
 pub use counters::{Counters, Counts};
 pub use experts_spec::{ExpertsSpec, ExpertsSpecError};
 pub use store::ExpertStore;
-pub use volunteer::{Hosting, Volunteer, VolunteerConfig, VolunteerError};
+pub use volunteer::{Hosting, Moves, Volunteer, VolunteerConfig, VolunteerError};

@@ -1,79 +1,58 @@
-//! Which experts to take when only a size of memory was given: those with the fewest replicas first, in contiguous packs.
+//! What to host, decided from what the network says: pure functions of a [`View`], a seed and the time.
+//!
+//! Every expert has a [`value`] that one more replica of it would have: very high while it has fewer than [`TARGET_REPLICAS`],
+//! and above that the saving of load, which falls with the number of replicas and rises with demand. [`choose`] fills an empty
+//! memory with the most valuable blocks of experts; [`rebalance`] gives a block up for another that is worth clearly more.
+//!
+//! Each move raises the sum of all values by a stated factor of what it costs, so that moves come to an end: without churn
+//! nothing moves any more (Petals issue 389 is what happens otherwise).
 
-use std::collections::BTreeMap;
+mod choose;
+mod rebalance;
+mod table;
+mod turns;
+mod view;
 
-use hanse_protocol::HostedExperts;
-use hanse_router::ExpertLayout;
+pub use choose::choose;
+pub use rebalance::{HYSTERESIS, Move, rebalance};
+pub use table::ExpertTable;
+pub use turns::{Pace, Step, Turns};
+pub use view::View;
 
-/// Chooses (layer, expert) pairs, ascending, that fit into `budget_bytes`.
+/// Below so many replicas an expert is in danger: one of its peers leaving must not make the model incomplete.
+pub const TARGET_REPLICAS: u32 = 2;
+/// A pack is a layer's experts divided by this: what a rebalancing node moves at a time.
+const PACKS_PER_LAYER: u32 = 8;
+/// How much more a block is worth to a node that then has the whole layer: a token meets fewer peers.
+const WHOLE_LAYER_BONUS: f64 = 0.5;
+
+/// What one more replica of an expert is worth that has `replicas`, at `demand` times the average expert's demand.
 ///
-/// `hosted` is what each other peer hosts, `expert_bytes` the size of one expert of a layer. Rarest experts come first; among equally
-/// rare ones whole runs of a layer, so that a token meets few peers. `seed` decides with which layer to begin among equals:
-/// members that join at the same time with different seeds do not all take the same.
+/// Each replica bears `demand / replicas` of the load, and `demand` rows meet it: the cost is `demand^2 / replicas`, and this is
+/// what one more replica saves of it. Below the target, safety counts far more than load.
 #[must_use]
-pub fn choose(
-    layout: &ExpertLayout,
-    hosted: &[&HostedExperts],
-    expert_bytes: &BTreeMap<u32, u64>,
-    budget_bytes: u64,
-    seed: u64,
-) -> Vec<(u32, u32)> {
-    let layers: Vec<u32> = layout.layers.keys().copied().collect();
-    let first = if layers.is_empty() { 0 } else { (seed % layers.len() as u64) as usize };
-    let mut ranked = Vec::new();
-    for (index, layer) in layers.iter().enumerate() {
-        let turn = (index + layers.len() - first) % layers.len();
-        for expert in 0..layout.layers[layer] {
-            let replicas = hosted.iter().filter(|h| h.contains(*layer, expert)).count();
-            ranked.push((replicas, turn, *layer, expert));
-        }
+pub fn value(replicas: u32, demand: f64) -> f64 {
+    let safety = match replicas {
+        0 => 1000.0,
+        few if few < TARGET_REPLICAS => 100.0,
+        _ => 0.0,
+    };
+    let saved = f64::from(replicas.max(1)) * f64::from(replicas + 1);
+    safety + demand * demand / saved
+}
+
+/// A number in 0..1 that depends on all of `parts` and on nothing else.
+fn lot(parts: [u64; 3]) -> f64 {
+    let mut mixed = 0x9e37_79b9_7f4a_7c15u64;
+    for part in parts {
+        // The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every bit of the input changes half of the output's.
+        mixed = mixed.wrapping_add(part).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^= mixed >> 31;
     }
-    ranked.sort_unstable();
-    let mut left = budget_bytes;
-    let mut chosen = Vec::new();
-    for (_, _, layer, expert) in ranked {
-        let bytes = expert_bytes.get(&layer).copied().unwrap_or(u64::MAX);
-        if bytes <= left {
-            left -= bytes;
-            chosen.push((layer, expert));
-        }
-    }
-    chosen.sort_unstable();
-    chosen
+    (mixed >> 11) as f64 / (1u64 << 53) as f64
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layout() -> ExpertLayout {
-        ExpertLayout { hidden_size: 8, layers: [(0, 4), (1, 4)].into() }
-    }
-
-    fn sizes() -> BTreeMap<u32, u64> {
-        [(0, 10), (1, 10)].into()
-    }
-
-    #[test]
-    fn the_rarest_experts_are_taken_first() {
-        let mut hosted = HostedExperts::new();
-        for expert in 0..4 {
-            hosted.insert(0, expert).unwrap();
-        }
-        hosted.insert(1, 1).unwrap();
-        assert_eq!(choose(&layout(), &[&hosted], &sizes(), 30, 0), [(1, 0), (1, 2), (1, 3)]);
-    }
-
-    #[test]
-    fn the_budget_is_never_exceeded_and_everything_is_taken_when_it_fits() {
-        assert_eq!(choose(&layout(), &[], &sizes(), 39, 0).len(), 3);
-        assert_eq!(choose(&layout(), &[], &sizes(), 1000, 1).len(), 8);
-        assert!(choose(&layout(), &[], &sizes(), 9, 0).is_empty());
-    }
-
-    #[test]
-    fn members_with_different_seeds_begin_with_different_layers() {
-        assert_eq!(choose(&layout(), &[], &sizes(), 40, 0), [(0, 0), (0, 1), (0, 2), (0, 3)]);
-        assert_eq!(choose(&layout(), &[], &sizes(), 40, 1), [(1, 0), (1, 1), (1, 2), (1, 3)]);
-    }
-}
+mod tests;

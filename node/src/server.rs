@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
     DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello,
     ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
@@ -15,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::batcher::{Batcher, Work, WorkError};
-use crate::counters::Counters;
-use crate::store::ExpertStore;
+use crate::counters::{Counters, Demand};
+use crate::store::{ExpertStore, Snapshot};
 
 /// Connections served at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 1024;
@@ -37,15 +38,22 @@ pub(crate) struct Server {
     pub(crate) top_k: u32,
     pub(crate) batcher: Batcher,
     pub(crate) counters: Counters,
+    pub(crate) demand: Demand,
     pub(crate) draining: AtomicBool,
 }
 
 /// A refusal without the request id, which the caller of the failing function knows.
 type Refused = (RefusalCode, String);
 
+/// Someone to be served, before or after its handshake.
+enum Accepted {
+    Pending(Box<PendingConnection>),
+    Established(DataConnection),
+}
+
 impl Server {
     /// Accepts connections until cancelled, then lets the calls in progress end.
-    pub(crate) async fn run(self: Arc<Self>, endpoint: DataEndpoint, cancel: CancellationToken) {
+    pub(crate) async fn run(self: Arc<Self>, endpoint: DataEndpoint, discovery: Discovery, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
         loop {
@@ -54,14 +62,19 @@ impl Server {
                 Some(_) = connections.join_next() => continue,
                 place = places.clone().acquire_owned() => place,
             };
-            let pending = tokio::select! {
+            let accepted = tokio::select! {
                 () = cancel.cancelled() => break,
-                pending = endpoint.accept() => pending,
+                pending = endpoint.accept() => pending.map(|pending| Accepted::Pending(Box::new(pending))),
+                // By way of a relay, or through a hole in a router.
+                connection = discovery.accept_data() => connection.map(Accepted::Established),
             };
-            let (Ok(place), Some(pending)) = (place, pending) else { break };
+            let (Ok(place), Some(accepted)) = (place, accepted) else { break };
             let (server, cancel) = (self.clone(), cancel.clone());
             connections.spawn(async move {
-                server.serve_pending(pending, &cancel).await;
+                match accepted {
+                    Accepted::Pending(pending) => server.serve_pending(*pending, &cancel).await,
+                    Accepted::Established(connection) => server.serve_established(connection, &cancel).await,
+                }
                 drop(place);
             });
         }
@@ -71,12 +84,14 @@ impl Server {
     async fn serve_pending(self: Arc<Self>, pending: PendingConnection, cancel: &CancellationToken) {
         let address = pending.remote_address();
         match pending.establish(HANDSHAKE_TIMEOUT).await {
-            Ok(connection) => {
-                let span = tracing::info_span!("client", peer = %connection.peer_id());
-                self.serve_connection(connection, cancel).instrument(span).await;
-            }
+            Ok(connection) => self.serve_established(connection, cancel).await,
             Err(error) => tracing::debug!(%address, %error, "handshake failed"),
         }
+    }
+
+    async fn serve_established(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {
+        let span = tracing::info_span!("client", peer = %connection.peer_id());
+        self.serve_connection(connection, cancel).instrument(span).await;
     }
 
     async fn serve_connection(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {
@@ -174,13 +189,15 @@ impl Server {
         Err((RefusalCode::ModelMismatch, format!("this peer hosts model {}, not {model}", self.model)))
     }
 
-    fn check_call(&self, call: &ExpertCall) -> Result<(), Refused> {
+    /// The experts to compute with.
+    fn check_call(&self, call: &ExpertCall) -> Result<Snapshot, Refused> {
         self.check_model(call.model)?;
         if call.hidden_size as usize != self.store.hidden_size() {
             let text = format!("rows of this model have {} values, not {}", self.store.hidden_size(), call.hidden_size);
             return Err((RefusalCode::Malformed, text));
         }
-        if let Some(missing) = call.assignments.iter().find(|a| self.store.expert(call.layer, a.expert).is_none()) {
+        let experts = self.store.snapshot();
+        if let Some(missing) = call.assignments.iter().find(|a| experts.expert(call.layer, a.expert).is_none()) {
             return Err((
                 RefusalCode::NotHosted,
                 format!("expert {} of layer {} is not here", missing.expert, call.layer),
@@ -190,9 +207,9 @@ impl Server {
             return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));
         }
         if self.draining.load(Ordering::Relaxed) {
-            return Err((RefusalCode::Draining, "this peer is leaving".into()));
+            return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
         }
-        Ok(())
+        Ok(experts)
     }
 
     /// `None` when the client took the call back.
@@ -216,13 +233,16 @@ impl Server {
     }
 
     async fn compute(&self, call: ExpertCall, cancel: CancellationToken) -> Result<ExpertAnswer, Refused> {
-        self.check_call(&call)?;
+        let experts = self.check_call(&call)?;
         let (rows, hidden_size) = (call.answer_rows(), call.hidden_size);
         let pairs = call.assignments.iter().map(|a| a.rows.len()).sum();
         let values = call.rows as usize * hidden_size as usize;
         let hidden = call.dtype.decode(&call.body, values).map_err(|e| (RefusalCode::Malformed, e.to_string()))?;
+        self.demand.count(call.layer, &call.assignments, Instant::now());
         let work = Work {
             layer: call.layer,
+            experts,
+            hidden_size: hidden_size as usize,
             hidden,
             assignments: call.assignments,
             combine: call.combine,

@@ -1,42 +1,45 @@
 //! A volunteer: joins a network, loads experts, serves them, and leaves in good order.
 
-use std::collections::BTreeMap;
+mod announcer;
+mod host;
+mod neighbours;
+mod shard;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use hanse_model::{Checkpoint, LoadError, compute_pool};
-use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError};
-use hanse_protocol::{
-    Advert, AdvertError, BindError, DataEndpoint, HostedError, HostedExperts, Identity, MAX_DATA_ADDRESSES, ModelId,
-    Multiaddr, PeerId, SignedAdvert, WireDtype,
-};
+use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
+use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
 use hanse_router::client::layout_of;
-use hanse_router::network::hosted_models;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::batcher::Batcher;
-use crate::counters::{Counters, Counts};
+use crate::counters::{Counters, Counts, Demand};
 use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
-use crate::placement;
+use crate::placement::Pace;
 use crate::server::Server;
 use crate::store::ExpertStore;
+use announcer::{Announcer, DataAddresses};
+use host::{Host, MoveCounts};
+use neighbours::Neighbours;
+use shard::Shard;
 
-/// An advert is believed this long after it was made.
-const ADVERT_LIFETIME: Duration = Duration::from_secs(120);
-/// A new advert is made this often: several within one life time.
-const ADVERT_INTERVAL: Duration = Duration::from_secs(20);
+pub use host::Moves;
+
 /// (row, expert) pairs that may wait to be computed.
 const MAX_QUEUED_PAIRS: usize = 16 * 1024;
+/// Ten minutes of calls say more about what is wanted than the last question.
+const DEMAND_HALF_LIFE: Duration = Duration::from_secs(600);
 /// How long a leaving volunteer goes on answering: clients read its advert every few seconds.
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How long calls in progress may take to end once no new ones are accepted.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for the network before choosing experts for `--memory`.
-const LOOK_AROUND: Duration = Duration::from_secs(10);
 
 /// Which experts to host.
 #[derive(Debug, Clone)]
@@ -56,14 +59,22 @@ pub struct VolunteerConfig {
     pub listen: Vec<Multiaddr>,
     /// The data plane's address; `None` takes a free UDP port on the address of the first of `listen`.
     pub data_listen: Option<SocketAddr>,
+    /// Data-plane addresses to announce in place of the bound ones: where others reach this node through a port forwarding.
+    pub advertise: Vec<SocketAddr>,
     /// Members to join through; none for the first member of a network.
     pub bootstrap: Vec<Multiaddr>,
     /// Whether to look for members on the local network by multicast DNS.
     pub mdns: bool,
+    /// How to deal with home routers.
+    pub reach: ReachConfig,
     /// Which experts to host.
     pub hosting: Hosting,
     /// Computing threads; 0 takes one per core.
     pub threads: usize,
+    /// With [`Hosting::MemoryBytes`]: how fast capacity moves to where it is missed.
+    pub pace: Pace,
+    /// In this time half of the demand for an expert is forgotten.
+    pub demand_half_life: Duration,
 }
 
 impl Default for VolunteerConfig {
@@ -77,10 +88,14 @@ impl Default for VolunteerConfig {
             network: DEFAULT_NETWORK.to_owned(),
             listen: vec![quic],
             data_listen: None,
+            advertise: Vec::new(),
             bootstrap: Vec::new(),
             mdns: false,
+            reach: ReachConfig::default(),
             hosting: Hosting::Experts(ExpertsSpec::All),
             threads: 0,
+            pace: Pace::default(),
+            demand_half_life: DEMAND_HALF_LIFE,
         }
     }
 }
@@ -99,7 +114,7 @@ pub enum VolunteerError {
     #[error(transparent)]
     Spec(#[from] ExpertsSpecError),
     /// Not even one expert fits.
-    #[error("{budget_bytes} bytes hold no expert of this model: one takes {expert_bytes} bytes")]
+    #[error("{budget_bytes} bytes hold no expert of this model: the smallest takes {expert_bytes} bytes")]
     TooLittleMemory {
         /// The memory given.
         budget_bytes: u64,
@@ -129,15 +144,15 @@ pub struct Volunteer {
     endpoint: DataEndpoint,
     server: Arc<Server>,
     announcer: Arc<Announcer>,
+    moves: Arc<MoveCounts>,
+    loaded: Option<oneshot::Receiver<Result<(), VolunteerError>>>,
     serving: CancellationToken,
     announcing: CancellationToken,
     tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 impl Volunteer {
-    /// Joins, loads the experts, and returns when they are served and announced.
-    ///
-    /// `progress` is told how many experts of how many are loaded.
+    /// Joins, loads the experts, and returns when all of them are served and announced: [`Self::join`] and then [`Self::loaded`].
     ///
     /// # Errors
     /// See [`VolunteerError`]; after an error nothing is left running.
@@ -146,7 +161,31 @@ impl Volunteer {
         checkpoint: &Checkpoint,
         model: ModelId,
         config: VolunteerConfig,
-        progress: impl Fn(usize, usize) + Send + 'static,
+        progress: impl Fn(usize, usize) + Send + Sync + 'static,
+    ) -> Result<Self, VolunteerError> {
+        let mut volunteer = Self::join(identity, checkpoint, model, config, progress).await?;
+        match volunteer.loaded().await {
+            Ok(()) => Ok(volunteer),
+            Err(error) => {
+                volunteer.abandon().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Joins and begins to load experts; each is served and announced as soon as it is there.
+    ///
+    /// `progress` is told how many experts of how many are loaded.
+    ///
+    /// # Errors
+    /// See [`VolunteerError`]; after an error nothing is left running. What is wrong with the experts wanted is told by
+    /// [`Self::loaded`].
+    pub async fn join(
+        identity: &Identity,
+        checkpoint: &Checkpoint,
+        model: ModelId,
+        config: VolunteerConfig,
+        progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
         let discovery = Discovery::start(
             identity,
@@ -155,11 +194,11 @@ impl Volunteer {
                 listen: config.listen.clone(),
                 bootstrap: config.bootstrap.clone(),
                 mdns: config.mdns,
-                ..DiscoveryConfig::default()
+                reach: config.reach.clone(),
             },
         )
         .await?;
-        match Self::start_serving(identity, checkpoint, model, &config, discovery.clone(), progress).await {
+        match Self::serve(identity, checkpoint, model, config, discovery.clone(), progress) {
             Ok(volunteer) => Ok(volunteer),
             Err(error) => {
                 discovery.shutdown().await;
@@ -168,50 +207,47 @@ impl Volunteer {
         }
     }
 
-    async fn start_serving(
+    fn serve(
         identity: &Identity,
         checkpoint: &Checkpoint,
         model: ModelId,
-        config: &VolunteerConfig,
+        config: VolunteerConfig,
         discovery: Discovery,
-        progress: impl Fn(usize, usize) + Send + 'static,
+        progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
-        let wanted = choose(checkpoint, model, config, &discovery).await?;
-        let (source, threads) = (checkpoint.clone(), config.threads);
-        let loaded = tokio::task::spawn_blocking(move || {
-            let count = wanted.len();
-            let store = ExpertStore::load(&source, &wanted, |done| progress(done, count))?;
-            let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
-            Ok::<_, VolunteerError>((Arc::new(store), Arc::new(pool)))
-        });
-        let (store, pool) = loaded.await.map_err(|e| VolunteerError::Compute(e.to_string()))??;
-
+        let failed = |error: &dyn std::fmt::Display| VolunteerError::Compute(error.to_string());
+        let pool = Arc::new(compute_pool(config.threads).map_err(|e| failed(&e))?);
         let endpoint =
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
-        let bound = endpoint.local_addr().map_err(|e| VolunteerError::Compute(e.to_string()))?;
-        let batcher = Batcher::start(store.clone(), pool, MAX_QUEUED_PAIRS)
-            .map_err(|e| VolunteerError::Compute(e.to_string()))?;
+        let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
+        let shard = Arc::new(Shard::new(checkpoint.clone()));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
-            store: store.clone(),
+            store: shard.store().clone(),
             top_k: checkpoint.spec().moe_layers().map(|(_, moe)| moe.top_k as u32).max().unwrap_or(1),
-            batcher,
+            batcher: Batcher::start(pool, MAX_QUEUED_PAIRS).map_err(|e| failed(&e))?,
             counters: Counters::default(),
+            demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
         });
-        let announcer = Arc::new(Announcer {
-            identity: identity.clone(),
-            discovery: discovery.clone(),
-            server: server.clone(),
-            hosted: store.hosted()?,
-            layers: layout_of(checkpoint.spec()).layers,
-            bound,
-        });
+        let layers = layout_of(checkpoint.spec()).layers;
+        let data = DataAddresses { bound, advertised: config.advertise.clone() };
+        let announcer =
+            Arc::new(Announcer::new(identity.clone(), discovery.clone(), server.clone(), shard, layers, data));
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
-        let serve = AbortOnDropHandle::new(tokio::spawn(server.clone().run(endpoint.clone(), serving.clone())));
-        announcer.announce().await?;
-        let announce = AbortOnDropHandle::new(tokio::spawn(announcer.clone().run(announcing.clone())));
+        let serve = server.clone().run(endpoint.clone(), discovery.clone(), serving.clone());
+        let announce = announcer.clone().run(announcing.clone());
+        let moves = Arc::new(MoveCounts::default());
+        let hosting = Host {
+            announcer: announcer.clone(),
+            neighbours: Neighbours::new(discovery.clone(), model),
+            moves: moves.clone(),
+            layers: checkpoint.spec().layers.len() as u32,
+            config,
+        };
+        let (report, loaded) = oneshot::channel();
+        let host = hosting.run(progress, report, announcing.clone());
         Ok(Self {
             peer_id: identity.peer_id(),
             model,
@@ -219,10 +255,60 @@ impl Volunteer {
             endpoint,
             server,
             announcer,
+            moves,
+            loaded: Some(loaded),
             serving,
             announcing,
-            tasks: vec![serve, announce],
+            tasks: [tokio::spawn(serve), tokio::spawn(announce), tokio::spawn(host)].map(AbortOnDropHandle::new).into(),
         })
+    }
+
+    /// Waits until everything chosen is served and announced.
+    ///
+    /// # Errors
+    /// Why it never will be; told once.
+    pub async fn loaded(&mut self) -> Result<(), VolunteerError> {
+        let Some(loaded) = &mut self.loaded else { return Ok(()) };
+        let outcome = loaded.await.unwrap_or_else(|_| Err(VolunteerError::Compute("loading was cut off".into())));
+        self.loaded = None;
+        outcome
+    }
+
+    /// Ends at once, without telling anyone.
+    async fn abandon(self) {
+        drop(self.tasks);
+        self.endpoint.close().await;
+        self.discovery.shutdown().await;
+    }
+
+    /// Refuses new calls and says so in its advert, until [`Self::resume`]; calls in progress are finished.
+    ///
+    /// # Errors
+    /// The advert cannot be made; new calls are refused all the same.
+    pub async fn pause(&self) -> Result<(), VolunteerError> {
+        self.server.draining.store(true, Ordering::Relaxed);
+        self.announcer.announce().await
+    }
+
+    /// Takes calls again after [`Self::pause`].
+    ///
+    /// # Errors
+    /// The advert cannot be made; calls are taken all the same.
+    pub async fn resume(&self) -> Result<(), VolunteerError> {
+        self.server.draining.store(false, Ordering::Relaxed);
+        self.announcer.announce().await
+    }
+
+    /// Whether it refuses calls at present.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.announcer.refuses()
+    }
+
+    /// What it moved to keep the network in balance.
+    #[must_use]
+    pub fn moves(&self) -> Moves {
+        self.moves.moves()
     }
 
     /// Its peer id.
@@ -241,6 +327,18 @@ impl Volunteer {
     #[must_use]
     pub fn addresses(&self) -> Vec<Multiaddr> {
         self.discovery.addresses()
+    }
+
+    /// How others reach it at present.
+    #[must_use]
+    pub fn reachability(&self) -> Reachability {
+        self.discovery.reach().borrow().reachability
+    }
+
+    /// Where the data plane listens, whatever is announced.
+    #[must_use]
+    pub fn data_listen(&self) -> SocketAddr {
+        self.announcer.data.bound
     }
 
     /// Where the data plane can be dialled.
@@ -279,47 +377,6 @@ impl Volunteer {
     }
 }
 
-/// The experts to load.
-async fn choose(
-    checkpoint: &Checkpoint,
-    model: ModelId,
-    config: &VolunteerConfig,
-    discovery: &Discovery,
-) -> Result<Vec<(u32, u32)>, VolunteerError> {
-    let layout = layout_of(checkpoint.spec());
-    let budget_bytes = match &config.hosting {
-        Hosting::Experts(spec) => return Ok(spec.resolve(&layout, checkpoint.spec().layers.len() as u32)?),
-        Hosting::MemoryBytes(bytes) => *bytes,
-    };
-    let mut adverts = BTreeMap::new();
-    if !config.bootstrap.is_empty() || config.mdns {
-        // Alone in the network there is nothing to look at, and every expert is equally rare.
-        if discovery.wait_connected(LOOK_AROUND).await.is_ok() {
-            adverts = hosted_models(discovery).await;
-        } else {
-            tracing::warn!("nobody answered at the bootstrap addresses; choosing experts as the first member");
-        }
-    }
-    let own = discovery.peer_id();
-    let others = adverts.remove(&model).unwrap_or_default();
-    let hosted: Vec<&HostedExperts> =
-        others.iter().filter(|(peer, _)| *peer != own).map(|(_, advert)| &advert.hosted).collect();
-    let bytes_per_expert = checkpoint.sizes().bytes_per_expert;
-    let sizes: BTreeMap<u32, u64> = layout
-        .layers
-        .keys()
-        .copied()
-        .zip(checkpoint.spec().moe_layers().map(|(layer, _)| bytes_per_expert[layer]))
-        .collect();
-    let seed = own.to_bytes().iter().fold(0u64, |seed, &byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
-    let chosen = placement::choose(&layout, &hosted, &sizes, budget_bytes, seed);
-    if chosen.is_empty() {
-        let expert_bytes = sizes.values().copied().min().unwrap_or(0);
-        return Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes });
-    }
-    Ok(chosen)
-}
-
 /// A free port on the address of the first control-plane listener that has one.
 fn default_data_address(listen: &[Multiaddr]) -> SocketAddr {
     let ip = listen.iter().find_map(ip_of).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
@@ -333,75 +390,4 @@ fn ip_of(address: &Multiaddr) -> Option<IpAddr> {
         Protocol::Ip6(ip) => Some(IpAddr::V6(ip)),
         _ => None,
     })
-}
-
-/// Keeps the volunteer's advert fresh.
-#[derive(Debug)]
-struct Announcer {
-    identity: Identity,
-    discovery: Discovery,
-    server: Arc<Server>,
-    hosted: HostedExperts,
-    layers: BTreeMap<u32, u32>,
-    bound: SocketAddr,
-}
-
-impl Announcer {
-    async fn run(self: Arc<Self>, cancel: CancellationToken) {
-        loop {
-            tokio::select! {
-                () = cancel.cancelled() => return,
-                () = tokio::time::sleep(ADVERT_INTERVAL) => {}
-            }
-            if let Err(error) = self.announce().await {
-                tracing::warn!(%error, "advert not renewed");
-            }
-        }
-    }
-
-    /// The bound address, or one address per network interface if it is bound to all; loopback last, since only members on
-    /// this machine reach it.
-    fn data_addresses(&self) -> Vec<SocketAddr> {
-        let mut ips = vec![self.bound.ip()];
-        if self.bound.ip().is_unspecified() {
-            let accepts = |ip: &IpAddr| ip.is_ipv4() || self.bound.is_ipv6();
-            ips = self.discovery.addresses().iter().filter_map(ip_of).filter(accepts).collect();
-            ips.sort_by_key(|ip| (ip.is_loopback(), *ip));
-            ips.dedup();
-        }
-        ips.into_iter().take(MAX_DATA_ADDRESSES).map(|ip| SocketAddr::new(ip, self.bound.port())).collect()
-    }
-
-    async fn announce(&self) -> Result<(), VolunteerError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-        let batcher = &self.server.batcher;
-        let draining = self.server.draining.load(Ordering::Relaxed);
-        let load = batcher.queued_pairs().saturating_mul(1000) / batcher.max_pairs().max(1);
-        let advert = Advert {
-            model: self.server.model,
-            hosted: self.hosted.clone(),
-            layers: self.layers.clone(),
-            wire_dtypes: WireDtype::ALL.to_vec(),
-            data_addresses: self.data_addresses(),
-            capacity_rows: u32::try_from(batcher.max_pairs()).unwrap_or(u32::MAX),
-            load_permille: load.min(1000) as u16,
-            draining,
-            // Rises also over a restart, as long as the clock does not go back.
-            sequence: millis(now),
-            expires_unix_ms: millis(now + ADVERT_LIFETIME),
-            popularity: Vec::new(),
-            loading: HostedExperts::new(),
-        };
-        let mut keys = Vec::new();
-        if !draining {
-            keys = ProviderKey::covering(self.server.model, self.server.store.layers());
-            keys.push(ProviderKey::volunteers());
-        }
-        let signed = SignedAdvert::sign(&advert, &self.identity)?;
-        self.discovery
-            .announce(vec![(self.server.model, signed)], keys)
-            .await
-            .map_err(|e| VolunteerError::Compute(e.to_string()))
-    }
 }

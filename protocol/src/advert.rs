@@ -8,9 +8,11 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use libp2p::PeerId;
 use libp2p::identity::{PublicKey, ed25519};
+use libp2p::{Multiaddr, PeerId};
 
+use crate::discovery::Reachability;
+use crate::relayed::is_circuit;
 use crate::{Identity, ModelId, WireDtype, verify_signature};
 
 pub use hosted::{HostedError, HostedExperts, MAX_EXPERTS, MAX_LAYERS};
@@ -25,6 +27,10 @@ const SIGNED_PREFIX: usize = 32 + 64;
 pub const MAX_ADVERT_BYTES: usize = 576 << 10;
 /// Data-plane addresses in an advert.
 pub const MAX_DATA_ADDRESSES: usize = 16;
+/// Circuit addresses in an advert.
+pub const MAX_CIRCUITS: usize = 4;
+/// Bytes of one circuit address.
+pub const MAX_CIRCUIT_BYTES: usize = 255;
 /// How far ahead an advert may expire. Adverts are refreshed every few minutes; one that claims days is not believed.
 pub const MAX_ADVERT_LIFETIME: Duration = Duration::from_secs(60 * 60);
 
@@ -56,6 +62,10 @@ pub struct Advert {
     pub popularity: Vec<u8>,
     /// Experts that it is about to host: others count them when they choose what to host, but do not call them.
     pub loading: HostedExperts,
+    /// How it is reached.
+    pub reachability: Reachability,
+    /// Where it is reached through relays: circuit addresses, at most [`MAX_CIRCUITS`] of at most [`MAX_CIRCUIT_BYTES`] each.
+    pub circuits: Vec<Multiaddr>,
 }
 
 /// An advert with its author's signature, not yet verified after decoding.
@@ -94,6 +104,9 @@ pub enum AdvertError {
     /// More addresses than allowed.
     #[error("{0} data addresses, more than the {MAX_DATA_ADDRESSES} allowed")]
     TooManyAddresses(usize),
+    /// More circuits than allowed, or one that is none, or is too long.
+    #[error("the advert's circuit addresses are not at most {MAX_CIRCUITS} addresses of relays")]
+    BadCircuit,
     /// An address nobody can dial.
     #[error("{0} is not an address that can be dialled")]
     BadAddress(SocketAddr),
@@ -179,6 +192,10 @@ impl Advert {
         }
         if let Some(address) = self.data_addresses.iter().find(|address| !can_be_dialled(address)) {
             return Err(AdvertError::BadAddress(*address));
+        }
+        let usable = |circuit: &Multiaddr| is_circuit(circuit) && circuit.len() <= MAX_CIRCUIT_BYTES;
+        if self.circuits.len() > MAX_CIRCUITS || !self.circuits.iter().all(usable) {
+            return Err(AdvertError::BadCircuit);
         }
         let dtypes = &self.wire_dtypes;
         if dtypes.is_empty() || WireDtype::ALL.iter().any(|known| dtypes.iter().filter(|d| *d == known).count() > 1) {

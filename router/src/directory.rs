@@ -1,11 +1,10 @@
 //! Who hosts what: the live list of peers with their adverts, connections and measured speed, shared by all requests.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, PeerId, Welcome};
+use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, Path, PeerId, Welcome};
 use tokio::sync::watch;
 
 use crate::plan::Candidate;
@@ -13,6 +12,8 @@ use crate::stats::{AnsweredCall, Expectation, PeerStats};
 
 /// A peer that failed once is set aside this long; each further failure in a row doubles it.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
+/// What a way through a relay counts for beyond its round trip: the relay's owner pays for it, and others share it.
+const RELAY_PENALTY: Duration = Duration::from_millis(20);
 /// The longest time a failing peer is set aside before it is tried again.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 
@@ -73,8 +74,8 @@ pub struct PeerReport {
     pub peer: PeerId,
     /// What it last said of itself.
     pub advert: Advert,
-    /// The data-plane address in use, if connected.
-    pub address: Option<SocketAddr>,
+    /// The way in use, if connected.
+    pub address: Option<Path>,
     /// The connection's smoothed round trip, if connected.
     pub round_trip: Option<Duration>,
     /// This client's own calls to it.
@@ -85,7 +86,8 @@ pub struct PeerReport {
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
     pub(crate) connection: DataConnection,
-    pub(crate) address: SocketAddr,
+    /// The way by which it was made.
+    pub(crate) path: Path,
     pub(crate) welcome: Welcome,
 }
 
@@ -102,9 +104,11 @@ struct Member {
 }
 
 impl Member {
-    /// The connection's round trip; zero when there is no connection.
+    /// What the connection's round trip counts for; zero when there is no connection.
     fn round_trip(&self) -> Duration {
-        self.link.as_ref().map(|link| link.connection.round_trip()).unwrap_or_default()
+        let Some(link) = &self.link else { return Duration::ZERO };
+        let relay = if link.path.is_relayed() { RELAY_PENALTY } else { Duration::ZERO };
+        link.connection.round_trip() + relay
     }
 }
 
@@ -150,7 +154,8 @@ impl Directory {
         match members.get_mut(&peer) {
             Some(member) => {
                 let differs = member.advert.hosted != advert.hosted || member.advert.draining != advert.draining;
-                if member.link.as_ref().is_some_and(|link| !advert.data_addresses.contains(&link.address)) {
+                let moved = |link: &Link| matches!(&link.path, Path::Data(at) if !advert.data_addresses.contains(at));
+                if member.link.as_ref().is_some_and(moved) {
                     member.link = None;
                 }
                 member.advert = advert;
@@ -202,6 +207,12 @@ impl Directory {
             tracing::info!(%peer, "peer left");
         }
         self.changed();
+    }
+
+    pub(crate) fn sent(&self, peer: &PeerId, now: Instant) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.stats.last_sent = Some(now);
+        }
     }
 
     pub(crate) fn answered(&self, peer: &PeerId, now: Instant, call: AnsweredCall) {
@@ -318,7 +329,7 @@ impl Directory {
             .map(|(&peer, member)| PeerReport {
                 peer,
                 advert: member.advert.clone(),
-                address: member.link.as_ref().map(|link| link.address),
+                address: member.link.as_ref().map(|link| link.path.clone()),
                 round_trip: member.link.as_ref().map(|link| link.connection.round_trip()),
                 stats: member.stats.clone(),
             })

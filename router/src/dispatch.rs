@@ -201,6 +201,7 @@ async fn call(
 ) -> Result<Vec<f32>, CallFailure> {
     let Some(link) = network.directory.link(&peer) else { return Err(CallFailure::Failed("not connected".into())) };
     let started = Instant::now();
+    network.directory.sent(&peer, started);
     let reply = link.connection.call(&outgoing.frame, network.config.call_timeout).await;
     let answer = match reply {
         Ok(Frame::Answer(answer)) => answer,

@@ -5,9 +5,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use hanse_protocol::discovery::Discovery;
+use futures::future::Either;
 use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::{Advert, DataEndpoint, Frame, Hello, ModelId, PeerId, Welcome, WireDtype};
+use hanse_protocol::discovery::{Discovery, Reachability};
+use hanse_protocol::{
+    Advert, DataConnection, DataEndpoint, Frame, Hello, ModelId, Multiaddr, Path, PeerId, Welcome, WireDtype,
+};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +28,12 @@ const ADVERT_INTERVAL: Duration = Duration::from_secs(5);
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(12);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the direct way is tried alone, where the peer says that there is one, before the control plane's connection is tried beside it.
+const HEAD_START: Duration = Duration::from_secs(1);
+/// How often a relayed peer is looked at for a hole-punched connection.
+const UPGRADE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the data-plane addresses of a peer that is reached otherwise are tried again.
+const DIRECT_INTERVAL: Duration = Duration::from_secs(30);
 /// A peer that is not connected and did not answer this often is forgotten until the DHT names it again.
 const FORGET_AFTER: u32 = 3;
 /// How many found peers may wait to be watched.
@@ -103,14 +112,15 @@ impl Membership {
     /// Watches one peer until it hosts nothing any more or cannot be reached.
     async fn keep_peer(&self, peer: PeerId) {
         let mut misses = 0;
+        let mut ways = Ways::default();
         loop {
             match self.read_advert(peer).await {
                 Ok(Some(advert)) => {
                     misses = 0;
-                    let addresses = advert.data_addresses.clone();
+                    ways.learn(&advert);
                     self.directory.update(peer, advert);
                     if self.directory.link(&peer).is_none() {
-                        match self.connect(peer, &addresses).await {
+                        match self.connect(peer, &mut ways).await {
                             Ok(link) => self.directory.connected(peer, link),
                             Err(reason) => {
                                 misses += 1;
@@ -126,7 +136,7 @@ impl Membership {
                 }
             }
             match self.directory.link(&peer) {
-                Some(link) => self.keep_link(peer, &link).await,
+                Some(link) => self.keep_link(peer, &link, &mut ways).await,
                 None if misses >= FORGET_AFTER => return,
                 None => tokio::time::sleep(EAGER_INTERVAL * 2u32.pow(misses)).await,
             }
@@ -135,9 +145,13 @@ impl Membership {
 
     /// Watches a link until it is time to read the peer's advert again: a closed one is dropped, and a peer that a request
     /// complained about is probed, so that it costs no second request anything.
-    async fn keep_link(&self, peer: PeerId, link: &Link) {
+    ///
+    /// A link that is not the data plane's own gives way to a better one as soon as there is one.
+    async fn keep_link(&self, peer: PeerId, link: &Link, ways: &mut Ways) {
         let next_advert = tokio::time::Instant::now() + ADVERT_INTERVAL;
         let mut changes = self.directory.subscribe();
+        let better = self.better_link(peer, link, ways);
+        tokio::pin!(better);
         loop {
             let probe_at = self.directory.probe_at(&peer).map(tokio::time::Instant::from_std);
             let probe = async {
@@ -159,6 +173,11 @@ impl Membership {
                         link.connection.close("no answer");
                     }
                 },
+                better = &mut better => {
+                    tracing::debug!(from = %link.path, to = %better.path, "better way found");
+                    self.directory.connected(peer, better);
+                    return;
+                }
                 () = tokio::time::sleep_until(next_advert) => return,
                 Ok(()) = changes.changed() => {}
             }
@@ -179,10 +198,31 @@ impl Membership {
         Ok(Some(advert))
     }
 
-    async fn connect(&self, peer: PeerId, addresses: &[SocketAddr]) -> Result<Link, String> {
+    /// The first way that leads to the peer: its data-plane addresses, or the control plane, on a relay if need be.
+    async fn connect(&self, peer: PeerId, ways: &mut Ways) -> Result<Link, String> {
+        ways.tried_direct = tokio::time::Instant::now();
+        let head_start = if ways.reachability == Reachability::Direct { HEAD_START } else { Duration::ZERO };
+        let direct = std::pin::pin!(self.connect_directly(peer, &ways.addresses));
+        let shared = std::pin::pin!(async {
+            tokio::time::sleep(head_start).await;
+            self.connect_shared(peer, ways.circuits.clone()).await
+        });
+        match futures::future::select(direct, shared).await {
+            Either::Left((Ok(link), _)) | Either::Right((Ok(link), _)) => Ok(link),
+            Either::Left((Err(reason), shared)) => shared.await.map_err(|other| format!("{reason}; {other}")),
+            Either::Right((Err(reason), direct)) => direct.await.map_err(|other| format!("{other}; {reason}")),
+        }
+    }
+
+    async fn connect_directly(&self, peer: PeerId, addresses: &[SocketAddr]) -> Result<Link, String> {
         let mut reasons = Vec::new();
         for &address in addresses {
-            match self.connect_to(peer, address).await {
+            let connected = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string());
+            let greeted = match connected {
+                Ok(connection) => self.greet(connection).await,
+                Err(reason) => Err(reason),
+            };
+            match greeted {
                 Ok(link) => return Ok(link),
                 Err(reason) => reasons.push(format!("{address}: {reason}")),
             }
@@ -190,19 +230,66 @@ impl Membership {
         Err(reasons.join("; "))
     }
 
-    async fn connect_to(&self, peer: PeerId, address: SocketAddr) -> Result<Link, String> {
-        let connection = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string())?;
+    /// The best connection of the control plane, which libp2p dials if there is none.
+    async fn connect_shared(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<Link, String> {
+        let connected = self.discovery.connect_data(peer, circuits, CONNECT_TIMEOUT).await;
+        self.greet(connected.map_err(|e| e.to_string())?).await
+    }
+
+    async fn greet(&self, connection: DataConnection) -> Result<Link, String> {
         let welcome = hello(&connection, &self.network, self.model).await?;
-        Ok(Link { connection, address, welcome })
+        Ok(Link { path: connection.path(), connection, welcome })
+    }
+
+    /// Completes when a better way than `link` was found.
+    async fn better_link(&self, peer: PeerId, link: &Link, ways: &mut Ways) -> Link {
+        loop {
+            if let Path::Data(_) = link.path {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(UPGRADE_INTERVAL).await;
+            if link.path.is_relayed()
+                && let Ok(shared) = self.connect_shared(peer, Vec::new()).await
+                && !shared.path.is_relayed()
+            {
+                return shared;
+            }
+            if ways.tried_direct.elapsed() >= DIRECT_INTERVAL {
+                ways.tried_direct = tokio::time::Instant::now();
+                if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
+                    return direct;
+                }
+            }
+        }
+    }
+}
+
+/// How a peer may be reached, by its advert.
+#[derive(Debug)]
+struct Ways {
+    addresses: Vec<SocketAddr>,
+    circuits: Vec<Multiaddr>,
+    reachability: Reachability,
+    tried_direct: tokio::time::Instant,
+}
+
+impl Default for Ways {
+    fn default() -> Self {
+        let tried_direct = tokio::time::Instant::now();
+        Self { addresses: Vec::new(), circuits: Vec::new(), reachability: Reachability::Direct, tried_direct }
+    }
+}
+
+impl Ways {
+    fn learn(&mut self, advert: &Advert) {
+        self.addresses.clone_from(&advert.data_addresses);
+        self.circuits.clone_from(&advert.circuits);
+        self.reachability = advert.reachability;
     }
 }
 
 /// Opens a data-plane conversation: says which network and model are meant and reads the peer's welcome.
-pub(crate) async fn hello(
-    connection: &hanse_protocol::DataConnection,
-    network: &str,
-    model: ModelId,
-) -> Result<Welcome, String> {
+pub(crate) async fn hello(connection: &DataConnection, network: &str, model: ModelId) -> Result<Welcome, String> {
     let hello = Frame::Hello(Hello { network: network.to_owned(), model });
     match connection.call(&hello, HELLO_TIMEOUT).await {
         Ok(Frame::Welcome(welcome)) if welcome.model == model => Ok(welcome),

@@ -37,6 +37,8 @@ pub struct PeerStats {
     pub rows: u64,
     /// Calls that failed or came too late.
     pub failures: u64,
+    /// When the last call was sent to it.
+    pub last_sent: Option<Instant>,
     /// Duration of each of the latest calls, and how much of it the peer says it computed.
     samples: VecDeque<(Duration, Duration)>,
     smoothed_latency: Option<f64>,

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hanse_model::Checkpoint;
 use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
 use hanse_protocol::{
     Advert, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameLimits, FrameStream, HostedExperts,
     Identity, PeerId, Refusal, RefusalCode, SignedAdvert, Welcome, WireDtype,
@@ -83,6 +83,8 @@ impl FakePeer {
             expires_unix_ms: now + 60_000,
             popularity: Vec::new(),
             loading: HostedExperts::new(),
+            reachability: Reachability::Direct,
+            circuits: Vec::new(),
         };
         let signed = SignedAdvert::sign(&advert, &identity).unwrap();
         discovery.announce(vec![(net.model, signed)], keys).await.unwrap();

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
 use hanse_model::{Checkpoint, Routing};
+use hanse_node::testnet::{Testnet, TestnetConfig, split};
 use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
 use hanse_router::{Client, ExpertLayout, GenerateRequest, ModelConfig, NetworkConfig, Usage};
 use serde::Serialize;
 
-use super::testnet::{Testnet, split};
 use crate::cli::BenchArgs;
 use crate::{model_id, output, paths};
 
@@ -76,8 +76,8 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let layout = layout_of(checkpoint.spec());
     let specs = split(&layout, usize::from(args.nodes), 1);
     let bar = output::spinner("starting volunteers");
-    let net = Testnet::start(&dir, &specs, |_| ()).await?;
-    let bootstrap = net.bootstrap()?.clone();
+    let net = Testnet::start(TestnetConfig::new(std::env::current_exe()?, &dir, specs.clone()), |_| ()).await?;
+    let bootstrap = net.bootstrap().context("no volunteer has an address")?.clone();
     let network = NetworkConfig { bootstrap: vec![bootstrap.clone()], wire: args.wire, ..NetworkConfig::default() };
     let client = Client::connect(&config, id, &Identity::generate(), network).await?;
     let local = {
@@ -100,8 +100,8 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         Ok(experts.iter().map(|(layer, _)| sizes.bytes_per_expert[*layer as usize]).sum())
     };
     let mut nodes = Vec::new();
-    for (process, spec) in net.processes.iter().zip(&specs) {
-        let pid = process.pid().context("a volunteer ended")?;
+    for (node, spec) in net.nodes().iter().zip(&specs) {
+        let pid = node.pid().context("a volunteer ended")?;
         let rss_bytes = resident(pid, "VmHWM:").context("cannot read a volunteer's memory")?;
         nodes.push(NodeMemory { expert_bytes: bytes_of(spec)?, rss_bytes });
     }

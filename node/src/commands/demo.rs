@@ -5,13 +5,13 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
 use hanse_model::Checkpoint;
+use hanse_node::testnet::{Node, Testnet, TestnetConfig, split};
 use hanse_protocol::{Identity, PeerId};
 use hanse_router::client::layout_of;
 use hanse_router::{Client, GenerateRequest, Generation, ModelConfig, NetworkConfig, PeerReport};
 use serde::Serialize;
 
 use super::generate::show;
-use super::testnet::{Testnet, split};
 use crate::cli::DemoArgs;
 use crate::{model_id, output, paths};
 
@@ -90,14 +90,20 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let bar = output::count_bar("starting volunteers");
     bar.set_length(nodes as u64);
     let specs = split(&layout, nodes, usize::from(args.replicas));
-    let mut net = Testnet::start(&dir, &specs, |running| bar.set_position(running as u64)).await?;
+    let mut net = Testnet::start(TestnetConfig::new(std::env::current_exe()?, &dir, specs), |running| {
+        bar.set_position(running as u64)
+    })
+    .await?;
     bar.finish_and_clear();
     say(format!(
         "started {nodes} volunteer processes; each expert has {} replicas, nobody has the whole model",
         args.replicas
     ));
 
-    let network = NetworkConfig { bootstrap: vec![net.bootstrap()?.clone()], ..NetworkConfig::default() };
+    let network = NetworkConfig {
+        bootstrap: vec![net.bootstrap().context("no volunteer has an address")?.clone()],
+        ..NetworkConfig::default()
+    };
     let client = Client::connect(&config, id, &Identity::generate(), network).await?;
     let joined = client.network().context("not on a network")?;
     let found = joined.wait_for_peers(nodes, FIND_TIMEOUT).await;
@@ -178,27 +184,27 @@ async fn stream(
 
 async fn kill_busiest(client: &Client, net: &mut Testnet) -> anyhow::Result<PeerId> {
     let busiest = client.peers().into_iter().max_by_key(|report| report.stats.calls).context("no peer is known")?;
-    let process = net.processes.iter_mut().find(|process| process.peer_id == busiest.peer);
-    let process = process.context("the busiest peer is not one of the volunteers started here")?;
-    process.kill().await?;
-    Ok(process.peer_id)
+    let node = net.nodes().iter().find(|node| node.peer_id() == busiest.peer);
+    let index = node.context("the busiest peer is not one of the volunteers started here")?.index();
+    net.kill(index).await?;
+    Ok(busiest.peer)
 }
 
 /// One row per volunteer that was started, also for one that is gone from the client's list.
 fn rows(net: &mut Testnet, reports: &[PeerReport]) -> Vec<PeerRow> {
-    let row = |process: &mut super::testnet::Process| {
-        let stats = reports.iter().find(|r| r.peer == process.peer_id).map(|r| r.stats.clone()).unwrap_or_default();
+    let row = |node: &mut Node| {
+        let stats = reports.iter().find(|r| r.peer == node.peer_id()).map(|r| r.stats.clone()).unwrap_or_default();
         PeerRow {
-            peer_id: process.peer_id.to_string(),
-            experts: process.experts,
+            peer_id: node.peer_id().to_string(),
+            experts: node.experts(),
             calls: stats.calls,
             rows: stats.rows,
             mean_ms: stats.mean().as_secs_f64() * 1e3,
             p99_ms: stats.quantile(0.99).as_secs_f64() * 1e3,
-            alive: process.is_alive(),
+            alive: node.is_alive(),
         }
     };
-    net.processes.iter_mut().map(row).collect()
+    net.nodes_mut().iter_mut().map(row).collect()
 }
 
 fn print_report(document: &Document) {

@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use hanse_model::Checkpoint;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
+use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
 use hanse_protocol::multiaddr::Protocol;
 use hanse_protocol::{Identity, Multiaddr};
 use serde::Serialize;
@@ -16,12 +17,17 @@ struct Ready {
     peer_id: String,
     addresses: Vec<String>,
     data_addresses: Vec<String>,
+    data_listen: String,
+    reachability: String,
     experts: usize,
     expert_bytes: u64,
     model_id: String,
 }
 
 pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
+    if args.until_stdin_closes {
+        hanse_node::testnet::die_with_parent();
+    }
     let data_dir = args.data_dir.clone().map_or_else(paths::data_dir, Ok)?;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
     let identity = Identity::load_or_create(&data_dir.join("identity.key"))?;
@@ -60,11 +66,19 @@ async fn start(args: &NodeArgs, identity: &Identity) -> anyhow::Result<Volunteer
         network: args.network.clone(),
         listen: args.listen.clone(),
         data_listen: args.data_listen,
+        advertise: args.advertise.clone(),
         bootstrap: args.bootstrap.clone(),
         // On loopback there is no local network to look around in.
         mdns: !args.no_mdns && !args.listen.iter().all(is_loopback),
+        reach: ReachConfig {
+            policy: if args.reachable { ReachPolicy::Reachable } else { ReachPolicy::Detect },
+            serve_relay: !args.no_relay,
+            upnp: !args.no_upnp,
+            ..ReachConfig::default()
+        },
         hosting,
         threads: args.threads,
+        ..VolunteerConfig::default()
     };
     let bar = output::count_bar("loading experts");
     let shown = bar.clone();
@@ -82,6 +96,8 @@ fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {
         peer_id: volunteer.peer_id().to_string(),
         addresses: volunteer.addresses().iter().map(ToString::to_string).collect(),
         data_addresses: volunteer.data_addresses().iter().map(ToString::to_string).collect(),
+        data_listen: volunteer.data_listen().to_string(),
+        reachability: volunteer.reachability().to_string(),
         experts: volunteer.store().len(),
         expert_bytes: volunteer.store().bytes(),
         model_id: volunteer.model().to_string(),

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use hanse_model::Checkpoint;
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
-use hanse_protocol::{Advert, DataEndpoint, Identity, ModelId, PeerId};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
+use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId};
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
@@ -74,7 +74,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     };
     let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
     let endpoint = bind_any(&identity)?;
-    let rows = adverts.iter().map(|(peer, advert)| peer_row(&endpoint, *peer, advert));
+    let rows = adverts.iter().map(|(peer, advert)| peer_row(&discovery, &endpoint, &args.join.network, *peer, advert));
     let mut peers = futures::future::join_all(rows).await;
     peers.sort_by(|a, b| a.peer_id.cmp(&b.peer_id));
     let document = Document { model_id: model.map(|id| id.to_string()), layers: layer_rows(&adverts), peers };
@@ -111,16 +111,43 @@ fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
     layers.into_iter().map(row).collect()
 }
 
-async fn peer_row(endpoint: &DataEndpoint, peer: PeerId, advert: &Advert) -> PeerRow {
-    let round_trip = first_round_trip(endpoint, peer, &advert.data_addresses).await;
+async fn peer_row(
+    discovery: &Discovery,
+    endpoint: &DataEndpoint,
+    network: &str,
+    peer: PeerId,
+    advert: &Advert,
+) -> PeerRow {
+    let mut round_trip = None;
+    if advert.reachability == Reachability::Direct {
+        round_trip = first_round_trip(endpoint, peer, &advert.data_addresses).await;
+    }
+    let mut reachability = round_trip.map_or("unreachable", |_| "direct");
+    if round_trip.is_none()
+        && let Ok(connection) = discovery.connect_data(peer, advert.circuits.clone(), CONNECT_TIMEOUT).await
+    {
+        round_trip = shared_round_trip(&connection, network, advert.model).await;
+        if round_trip.is_some() {
+            reachability = if connection.path().is_relayed() { "relayed" } else { "direct" };
+        }
+    }
     PeerRow {
         peer_id: peer.to_string(),
         addresses: advert.data_addresses.iter().map(ToString::to_string).collect(),
         experts: advert.hosted.count(),
         round_trip_ms: round_trip.map(|duration| duration.as_secs_f64() * 1e3),
         load: f64::from(advert.load_permille) / 1000.0,
-        reachability: if round_trip.is_some() { "direct" } else { "unreachable" },
+        reachability,
     }
+}
+
+/// How long a hello takes on a stream that is open already.
+async fn shared_round_trip(connection: &DataConnection, network: &str, model: ModelId) -> Option<Duration> {
+    let hello = Frame::Hello(Hello { network: network.to_owned(), model });
+    connection.call(&hello, CONNECT_TIMEOUT).await.ok()?;
+    let start = Instant::now();
+    connection.call(&hello, CONNECT_TIMEOUT).await.ok()?;
+    Some(start.elapsed())
 }
 
 async fn first_round_trip(endpoint: &DataEndpoint, peer: PeerId, addresses: &[SocketAddr]) -> Option<Duration> {

@@ -3,7 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Advert, AdvertError, HostedError, HostedExperts, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity};
+use libp2p::Multiaddr;
+
+use super::{
+    Advert, AdvertError, HostedError, HostedExperts, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity,
+};
+use crate::discovery::Reachability;
 use crate::{ModelId, WireDtype};
 
 const FORMAT: u16 = 1;
@@ -42,6 +47,12 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
     out.push((!advert.popularity.is_empty()).into());
     out.extend(popularity::pack(&advert.popularity));
     put_experts(&mut out, &advert.loading);
+    out.push(advert.reachability as u8);
+    out.push(advert.circuits.len() as u8);
+    for circuit in &advert.circuits {
+        out.push(circuit.len() as u8);
+        out.extend(circuit.as_ref());
+    }
     out
 }
 
@@ -78,6 +89,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         layers: layers(&mut rest)?,
         popularity: Vec::new(),
         loading: HostedExperts::new(),
+        reachability: Reachability::Unreachable,
+        circuits: Vec::new(),
     };
     advert.popularity = match rest.u8()? {
         0 => Vec::new(),
@@ -88,6 +101,13 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         _ => return Err(AdvertError::OutOfRange("popularity flag")),
     };
     advert.loading = experts(&mut rest)?;
+    advert.reachability = match rest.u8()? {
+        0 => Reachability::Direct,
+        1 => Reachability::Relayed,
+        2 => Reachability::Unreachable,
+        _ => return Err(AdvertError::OutOfRange("reachability")),
+    };
+    advert.circuits = circuits(&mut rest)?;
     match rest.0.len() {
         0 => Ok(advert),
         trailing => Err(AdvertError::TrailingBytes(trailing)),
@@ -142,6 +162,19 @@ fn data_addresses(rest: &mut Reader<'_>) -> Result<Vec<SocketAddr>, AdvertError>
                 _ => return Err(AdvertError::OutOfRange("address family")),
             };
             Ok(SocketAddr::new(ip, rest.u16()?))
+        })
+        .collect()
+}
+
+fn circuits(rest: &mut Reader<'_>) -> Result<Vec<Multiaddr>, AdvertError> {
+    let count = rest.u8()?;
+    if usize::from(count) > MAX_CIRCUITS {
+        return Err(AdvertError::BadCircuit);
+    }
+    (0..count)
+        .map(|_| {
+            let length = rest.u8()?;
+            Multiaddr::try_from(rest.take(length.into())?.to_vec()).map_err(|_| AdvertError::BadCircuit)
         })
         .collect()
 }

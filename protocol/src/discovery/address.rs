@@ -47,6 +47,10 @@ pub(super) fn is_public(address: &Multiaddr) -> bool {
     }
 }
 
+pub(super) fn is_quic(address: &Multiaddr) -> bool {
+    address.iter().any(|part| part == Protocol::QuicV1)
+}
+
 pub(super) fn is_loopback(address: &Multiaddr) -> bool {
     ip(address).is_some_and(|ip| ip.is_loopback())
 }

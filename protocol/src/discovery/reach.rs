@@ -58,11 +58,11 @@ impl Default for ReachConfig {
 pub enum Reachability {
     /// They dial it.
     #[default]
-    Direct,
+    Direct = 0,
     /// They go through a relay, and punch a hole where that succeeds.
-    Relayed,
+    Relayed = 1,
     /// Not at all, or not yet.
-    Unreachable,
+    Unreachable = 2,
 }
 
 impl std::fmt::Display for Reachability {

@@ -14,7 +14,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::address::is_unspecified;
+use super::address::{is_quic, is_unspecified};
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
@@ -291,6 +291,13 @@ impl SwarmTask {
         }
     }
 
+    /// A connection that nobody takes is not served; the caller asks another replica.
+    fn hand_over(&mut self, lane: Lane) {
+        if self.reports.lanes.try_send(lane).is_err() {
+            tracing::debug!("too many connections wait to be served");
+        }
+    }
+
     /// Tells the DHT, relays and handles what has changed in how others reach this member.
     fn update_reach(&mut self) {
         let direct = self.reach.is_direct();
@@ -340,6 +347,8 @@ impl SwarmTask {
         self.reports.addresses.send_modify(|all| {
             if !all.contains(&own) {
                 all.push(own);
+                // Over QUIC holes are punched most easily, so those who join should rather use it.
+                all.sort_by_key(|address| !is_quic(address));
             }
         });
     }
@@ -444,12 +453,7 @@ impl SwarmTask {
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
             }
-            BehaviourEvent::Frames(lane) => {
-                // One that nobody takes is not served; the caller asks another replica.
-                if self.reports.lanes.try_send(lane).is_err() {
-                    tracing::debug!("too many connections wait to be served");
-                }
-            }
+            BehaviourEvent::Frames(lane) => self.hand_over(lane),
             BehaviourEvent::Dcutr(event) => match event.result {
                 Ok(_) => tracing::debug!(peer = %event.remote_peer_id, "hole punched"),
                 Err(error) => tracing::debug!(peer = %event.remote_peer_id, %error, "no hole punched"),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
     Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, SignedAdvert, WireDtype,
     verify_signature,
@@ -34,6 +35,8 @@ fn advert() -> Advert {
         layers: [(0, 16), (5, 8)].into(),
         popularity: vec![1, 15, 3],
         loading: HostedExperts::new(),
+        reachability: Reachability::Relayed,
+        circuits: vec!["/ip4/192.0.2.1/udp/4001/quic-v1/p2p-circuit".parse().expect("a multiaddr")],
     }
 }
 
@@ -61,7 +64,8 @@ const GOLDEN: &str = "0100 000102030405060708090a0b0c0d0e0f101112131415161718191
     02  04 c0000207 5c12  06 20010db8000000000000000000000007 5d12
     00040000 fa00 00 0300000000000000 e0e36018a3010000
     0200  0000 1000  0500 0800
-    01 f1 03  0000";
+    01 f1 03  0000
+    01 01 0d 04c0000201 91020fa1 cd03 a202";
 
 #[test]
 fn an_advert_has_the_bytes_of_the_specification() {
@@ -120,6 +124,16 @@ fn addresses_that_cannot_be_dialled_are_refused() {
 }
 
 #[test]
+fn circuits_that_are_none_or_too_many_or_too_long_are_refused() {
+    let circuit = advert().circuits.remove(0);
+    assert_eq!(refused(|advert| advert.circuits = vec![circuit.clone(); 5]), AdvertError::BadCircuit);
+    let direct = "/ip4/192.0.2.1/udp/4001/quic-v1".parse().expect("a multiaddr");
+    assert_eq!(refused(|advert| advert.circuits.push(direct)), AdvertError::BadCircuit);
+    let long = format!("/dns4/{}/udp/4001/quic-v1/p2p-circuit", "x".repeat(250)).parse().expect("a multiaddr");
+    assert_eq!(refused(|advert| advert.circuits.push(long)), AdvertError::BadCircuit);
+}
+
+#[test]
 fn fields_out_of_range_are_refused() {
     assert!(matches!(refused(|a| a.load_permille = 1001), AdvertError::OutOfRange(_)));
     assert!(matches!(refused(|a| a.wire_dtypes.clear()), AdvertError::OutOfRange(_)));
@@ -162,7 +176,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[42] = 0), Err(HostedError::LayerOrder(0).into()));
     assert_eq!(
         verify(&|b| {
-            let at = b.len() - 9;
+            let at = b.len() - 25;
             b[at] = 0;
         }),
         Err(HostedError::LayerOrder(0).into())
@@ -172,8 +186,12 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
     assert_eq!(verify(&|b| b[51] = 5), Err(AdvertError::OutOfRange("address family")));
     let end = good.len();
-    assert_eq!(verify(&|b| b[end - 5] = 2), Err(AdvertError::OutOfRange("popularity flag")));
-    assert_eq!(verify(&|b| b[end - 3] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
+    assert_eq!(verify(&|b| b[end - 21] = 2), Err(AdvertError::OutOfRange("popularity flag")));
+    assert_eq!(verify(&|b| b[end - 19] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
+    assert_eq!(verify(&|b| b[end - 16] = 3), Err(AdvertError::OutOfRange("reachability")));
+    assert_eq!(verify(&|b| b[end - 15] = 5), Err(AdvertError::BadCircuit));
+    assert_eq!(verify(&|b| b[end - 14] = 12), Err(AdvertError::BadCircuit));
+    assert_eq!(verify(&|b| b[end - 14] = 14), Err(AdvertError::Truncated));
     assert_eq!(verify(&|b| b[52..56].fill(0)), Err(AdvertError::BadAddress("0.0.0.0:4700".parse().expect("v4"))));
 }
 

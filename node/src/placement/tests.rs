@@ -1,0 +1,181 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hanse_protocol::HostedExperts;
+
+use super::*;
+
+/// `layers` layers of `experts` experts of 10 bytes.
+fn table(layers: u32, experts: u32) -> Arc<ExpertTable> {
+    let layers: BTreeMap<u32, (u32, u64)> = (0..layers).map(|layer| (layer, (experts, 10))).collect();
+    Arc::new(ExpertTable::new(&layers))
+}
+
+fn set(experts: impl IntoIterator<Item = (u32, u32)>) -> HostedExperts {
+    let mut set = HostedExperts::new();
+    experts.into_iter().for_each(|(layer, expert)| set.insert(layer, expert).unwrap());
+    set
+}
+
+fn view(table: &Arc<ExpertTable>, members: &[HostedExperts]) -> View {
+    let mut view = View::new(table.clone());
+    members.iter().for_each(|member| view.add(member, &[], &HostedExperts::new()));
+    view
+}
+
+/// Whole layers.
+fn layers(layers: std::ops::Range<u32>, experts: u32) -> HostedExperts {
+    set(layers.flat_map(|layer| (0..experts).map(move |expert| (layer, expert))))
+}
+
+#[test]
+fn the_rarest_experts_are_taken_first() {
+    let hosted = set([(0, 0), (0, 1), (0, 2), (0, 3), (1, 1)]);
+    assert_eq!(choose(&view(&table(2, 4), &[hosted]), 30, 0), [(1, 0), (1, 2), (1, 3)]);
+}
+
+#[test]
+fn the_budget_is_never_exceeded_and_everything_is_taken_when_it_fits() {
+    let view = view(&table(2, 4), &[]);
+    assert_eq!(choose(&view, 39, 0).len(), 3);
+    assert_eq!(choose(&view, 1000, 1).len(), 8);
+    assert!(choose(&view, 9, 0).is_empty());
+    assert!(choose(&View::new(table_of_nothing()), 1000, 0).is_empty());
+}
+
+fn table_of_nothing() -> Arc<ExpertTable> {
+    Arc::new(ExpertTable::new(&BTreeMap::new()))
+}
+
+#[test]
+fn whole_layers_are_taken_where_all_experts_are_as_rare() {
+    let view = view(&table(8, 64), &[]);
+    for seed in 0..20 {
+        let chosen = choose(&view, 10 * 64 * 2, seed);
+        let layers: std::collections::BTreeSet<u32> = chosen.iter().map(|(layer, _)| *layer).collect();
+        assert_eq!((chosen.len(), layers.len()), (128, 2));
+    }
+}
+
+#[test]
+fn members_with_different_seeds_take_different_layers() {
+    let view = view(&table(16, 16), &[]);
+    let first_layers: std::collections::BTreeSet<u32> = (0..64).map(|seed| choose(&view, 10 * 16, seed)[0].0).collect();
+    assert!(first_layers.len() >= 12, "{first_layers:?}");
+    assert_eq!(choose(&view, 160, 7), choose(&view, 160, 7));
+}
+
+#[test]
+fn the_most_wanted_are_taken_where_all_have_enough_replicas() {
+    let table = table(4, 8);
+    let all = layers(0..4, 8);
+    let mut view = View::new(table);
+    for _ in 0..2 {
+        // Layer 2 is called 64 times as often as the others.
+        let steps: Vec<u8> = all.iter().map(|(layer, _)| if layer == 2 { 10 } else { 4 }).collect();
+        view.add(&all, &steps, &HostedExperts::new());
+    }
+    assert!(choose(&view, 80, 3).iter().all(|(layer, _)| *layer == 2));
+}
+
+#[test]
+fn what_others_are_loading_counts_as_a_replica() {
+    let mut view = View::new(table(2, 4));
+    view.add(&HostedExperts::new(), &[], &layers(0..1, 4));
+    assert_eq!(choose(&view, 40, 5), [(1, 0), (1, 1), (1, 2), (1, 3)]);
+}
+
+#[test]
+fn members_that_leave_and_adverts_that_expired_do_not_count() {
+    use hanse_protocol::{Advert, ModelId, WireDtype};
+    let advert = |draining, expires_unix_ms| Advert {
+        model: ModelId([0; 32]),
+        hosted: layers(0..1, 4),
+        layers: [(0, 4), (1, 4)].into(),
+        wire_dtypes: WireDtype::ALL.to_vec(),
+        data_addresses: Vec::new(),
+        capacity_rows: 1,
+        load_permille: 0,
+        draining,
+        sequence: 1,
+        expires_unix_ms,
+        popularity: Vec::new(),
+        loading: HostedExperts::new(),
+        reachability: hanse_protocol::discovery::Reachability::Direct,
+        circuits: Vec::new(),
+    };
+    let adverts = [advert(false, 2000), advert(true, 2000), advert(false, 1000)];
+    let view = View::of(table(2, 4), &adverts, 1000);
+    assert_eq!((view.members(), view.replicas(0, 0), view.replicas(1, 0)), (1, 1, 0));
+}
+
+#[test]
+fn a_lost_expert_is_taken_for_one_that_others_have() {
+    let table = table(4, 8);
+    // Three members host layers 0 to 2, nobody layer 3.
+    let own = layers(0..3, 8);
+    let found = rebalance(&view(&table, &[own.clone(), own.clone(), own.clone()]), &own, 240, 1).unwrap();
+    assert!(found.take.iter().all(|(layer, _)| *layer == 3), "{found:?}");
+    assert_eq!(found.take.len(), found.give.len());
+    assert!(found.gain >= HYSTERESIS * found.loss);
+}
+
+#[test]
+fn the_last_replica_is_never_given_up() {
+    let table = table(4, 8);
+    let own = layers(0..2, 8);
+    assert_eq!(rebalance(&view(&table, std::slice::from_ref(&own)), &own, 160, 1), None);
+    let loading_elsewhere = {
+        let mut view = view(&table, std::slice::from_ref(&own));
+        view.add(&HostedExperts::new(), &[], &own);
+        view
+    };
+    assert_eq!(rebalance(&loading_elsewhere, &own, 160, 1), None, "others do not host it yet");
+}
+
+#[test]
+fn spare_memory_is_used_without_giving_anything_up() {
+    let table = table(4, 8);
+    let own = layers(0..2, 8);
+    let found = rebalance(&view(&table, std::slice::from_ref(&own)), &own, 200, 1).unwrap();
+    assert!(found.give.is_empty() && table.bytes(&found.take) <= 40, "{found:?}");
+}
+
+#[test]
+fn small_differences_move_nothing() {
+    let table = table(4, 8);
+    // Three replicas of layers 0 and 1, two of layers 2 and 3.
+    let members = [layers(0..2, 8), layers(0..2, 8), layers(0..2, 8), layers(2..4, 8), layers(2..4, 8)];
+    let view = view(&table, &members);
+    for own in &members {
+        assert_eq!(rebalance(&view, own, 160, 1), None);
+    }
+}
+
+#[test]
+fn a_member_waits_for_its_turn_and_then_moves() {
+    let table = table(4, 8);
+    let own = layers(0..3, 8);
+    let view = view(&table, &[own.clone(), own.clone(), own.clone()]);
+    let pace = Pace { interval: Duration::from_secs(30), spacing: Duration::from_secs(10) };
+    let mut turns = Turns::new(pace, 5);
+    let Step::LookAt(at) = turns.step(&view, &own, 240, Duration::ZERO) else { panic!("not at once") };
+    assert!(at < Duration::from_secs(30));
+    assert!(matches!(turns.step(&view, &own, 240, at), Step::Move(_)));
+}
+
+#[test]
+fn few_of_a_thousand_members_move_for_one_opening() {
+    let table = table(4, 8);
+    let own = layers(0..3, 8);
+    let mut lost = view(&table, &vec![own.clone(); 999]);
+    lost.add(&set((0..7).map(|expert| (3, expert))), &[], &HostedExperts::new());
+    let drawn = (0..1000).filter(|seed| {
+        let mut turns = Turns::new(Pace::default(), *seed);
+        let Step::LookAt(at) = turns.step(&lost, &own, 240, Duration::ZERO) else { return false };
+        matches!(turns.step(&lost, &own, 240, at), Step::Move(_)) && at < Duration::from_secs(10)
+    });
+    let drawn = drawn.count();
+    assert!((1..=16).contains(&drawn), "{drawn} move before others can see the first");
+}

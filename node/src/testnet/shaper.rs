@@ -1,0 +1,256 @@
+//! A UDP proxy before one node's data plane, which makes the path to it long, unsteady, lossy or one-way.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::UdpSocket;
+use tokio::sync::{Notify, mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::shape::{Counts, Lane, Shape};
+
+/// The longest packet that UDP carries.
+const MAX_PACKET: usize = 65_535;
+/// Clients served at once; the one that has been silent longest makes room for another.
+const MAX_CLIENTS: usize = 256;
+/// Packets from the node that wait to be put on their way.
+const FROM_NODE_QUEUE: usize = 1024;
+
+/// A packet and the client that it is from or for.
+type Packet = (SocketAddr, Vec<u8>);
+
+/// A running proxy; it ends when dropped.
+#[derive(Debug)]
+pub struct Shaper {
+    address: SocketAddr,
+    paths: Arc<Paths>,
+    _task: AbortOnDropHandle<()>,
+}
+
+/// What the proxy's task and its owner share.
+#[derive(Debug)]
+struct Paths {
+    lanes: Mutex<Lanes>,
+    /// Something changed that the task should look at.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Lanes {
+    target: Option<SocketAddr>,
+    to_node: Lane<Packet>,
+    from_node: Lane<Packet>,
+}
+
+impl Paths {
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shaper {
+    /// Listens on a free loopback port, with the same shape in both directions. Packets are lost until there is a target.
+    ///
+    /// # Errors
+    /// No socket can be opened.
+    pub async fn start(shape: Shape, seed: u64) -> io::Result<Self> {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = socket.local_addr()?;
+        let lanes = Lanes {
+            target: None,
+            to_node: Lane::new(shape, seed),
+            from_node: Lane::new(shape, seed.wrapping_add(0x9e37_79b9_7f4a_7c15)),
+        };
+        let paths = Arc::new(Paths { lanes: Mutex::new(lanes), changed: Notify::new() });
+        let task = AbortOnDropHandle::new(tokio::spawn(run(Arc::new(socket), paths.clone())));
+        Ok(Self { address, paths, _task: task })
+    }
+
+    /// Where clients send to.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where the node listens from now on; `None` when it does not run.
+    pub fn set_target(&self, target: Option<SocketAddr>) {
+        self.paths.lanes().target = target;
+    }
+
+    /// What is done to packets on their way to the node and from it.
+    #[must_use]
+    pub fn shapes(&self) -> (Shape, Shape) {
+        let lanes = self.paths.lanes();
+        (lanes.to_node.shape(), lanes.from_node.shape())
+    }
+
+    /// Changes what is done to packets on their way to the node and from it.
+    pub fn set_shapes(&self, to_node: Shape, from_node: Shape) {
+        let mut lanes = self.paths.lanes();
+        lanes.to_node.set_shape(to_node);
+        lanes.from_node.set_shape(from_node);
+        drop(lanes);
+        self.paths.changed.notify_one();
+    }
+
+    /// What became of the packets to the node and from it.
+    #[must_use]
+    pub fn counts(&self) -> (Counts, Counts) {
+        let lanes = self.paths.lanes();
+        (lanes.to_node.counts(), lanes.from_node.counts())
+    }
+}
+
+/// One client's way out to the node: a socket of its own, as a router with address translation has it.
+struct Way {
+    socket: Arc<UdpSocket>,
+    used: Instant,
+    _reader: AbortOnDropHandle<()>,
+}
+
+async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>) {
+    let start = Instant::now();
+    let (sender, mut answers) = mpsc::channel::<Packet>(FROM_NODE_QUEUE);
+    let mut ways: HashMap<SocketAddr, Way> = HashMap::new();
+    let mut buffer = vec![0; MAX_PACKET];
+    loop {
+        let due = {
+            let lanes = paths.lanes();
+            [lanes.to_node.next_due(), lanes.from_node.next_due()].into_iter().flatten().min()
+        };
+        let coming = async {
+            match due {
+                Some(due) => tokio::time::sleep_until((start + due).into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = paths.changed.notified() => {}
+            () = coming => {}
+            Some((client, packet)) = answers.recv() => {
+                paths.lanes().from_node.enter(start.elapsed(), packet.len(), (client, packet));
+            }
+            // An error tells of an earlier packet that could not be delivered; that packet is lost.
+            received = socket.recv_from(&mut buffer) => if let Ok((length, client)) = received {
+                let packet = buffer.get(..length).unwrap_or_default().to_vec();
+                paths.lanes().to_node.enter(start.elapsed(), length, (client, packet));
+            }
+        }
+        let now = start.elapsed();
+        loop {
+            let (target, packet) = {
+                let mut lanes = paths.lanes();
+                (lanes.target, lanes.to_node.leave(now))
+            };
+            let Some((client, packet)) = packet else { break };
+            let Some(target) = target else { continue };
+            if let Some(way) = way_of(client, &mut ways, &sender).await {
+                // What the system does not take is lost, as on a real path.
+                let _ = way.send_to(&packet, target).await;
+            }
+        }
+        loop {
+            let packet = paths.lanes().from_node.leave(now);
+            let Some((client, packet)) = packet else { break };
+            let _ = socket.send_to(&packet, client).await;
+        }
+    }
+}
+
+async fn way_of(
+    client: SocketAddr,
+    ways: &mut HashMap<SocketAddr, Way>,
+    answers: &mpsc::Sender<Packet>,
+) -> Option<Arc<UdpSocket>> {
+    if let Some(way) = ways.get_mut(&client) {
+        way.used = Instant::now();
+        return Some(way.socket.clone());
+    }
+    if ways.len() >= MAX_CLIENTS {
+        let silent = ways.iter().min_by_key(|(_, way)| way.used).map(|(client, _)| *client);
+        silent.and_then(|client| ways.remove(&client));
+    }
+    let socket = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.ok()?);
+    let (reading, answers) = (socket.clone(), answers.clone());
+    let reader = tokio::spawn(async move {
+        let mut buffer = vec![0; MAX_PACKET];
+        loop {
+            match reading.recv_from(&mut buffer).await {
+                Ok((length, _)) => {
+                    let packet = buffer.get(..length).unwrap_or_default().to_vec();
+                    if answers.send((client, packet)).await.is_err() {
+                        return;
+                    }
+                }
+                // The node does not run; a pause, so that a lasting error does not keep a core busy.
+                Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    });
+    let way = Way { socket: socket.clone(), used: Instant::now(), _reader: AbortOnDropHandle::new(reader) };
+    ways.insert(client, way);
+    Some(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A node that sends everything back, a shaper before it, and a client.
+    async fn echo(shape: Shape) -> (Shaper, UdpSocket, AbortOnDropHandle<()>) {
+        let node = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let shaper = Shaper::start(shape, 1).await.unwrap();
+        shaper.set_target(Some(node.local_addr().unwrap()));
+        let node = AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut buffer = [0; 2048];
+            while let Ok((length, from)) = node.recv_from(&mut buffer).await {
+                node.send_to(&buffer[..length], from).await.unwrap();
+            }
+        }));
+        let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        client.connect(shaper.address()).await.unwrap();
+        (shaper, client, node)
+    }
+
+    async fn round_trip(client: &UdpSocket, packet: &[u8]) -> Option<Duration> {
+        let started = Instant::now();
+        client.send(packet).await.unwrap();
+        let mut buffer = [0; 2048];
+        let answer = tokio::time::timeout(Duration::from_millis(500), client.recv(&mut buffer)).await.ok()?;
+        assert_eq!(&buffer[..answer.unwrap()], packet);
+        Some(started.elapsed())
+    }
+
+    #[tokio::test]
+    async fn packets_go_there_and_back_after_the_round_trip() {
+        let rtt = Duration::from_millis(40);
+        let (shaper, client, _node) = echo(Shape::path(rtt, Duration::ZERO, 0.0)).await;
+        assert!(round_trip(&client, b"hello").await.unwrap() >= rtt);
+        let (to, from) = shaper.counts();
+        assert_eq!((to.passed, from.passed), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn a_path_that_is_cut_one_way_swallows_the_answers_until_it_is_healed() {
+        let (shaper, client, _node) = echo(Shape::default()).await;
+        assert!(round_trip(&client, b"one").await.is_some());
+        shaper.set_shapes(Shape::default(), Shape { cut: true, ..Shape::default() });
+        assert!(round_trip(&client, b"two").await.is_none());
+        let (to, from) = shaper.counts();
+        assert_eq!((to.passed, from.cut), (2, 1), "it came to the node, the answer did not come back");
+        shaper.set_shapes(Shape::default(), Shape::default());
+        assert!(round_trip(&client, b"three").await.is_some());
+    }
+
+    #[tokio::test]
+    async fn clients_are_told_apart() {
+        let (shaper, client, _node) = echo(Shape::default()).await;
+        let other = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        other.connect(shaper.address()).await.unwrap();
+        let (one, two) = tokio::join!(round_trip(&client, b"one"), round_trip(&other, b"two"));
+        assert!(one.is_some() && two.is_some());
+    }
+}

@@ -1,0 +1,191 @@
+//! What a volunteer hosts over time: the first choice, loading it, and moving capacity to where it is missed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::announcer::Announcer;
+use super::neighbours::Neighbours;
+use super::{Hosting, VolunteerConfig, VolunteerError};
+use crate::placement::{self, Move, Step, Turns};
+
+/// How long to wait for the network before choosing experts for a given memory.
+const LOOK_AROUND: Duration = Duration::from_secs(10);
+/// How long a member that joins waits for others who join at the same time.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// How many experts were moved since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Experts taken after the first choice.
+    pub taken: u64,
+    /// Experts given up for others.
+    pub given: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct MoveCounts {
+    taken: AtomicU64,
+    given: AtomicU64,
+}
+
+impl MoveCounts {
+    pub(super) fn moves(&self) -> Moves {
+        Moves { taken: self.taken.load(Ordering::Relaxed), given: self.given.load(Ordering::Relaxed) }
+    }
+}
+
+/// The task that decides what is hosted.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) announcer: Arc<Announcer>,
+    pub(super) neighbours: Neighbours,
+    pub(super) moves: Arc<MoveCounts>,
+    /// Layers of the model, dense ones included.
+    pub(super) layers: u32,
+    pub(super) config: VolunteerConfig,
+}
+
+impl Host {
+    /// Chooses and loads, reports when that is done, and from then on rebalances if only a size of memory was asked for.
+    pub(super) async fn run(
+        mut self,
+        progress: impl Fn(usize, usize) + Send + Sync + 'static,
+        report: oneshot::Sender<Result<(), VolunteerError>>,
+        cancel: CancellationToken,
+    ) {
+        let begun = tokio::select! {
+            () = cancel.cancelled() => return,
+            begun = self.begin(&progress) => begun,
+        };
+        let begun_well = begun.is_ok();
+        // Nobody may wait for it.
+        let _ = report.send(begun);
+        if let (true, Hosting::MemoryBytes(budget_bytes)) = (begun_well, self.config.hosting.clone()) {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = self.rebalance(budget_bytes) => {}
+            }
+        }
+    }
+
+    async fn begin(&mut self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<(), VolunteerError> {
+        let wanted = match &self.config.hosting {
+            Hosting::Experts(spec) => spec.resolve(&self.announcer.layout(), self.layers)?,
+            Hosting::MemoryBytes(bytes) => self.choose(*bytes).await?,
+        };
+        let shard = &self.announcer.shard;
+        shard.load(&wanted, &|done| progress(done, wanted.len())).await?;
+        self.announcer.announce().await
+    }
+
+    /// Looks, says what it is about to take, looks again in case another one chooses at the same time, and decides.
+    async fn choose(&mut self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
+        let joins = !self.config.bootstrap.is_empty() || self.config.mdns;
+        // Alone in the network there is nothing to look at, and every expert is equally rare.
+        let connected = joins && self.neighbours.wait_connected(LOOK_AROUND).await;
+        if joins && !connected {
+            tracing::warn!("nobody answered at the bootstrap addresses; choosing experts as the first member");
+        }
+        if connected {
+            self.neighbours.look(SETTLE).await;
+        }
+        let first = self.chosen(budget_bytes)?;
+        self.announcer.shard.claim(&first)?;
+        if !connected {
+            return Ok(first);
+        }
+        self.announcer.announce().await?;
+        tokio::time::sleep(SETTLE).await;
+        self.neighbours.look(SETTLE).await;
+        let second = self.chosen(budget_bytes)?;
+        if second != first {
+            self.announcer.shard.claim(&second)?;
+            self.announcer.announce().await?;
+        }
+        Ok(second)
+    }
+
+    fn chosen(&self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
+        let table = self.announcer.shard.table();
+        let view = self.neighbours.view_for_choice(table);
+        let chosen = placement::choose(&view, budget_bytes, self.neighbours.seed());
+        if chosen.is_empty() {
+            return Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes: table.smallest() });
+        }
+        Ok(chosen)
+    }
+
+    /// Moves capacity for ever. Nothing moves while calls are refused.
+    async fn rebalance(&mut self, budget_bytes: u64) {
+        let started = Instant::now();
+        let mut turns = Turns::new(self.config.pace, self.neighbours.seed());
+        let mut next = turns.next_look(Duration::ZERO);
+        loop {
+            tokio::time::sleep_until(started + next).await;
+            next = if self.announcer.refuses() {
+                turns.next_look(started.elapsed())
+            } else {
+                self.take_turn(&mut turns, budget_bytes, started).await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "not rebalanced");
+                    turns.next_look(started.elapsed())
+                })
+            };
+        }
+    }
+
+    /// Looks, moves if it is time to, and says when to look again.
+    async fn take_turn(
+        &mut self,
+        turns: &mut Turns,
+        budget_bytes: u64,
+        started: Instant,
+    ) -> Result<Duration, VolunteerError> {
+        let interval = self.config.pace.interval;
+        self.neighbours.look(interval).await;
+        let own = self.announcer.advert()?;
+        let view = self.neighbours.view(self.announcer.shard.table(), Some(&own));
+        match turns.step(&view, &own.hosted, budget_bytes, started.elapsed()) {
+            Step::LookAt(at) => Ok(at),
+            Step::Move(found) => {
+                self.carry_out(&found).await?;
+                // Where there was something to gain there often is more.
+                Ok(started.elapsed() + interval / 8)
+            }
+        }
+    }
+
+    /// Gives up first what must go, once others have heard of it and still host it, then loads what comes instead.
+    async fn carry_out(&mut self, found: &Move) -> Result<(), VolunteerError> {
+        let shard = self.announcer.shard.clone();
+        let (take, give) = (found.take.len(), found.give.len());
+        tracing::info!(take, give, gain = found.gain, loss = found.loss, "moving experts");
+        shard.claim(&found.take)?;
+        if !found.give.is_empty() {
+            shard.retire(&found.give)?;
+            self.announcer.announce().await?;
+            // Clients read adverts anew in this time, and others who would give up the same see that it goes.
+            tokio::time::sleep(self.config.pace.spacing).await;
+            self.neighbours.look(self.config.pace.interval).await;
+            let others = self.neighbours.view(shard.table(), None);
+            if found.give.iter().any(|(layer, expert)| others.replicas(*layer, *expert) == 0) {
+                tracing::info!("what was to be given up is wanted after all");
+                shard.retire(&[])?;
+                shard.claim(&[])?;
+                return self.announcer.announce().await;
+            }
+            shard.drop_experts(&found.give);
+            self.moves.given.fetch_add(give as u64, Ordering::Relaxed);
+        }
+        if let Err(error) = shard.load(&found.take, &|_| ()).await {
+            shard.claim(&[])?;
+            return Err(error);
+        }
+        self.moves.taken.fetch_add(take as u64, Ordering::Relaxed);
+        self.announcer.announce().await
+    }
+}
