@@ -16,13 +16,13 @@ mod resolve;
 mod task;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::relayed::Lane;
-use crate::{DataConnection, Identity, ModelId, SignedAdvert};
+use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
@@ -109,6 +109,13 @@ pub enum LookupError {
     /// No member of the network could be connected to in time.
     #[error("no member of the network answered at the bootstrap addresses within {0:?}")]
     NoBootstrap(Duration),
+}
+
+/// Milliseconds since 1970, as adverts count time.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A handle on the running control plane.
@@ -221,16 +228,32 @@ impl Discovery {
         Ok(receiver)
     }
 
-    /// Asks `peer` for its advert of `model`, or of every model it hosts. The adverts' signatures are not checked
-    /// here: see [`SignedAdvert::verify`]. Adverts that do not even decode are left out.
+    /// Asks `peer` for its advert of `model`, or of every model it hosts. Adverts that are not the peer's own or break a rule are
+    /// left out. One whose times are wrong counts all the same, since it comes from its author just now; that a clock is wrong is
+    /// logged.
     ///
     /// # Errors
     /// [`LookupError::Unreachable`] when the peer cannot be dialled or does not answer in time.
-    pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<SignedAdvert>, LookupError> {
+    pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<Advert>, LookupError> {
         let (answer, receiver) = oneshot::channel();
         self.send(Command::Adverts { peer, model, answer }).await?;
         let encoded = receiver.await.map_err(|_| LookupError::Stopped)??;
-        Ok(encoded.iter().filter_map(|bytes| SignedAdvert::decode(bytes).ok()).collect())
+        let now = unix_ms();
+        let read = |bytes: &Vec<u8>| SignedAdvert::decode(bytes).and_then(|signed| signed.verify_from(peer, now));
+        let mut adverts = Vec::new();
+        for bytes in &encoded {
+            match read(bytes) {
+                Ok((advert, wrong_times)) if model.is_none_or(|model| model == advert.model) => {
+                    if let Some(reason) = wrong_times {
+                        tracing::warn!(%peer, %reason, "this peer's clock or ours is wrong");
+                    }
+                    adverts.push(advert);
+                }
+                Ok((advert, _)) => tracing::debug!(%peer, model = %advert.model, "an advert that was not asked for"),
+                Err(reason) => tracing::debug!(%peer, %reason, "advert not believed"),
+            }
+        }
+        Ok(adverts)
     }
 
     /// How others reach this member; changes as AutoNAT, the router and relays have their say.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures::future::Either;
 use hanse_protocol::discovery::keys::ProviderKey;
@@ -53,12 +53,6 @@ pub(crate) struct Membership {
     pub(crate) model: ModelId,
     pub(crate) network: String,
     pub(crate) wire: WireDtype,
-}
-
-/// Milliseconds since 1970, as adverts count time.
-pub(crate) fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Membership {
@@ -189,12 +183,8 @@ impl Membership {
 
     /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
     async fn read_advert(&self, peer: PeerId) -> Result<Option<Advert>, String> {
-        let signed = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
-        let Some(signed) = signed.first() else { return Ok(None) };
-        let (signer, advert) = signed.verify(unix_ms()).map_err(|e| e.to_string())?;
-        if signer != peer || advert.model != self.model {
-            return Err(format!("it gave an advert of {signer} for model {}", advert.model));
-        }
+        let adverts = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
+        let Some(advert) = adverts.into_iter().next() else { return Ok(None) };
         if !advert.wire_dtypes.contains(&self.wire) {
             return Err(format!("it does not speak {} on the wire", self.wire));
         }
