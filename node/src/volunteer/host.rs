@@ -14,9 +14,9 @@ use super::{Hosting, VolunteerConfig, VolunteerError};
 use crate::placement::{self, Move, Step, Turns};
 
 /// How long to wait for the network before choosing experts for a given memory.
-const LOOK_AROUND: Duration = Duration::from_secs(10);
+pub(super) const LOOK_AROUND: Duration = Duration::from_secs(10);
 /// How long a member that joins waits for others who join at the same time.
-const SETTLE: Duration = Duration::from_secs(1);
+pub(super) const SETTLE: Duration = Duration::from_secs(1);
 
 /// How many experts were moved since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
