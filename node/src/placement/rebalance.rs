@@ -94,8 +94,9 @@ pub fn rebalance(view: &View, own: &HostedExperts, budget_bytes: u64, seed: u64)
             // Nothing leaves the network: what nobody else hosts stays.
             let mut give = block(&|at| mine[at] && view.hosted()[at] >= 2);
             if !give.experts.is_empty() {
-                // Scattered blocks go before those of a layer that is mostly here.
-                give.score *= 1.0 + WHOLE_LAYER_BONUS * share;
+                // Scattered blocks go before those of a layer that is mostly here; and not the same ones everywhere.
+                let whim = 0.5 + 0.5 * lot([seed, u64::from(layer.layer) << 32 | u64::from(start), 1]);
+                give.score *= (1.0 + WHOLE_LAYER_BONUS * share) * whim;
                 gives.push(give);
             }
         }

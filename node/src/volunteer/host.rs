@@ -170,7 +170,7 @@ impl Host {
             self.announcer.announce().await?;
             // Clients read adverts anew in this time, and others who would give up the same see that it goes.
             tokio::time::sleep(self.config.pace.spacing).await;
-            self.neighbours.look(self.config.pace.interval).await;
+            self.neighbours.refresh().await;
             let others = self.neighbours.view(shard.table(), None);
             if found.give.iter().any(|(layer, expert)| others.replicas(*layer, *expert) == 0) {
                 tracing::info!("what was to be given up is wanted after all");

@@ -11,8 +11,8 @@ use hanse_protocol::{Advert, HostedExperts, ModelId, PeerId};
 
 use crate::placement::{ExpertTable, View};
 
-/// A look at the whole network may take this long.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
+/// The DHT is listened to for so long: it names those that are there at once, and then waits for those that are not.
+const SEARCH_TIME: Duration = Duration::from_secs(1);
 /// A member that does not answer so soon counts as silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
 /// A provider that never answered is asked at every so many-th look only: the DHT names those that left for a while.
@@ -58,15 +58,25 @@ impl Neighbours {
         let looks = self.looks;
         self.silent.retain(|_, asked| looks.wrapping_sub(*asked) < ASK_SILENT_EVERY);
         to_read.retain(|peer| !self.silent.contains_key(peer));
-        let now = unix_ms();
-        let horizon = now.saturating_add(u64::try_from(until_next.as_millis()).unwrap_or(u64::MAX));
+        let horizon = unix_ms().saturating_add(u64::try_from(until_next.as_millis()).unwrap_or(u64::MAX));
         if to_read.len() > READ_ALL {
             let fresh = |peer: &PeerId| {
                 self.known.get(peer).is_some_and(|n| n.silent == 0 && n.advert.expires_unix_ms > horizon)
             };
             to_read.retain(|peer| !fresh(peer));
         }
-        let reads = to_read.into_iter().take(MAX_MEMBERS).map(|peer| {
+        self.read(to_read).await;
+    }
+
+    /// Reads the adverts of the members that are known already, and no others.
+    pub(super) async fn refresh(&mut self) {
+        let known = self.known.keys().copied().collect();
+        self.read(known).await;
+    }
+
+    async fn read(&mut self, peers: BTreeSet<PeerId>) {
+        let looks = self.looks;
+        let reads = peers.into_iter().take(MAX_MEMBERS).map(|peer| {
             let (discovery, model) = (self.discovery.clone(), self.model);
             async move {
                 let answer = tokio::time::timeout(READ_TIMEOUT, read(&discovery, peer, model)).await;
@@ -89,6 +99,7 @@ impl Neighbours {
                 },
             }
         }
+        let now = unix_ms();
         self.known.retain(|_, n| n.silent < SILENT_LOOKS && n.advert.expires_unix_ms > now);
         while self.silent.len() > MAX_MEMBERS {
             self.silent.pop_first();
@@ -106,7 +117,7 @@ impl Neighbours {
             }
         };
         // Running out of time is not an error: whoever was found is in.
-        let _ = tokio::time::timeout(LOOK_TIMEOUT, search).await;
+        let _ = tokio::time::timeout(SEARCH_TIME, search).await;
         found
     }
 
