@@ -3,6 +3,7 @@
 mod announcer;
 mod host;
 mod neighbours;
+mod preview;
 mod shard;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts, Demand};
 use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
+use crate::owner::Bandwidth;
 use crate::placement::Pace;
 use crate::server::Server;
 use crate::store::ExpertStore;
@@ -31,6 +33,7 @@ use neighbours::Neighbours;
 use shard::Shard;
 
 pub use host::Moves;
+pub use preview::{Preview, preview};
 
 /// (row, expert) pairs that may wait to be computed.
 const MAX_QUEUED_PAIRS: usize = 16 * 1024;
@@ -75,6 +78,8 @@ pub struct VolunteerConfig {
     pub threads: usize,
     /// With [`Hosting::MemoryBytes`]: how fast capacity moves to where it is missed.
     pub pace: Pace,
+    /// Bytes of answers and weights sent in a second at most; `None` for as many as the line takes.
+    pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
 }
@@ -97,6 +102,7 @@ impl Default for VolunteerConfig {
             hosting: Hosting::Experts(ExpertsSpec::All),
             threads: 0,
             pace: Pace::default(),
+            max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
         }
     }
@@ -234,6 +240,7 @@ impl Volunteer {
             counters: Counters::default(),
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
+            bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };
@@ -378,9 +385,10 @@ impl Volunteer {
             tokio::time::sleep(DRAIN_TIME).await;
         }
         self.serving.cancel();
+        let last = tokio::time::Instant::now() + STOP_TIMEOUT;
         for task in self.tasks {
             // What has not ended by then is cut off below.
-            let _ = tokio::time::timeout(STOP_TIMEOUT, task).await;
+            let _ = tokio::time::timeout_at(last, task).await;
         }
         self.endpoint.close().await;
         self.discovery.shutdown().await;
