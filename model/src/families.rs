@@ -81,7 +81,7 @@ const MLP_FUSED: &[(&str, &str)] = &[
 /// The family that `config.json` names.
 pub(crate) fn find(config: &Config<'_>) -> Result<&'static Family, ConfigError> {
     let Some(found) = config.text("model_type")? else {
-        return Err(ConfigError::Missing { key: "model_type".into() });
+        return Err(ConfigError::Missing { key: "model_type".into(), also: None });
     };
     FAMILIES
         .iter()

@@ -177,14 +177,26 @@ fn a_missing_key_is_named() {
         ("qwen2_moe", "moe_intermediate_size"),
         ("qwen3_moe", "intermediate_size"),
         ("granitemoe", "hidden_size"),
+        ("mixtral", "num_local_experts"),
+        ("granitemoe", "num_local_experts"),
+        ("olmoe", "num_experts"),
+        ("qwen2_moe", "num_experts"),
+        ("qwen3_moe", "num_experts"),
+        ("qwen3_moe", "num_experts_per_tok"),
+        ("mixtral", "num_experts_per_tok"),
+        ("granitemoe", "num_experts_per_tok"),
+        ("olmoe", "max_position_embeddings"),
+        ("mixtral", "max_position_embeddings"),
     ];
     for (family, key) in cases {
         let error = with_key(family, key, None);
         assert!(
-            matches!(&error, CheckpointError::Config(ConfigError::Missing { key: found }) if found == key),
+            matches!(&error, CheckpointError::Config(ConfigError::Missing { key: found, .. }) if found == key),
             "{error}"
         );
     }
+    let error = with_key("olmoe", "num_experts", Some(Value::Null)).to_string();
+    assert!(error.contains("`num_experts`") && error.contains("`num_local_experts`"), "{error}");
 }
 
 #[test]

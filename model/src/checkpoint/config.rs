@@ -10,10 +10,12 @@ pub enum ConfigError {
     #[error("config.json is not a JSON object: {0}")]
     NotJson(String),
     /// A key that has no default is absent.
-    #[error("config.json has no `{key}`")]
+    #[error("config.json has no `{key}`{}", or_also(*also))]
     Missing {
         /// The absent key.
         key: String,
+        /// What other versions of the format call it.
+        also: Option<&'static str>,
     },
     /// A key's value makes no sense.
     #[error("config.json: `{key}` is {value}, but {reason}")]
@@ -33,6 +35,10 @@ pub enum ConfigError {
         /// Names of all known families.
         known: String,
     },
+}
+
+fn or_also(also: Option<&str>) -> String {
+    also.map_or_else(String::new, |also| format!(" (nor `{also}`)"))
 }
 
 /// One JSON object of `config.json`: the whole file, or an object inside it.
@@ -110,7 +116,7 @@ impl<'a> Config<'a> {
     }
 
     fn missing(&self, key: &str) -> ConfigError {
-        ConfigError::Missing { key: self.name(key) }
+        ConfigError::Missing { key: self.name(key), also: None }
     }
 
     /// A whole number from `min` to `max`, `None` when absent or null.
@@ -128,6 +134,12 @@ impl<'a> Config<'a> {
     /// A whole number from 1 to `max` that must be there.
     pub(crate) fn size(&self, key: &str, max: usize) -> Result<usize, ConfigError> {
         self.whole(key, 1, max)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A whole number from 1 to `max` that must be there under one of two names.
+    pub(crate) fn size_of_either(&self, keys: [&'static str; 2], max: usize) -> Result<usize, ConfigError> {
+        let missing = || ConfigError::Missing { key: self.name(keys[0]), also: Some(keys[1]) };
+        self.whole(self.first(&keys), 1, max)?.ok_or_else(missing)
     }
 
     /// A finite number that `accept` accepts, `None` when absent or null.

@@ -3,6 +3,11 @@
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};
 
+/// The number of routed experts: Mixtral and Granite call it so, and transformers 5 in every family.
+pub(super) const NUM_LOCAL_EXPERTS: [&str; 2] = ["num_local_experts", "num_experts"];
+/// The number of routed experts in the other families.
+pub(super) const NUM_EXPERTS: [&str; 2] = ["num_experts", "num_local_experts"];
+
 /// Upper bounds of sizes. Their products stay far below the range of `usize`.
 pub(super) const MAX_LAYERS: usize = 1024;
 pub(super) const MAX_EXPERTS: usize = 4096;
@@ -13,14 +18,12 @@ const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 /// What a family assumes when `config.json` leaves a key out: what the configuration classes of transformers say.
+/// Only for keys that hub folders do leave out: a wrong guess computes something else, and nobody notices.
 pub(super) struct Defaults {
     pub(super) rms_norm_eps: f64,
     pub(super) rope_theta: f64,
     /// `None`: as many as query heads.
     pub(super) kv_heads: Option<usize>,
-    pub(super) max_positions: usize,
-    pub(super) experts: usize,
-    pub(super) top_k: usize,
 }
 
 /// The keys common to all families.
@@ -63,7 +66,7 @@ impl Decoder {
             let reason = format!("{kv_heads} key/value heads do not divide `num_attention_heads` ({heads})");
             return Err(config.invalid("num_key_value_heads", reason));
         }
-        let max_positions = whole_or(config, "max_position_embeddings", MAX_POSITIONS, defaults.max_positions)?;
+        let max_positions = config.size("max_position_embeddings", MAX_POSITIONS)?;
         match config.text("hidden_act")? {
             None | Some("silu" | "swish") => {}
             Some(_) => return Err(config.invalid("hidden_act", "only silu is supported")),
@@ -115,31 +118,21 @@ impl Decoder {
     }
 }
 
-/// Reads the routed experts: `intermediate_key` names their width. The gate and the shared expert are the family's.
+/// Reads the routed experts: `experts_keys` name their number, the classic key first, and `intermediate_key` their
+/// width. The gate and the shared expert are the family's.
 pub(super) fn read_moe(
     config: &Config<'_>,
-    defaults: &Defaults,
+    experts_keys: [&'static str; 2],
     intermediate_key: &str,
     gate: GateSpec,
 ) -> Result<MoeSpec, ConfigError> {
-    let experts_key = config.first(&["num_local_experts", "num_experts"]);
-    let experts = whole_or(config, experts_key, MAX_EXPERTS, defaults.experts)?;
-    let top_k = whole_or(config, "num_experts_per_tok", MAX_EXPERTS, defaults.top_k)?;
+    let experts = config.size_of_either(experts_keys, MAX_EXPERTS)?;
+    let top_k = config.size("num_experts_per_tok", MAX_EXPERTS)?;
     if top_k > experts {
         return Err(config.invalid("num_experts_per_tok", format!("there are only {experts} experts")));
     }
     let intermediate_size = config.size(intermediate_key, MAX_SIZE)?;
     Ok(MoeSpec { experts, top_k, intermediate_size, gate, shared: None })
-}
-
-/// A whole number of 1 or more. The family's default for an absent one is what the reference takes, but hub folders
-/// always have these keys: their absence is worth a warning.
-fn whole_or(config: &Config<'_>, key: &str, max: usize, default: usize) -> Result<usize, ConfigError> {
-    let found = config.whole(key, 1, max)?;
-    if found.is_none() {
-        tracing::warn!(key, default, "config.json lacks a key; taking the family's default");
-    }
-    Ok(found.unwrap_or(default))
 }
 
 /// Reads rope in the classic form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).

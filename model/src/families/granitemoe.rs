@@ -1,6 +1,6 @@
 //! IBM Granite 3 MoE. Source: the Granite 3.0 technical report, and arXiv:2408.13359 for the multipliers.
 
-use super::decoder::{Decoder, Defaults, read_moe};
+use super::decoder::{Decoder, Defaults, NUM_LOCAL_EXPERTS, read_moe};
 use super::{Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, SharedExpertSpec};
@@ -8,8 +8,7 @@ use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, La
 pub(super) const FAMILY: Family =
     Family { name: "granitemoe", spec: |config| spec(config, "granitemoe", None), tensors: tensors(SharedNames::None) };
 
-const DEFAULTS: Defaults =
-    Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: None, max_positions: 2048, experts: 8, top_k: 2 };
+const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: None };
 
 pub(super) const fn tensors(shared: SharedNames) -> TensorNames {
     TensorNames {
@@ -41,7 +40,7 @@ pub(super) fn spec(
         scale: multiplier("attention_multiplier")?,
         ..decoder.attention()
     };
-    let mut moe = read_moe(config, &DEFAULTS, "intermediate_size", GateSpec::TopKThenSoftmax)?;
+    let mut moe = read_moe(config, NUM_LOCAL_EXPERTS, "intermediate_size", GateSpec::TopKThenSoftmax)?;
     moe.shared = shared;
     let layer =
         LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };

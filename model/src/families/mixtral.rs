@@ -1,6 +1,6 @@
 //! Mixtral. Source: arXiv:2401.04088.
 
-use super::decoder::{Decoder, Defaults, MAX_POSITIONS, read_moe};
+use super::decoder::{Decoder, Defaults, MAX_POSITIONS, NUM_LOCAL_EXPERTS, read_moe};
 use super::{ExpertNames, Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec};
@@ -24,14 +24,14 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults =
-    Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, kv_heads: Some(8), max_positions: 131_072, experts: 8, top_k: 2 };
+const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, rope_theta: 1e6, kv_heads: Some(8) };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
     let attention =
         GroupedQuerySpec { sliding_window: config.whole("sliding_window", 1, MAX_POSITIONS)?, ..decoder.attention() };
-    let moe = read_moe(config, &DEFAULTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise: true })?;
+    let moe =
+        read_moe(config, NUM_LOCAL_EXPERTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise: true })?;
     let layer =
         LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };
     let layers = vec![layer; decoder.layers];

@@ -1,6 +1,6 @@
 //! OLMoE. Source: arXiv:2409.02060.
 
-use super::decoder::{Decoder, Defaults, read_moe};
+use super::decoder::{Decoder, Defaults, NUM_EXPERTS, read_moe};
 use super::{Family, MLP_EXPERTS, MLP_FUSED, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, QkNorm};
@@ -16,8 +16,7 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults =
-    Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4, kv_heads: None, max_positions: 4096, experts: 64, top_k: 8 };
+const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4, kv_heads: None };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -30,7 +29,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
         ..decoder.attention()
     };
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let moe = read_moe(config, &DEFAULTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
+    let moe = read_moe(config, NUM_EXPERTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
     let layer =
         LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };
     let layers = vec![layer; decoder.layers];

@@ -1,6 +1,6 @@
 //! Qwen1.5-MoE and Qwen2-MoE. Source: arXiv:2407.10671.
 
-use super::decoder::{Decoder, Defaults, MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, read_moe};
+use super::decoder::{Decoder, Defaults, MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, NUM_EXPERTS, read_moe};
 use super::{Family, MLP_EXPERTS, MLP_FUSED, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, SharedExpertSpec};
@@ -16,8 +16,7 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults =
-    Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(16), max_positions: 32_768, experts: 60, top_k: 4 };
+const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(16) };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -25,7 +24,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let windows = read_windows(config, decoder.layers)?;
     let intermediate_size = config.size("shared_expert_intermediate_size", MAX_SIZE)?;
     let shared = SharedExpertSpec { intermediate_size, gated: true };
-    let layers = read_feed_forward(config, &DEFAULTS, decoder.layers, Some(shared))?
+    let layers = read_feed_forward(config, decoder.layers, Some(shared))?
         .into_iter()
         .zip(windows)
         .map(|(feed_forward, sliding_window)| LayerSpec {
@@ -69,12 +68,11 @@ fn read_windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>
 /// `decoder_sparse_step` leaves out.
 pub(super) fn read_feed_forward(
     config: &Config<'_>,
-    defaults: &Defaults,
     layers: usize,
     shared: Option<SharedExpertSpec>,
 ) -> Result<Vec<FeedForwardSpec>, ConfigError> {
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let mut moe = read_moe(config, defaults, "moe_intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
+    let mut moe = read_moe(config, NUM_EXPERTS, "moe_intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
     moe.shared = shared;
     let step = config.whole("decoder_sparse_step", 1, MAX_LAYERS)?.unwrap_or(1);
     let mut dense = vec![false; layers];

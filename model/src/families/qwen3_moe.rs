@@ -17,8 +17,7 @@ pub(super) const FAMILY: Family = Family {
     },
 };
 
-const DEFAULTS: Defaults =
-    Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(4), max_positions: 32_768, experts: 128, top_k: 8 };
+const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(4) };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -38,7 +37,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
         sliding_window,
         ..decoder.attention()
     };
-    let layers = read_feed_forward(config, &DEFAULTS, decoder.layers, None)?
+    let layers = read_feed_forward(config, decoder.layers, None)?
         .into_iter()
         .map(|feed_forward| LayerSpec { attention: AttentionSpec::GroupedQuery(attention.clone()), feed_forward })
         .collect();
