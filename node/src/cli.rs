@@ -8,7 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
-use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
+use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::{ModelConfig, NetworkConfig};
 
@@ -66,17 +66,17 @@ pub(crate) struct ClientArgs {
     #[arg(long, value_name = "WHO", value_parser = parse_combine)]
     pub(crate) combine: Option<Combine>,
     /// Threads for the trunk; 0 takes one per core.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = threads)]
     pub(crate) threads: usize,
     /// What happens to an expert that has had no host for --patience: `none` fails and names it, `local` computes it here from
     /// the model folder.
     #[arg(long, value_enum, default_value_t = FallbackKind::None, value_name = "KIND")]
     pub(crate) fallback: FallbackKind,
     /// Seconds to wait for a host of an expert to come back.
-    #[arg(long, default_value_t = 10, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=86_400))]
     pub(crate) patience: u64,
     /// Seconds that joining the network may take.
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) join_timeout: u64,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct JoinArgs {
     #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// The network's name.
-    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]
+    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME", value_parser = network_name)]
     pub(crate) network: String,
     /// Look for members on the local network too (multicast DNS).
     #[arg(long)]
@@ -129,16 +129,16 @@ impl ClientArgs {
 #[derive(Debug, Args)]
 pub(crate) struct SamplingArgs {
     /// 0 always takes the likeliest token.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
     pub(crate) temperature: Option<f32>,
     /// Draw among the K likeliest tokens only.
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
     /// Draw among the likeliest tokens that together have probability P.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     pub(crate) top_p: Option<f32>,
     /// The same seed gives the same text.
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
 }
 
@@ -191,7 +191,7 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "ADDR", num_args = 1..)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// The network's name.
-    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME")]
+    #[arg(long, default_value = DEFAULT_NETWORK, value_name = "NAME", value_parser = network_name)]
     pub(crate) network: String,
     /// Do not look for members on the local network (multicast DNS). It is never done when listening on loopback only.
     #[arg(long)]
@@ -209,7 +209,7 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
     /// Threads that compute experts; 0 takes one per core.
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = threads)]
     pub(crate) threads: usize,
     /// Say which experts would be hosted and why, and do nothing.
     #[arg(long)]
@@ -261,7 +261,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     /// The prompt as token ids, such as 1,2,3.
-    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
     pub(crate) prompt_ids: Option<Vec<u32>>,
     /// The most tokens to add.
     #[arg(long, default_value_t = 128, value_name = "N")]
@@ -303,7 +303,7 @@ pub(crate) struct ScoreArgs {
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     /// The text as token ids, such as 1,2,3.
-    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
     pub(crate) prompt_ids: Option<Vec<u32>>,
     /// A file with the text.
     #[arg(long, value_name = "FILE")]
@@ -361,6 +361,30 @@ pub(crate) struct BenchArgs {
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn token_id(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| "it is not a token id".to_owned())
+}
+
+fn network_name(text: &str) -> Result<String, String> {
+    let rule = || format!("use 1 to {MAX_NETWORK_NAME} characters of a-z, 0-9 and -");
+    is_network_name(text).then(|| text.to_owned()).ok_or_else(rule)
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    let most = 1024;
+    text.parse().ok().filter(|&threads| threads <= most).ok_or_else(|| format!("it is not a number of at most {most}"))
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    let valid = |t: &f32| t.is_finite() && *t >= 0.0;
+    text.parse().ok().filter(valid).ok_or_else(|| "it is not a number of at least 0".to_owned())
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    let valid = |p: &f32| (0.0..=1.0).contains(p);
+    text.parse().ok().filter(valid).ok_or_else(|| "it is not a number from 0 to 1".to_owned())
 }
 
 fn parse_combine(text: &str) -> Result<Combine, String> {

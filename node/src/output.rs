@@ -5,13 +5,29 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Prints one JSON document on standard output.
-pub(crate) fn json(document: &impl serde::Serialize) -> anyhow::Result<()> {
+/// `println!` that returns an error instead of panicking when standard output is closed or full; with `?` built in.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::line(format_args!($($text)*))? };
+}
+pub(crate) use say;
+
+/// Prints a line on standard output: see [`say`].
+pub(crate) fn line(text: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    serde_json::to_writer(&mut out, document)?;
-    writeln!(out)?;
+    writeln!(out, "{text}")?;
     out.flush()?;
     Ok(())
+}
+
+/// Whether standard output was closed by its reader.
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.root_cause().downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// Prints one JSON document on standard output.
+pub(crate) fn json(document: &impl serde::Serialize) -> anyhow::Result<()> {
+    line(format_args!("{}", serde_json::to_string(document)?))
 }
 
 fn bar(template: &str, what: &'static str) -> ProgressBar {

@@ -7,7 +7,7 @@ pub mod lock;
 pub mod quiet_hours;
 
 pub use bandwidth::Bandwidth;
-pub use lock::DataDirLock;
+pub use lock::{DataDirLock, LockError};
 pub use quiet_hours::QuietHours;
 
 /// Others' load must fall to this share of the limit before a node that gave way comes back.

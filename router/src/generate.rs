@@ -95,7 +95,7 @@ pub enum GenerateError {
     #[error("the prompt is empty: give at least one token")]
     EmptyPrompt,
     /// The prompt leaves no room for an answer. Shorten it.
-    #[error("the prompt has {tokens} tokens, but the model's context is {context}")]
+    #[error("the prompt has {tokens} tokens and leaves no room in the model's context of {context}: shorten it")]
     PromptTooLong {
         /// Tokens in the prompt.
         tokens: usize,
@@ -134,10 +134,11 @@ pub fn generate(
     if request.prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);
     }
-    if request.prompt.len() >= context {
+    let room = context.checked_sub(request.prompt.len()).filter(|room| *room > 0 || request.max_tokens == 0);
+    let Some(room) = room else {
         return Err(GenerateError::PromptTooLong { tokens: request.prompt.len(), context });
-    }
-    let limit = request.max_tokens.min(context - request.prompt.len());
+    };
+    let limit = request.max_tokens.min(room);
     let mut sampler = Sampler::new(request.sampling.clone())?;
     let mut stop = StopStrings::new(request.stop.clone());
     let mut text = tokenizer.map(|tokenizer| tokenizer.stream(true));

@@ -14,6 +14,7 @@ use hanse_router::{Client, ExpertLayout, GenerateRequest, ModelConfig, NetworkCo
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
+use crate::output::say;
 use crate::{model_id, output, paths};
 
 /// Tokens of the prompt; any will do, since speed does not depend on them.
@@ -118,8 +119,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     if args.json {
         return output::json(&document);
     }
-    print_report(&document);
-    Ok(())
+    print_report(&document)
 }
 
 /// Local and network generations take turns, so that a machine that becomes slower meanwhile slows both.
@@ -230,37 +230,28 @@ fn resident(pid: u32, line: &str) -> Option<u64> {
     Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-fn print_report(document: &Document) {
+fn print_report(document: &Document) -> anyhow::Result<()> {
     let Document { generate, call, memory, .. } = document;
-    println!(
-        "{}, {} volunteers on loopback, {} on the wire\n",
-        document.model.display(),
-        document.nodes,
-        document.wire
-    );
-    println!(
-        "generate   local {:.1} tokens/s ({:.2} ms a step)",
-        generate.local_tokens_per_second, generate.local_step_ms
-    );
-    println!(
+    say!("{}, {} volunteers on loopback, {} on the wire\n", document.model.display(), document.nodes, document.wire);
+    say!("generate   local {:.1} tokens/s ({:.2} ms a step)", generate.local_tokens_per_second, generate.local_step_ms);
+    say!(
         "           network {:.1} tokens/s ({:.2} ms a step)",
-        generate.network_tokens_per_second, generate.network_step_ms
+        generate.network_tokens_per_second,
+        generate.network_step_ms
     );
-    println!("           network / local {:.3}, median of pairs", generate.ratio);
-    println!(
+    say!("           network / local {:.3}, median of pairs", generate.ratio);
+    say!(
         "           the law: MoE layers x mean call = {:.2} ms a step; {:.2} calls a layer",
-        generate.law_ms, generate.calls_per_layer
+        generate.law_ms,
+        generate.calls_per_layer
     );
-    println!("call       1 row, 1 expert, {} calls: p50 {:.0} us, p99 {:.0} us", call.calls, call.p50_us, call.p99_us);
-    println!("           of which computing: p50 {:.0} us, p99 {:.0} us", call.compute_p50_us, call.compute_p99_us);
+    say!("call       1 row, 1 expert, {} calls: p50 {:.0} us, p99 {:.0} us", call.calls, call.p50_us, call.p99_us);
+    say!("           of which computing: p50 {:.0} us, p99 {:.0} us", call.compute_p50_us, call.compute_p99_us);
     let trunk = output::bytes(memory.trunk_bytes);
-    println!("memory     checkpoint {}, trunk {trunk}", output::bytes(memory.checkpoint_bytes));
-    println!("           client {} at most", output::bytes(memory.client_rss_bytes));
+    say!("memory     checkpoint {}, trunk {trunk}", output::bytes(memory.checkpoint_bytes));
+    say!("           client {} at most", output::bytes(memory.client_rss_bytes));
     for node in &memory.nodes {
-        println!(
-            "           node {} at most, experts {}",
-            output::bytes(node.rss_bytes),
-            output::bytes(node.expert_bytes)
-        );
+        say!("           node {} at most, experts {}", output::bytes(node.rss_bytes), output::bytes(node.expert_bytes));
     }
+    Ok(())
 }

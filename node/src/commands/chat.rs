@@ -10,6 +10,7 @@ use hanse_router::{Client, GenerateRequest};
 use super::client;
 use super::generate::{footer, show};
 use crate::cli::ChatArgs;
+use crate::output::say;
 
 const HELP: &str = "/new starts over, /help shows this, /quit (or ctrl-D) leaves; ctrl-C stops an answer";
 
@@ -85,7 +86,7 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
         let token = tokio::select! {
             token = generation.next() => token,
             _ = tokio::signal::ctrl_c() => {
-                println!();
+                say!("");
                 eprintln!("[stopped]");
                 return Ok(text);
             }
@@ -99,7 +100,7 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
     let Some(summary) = generation.summary() else { bail!("the answer ended without a word") };
     show(&summary.rest)?;
     text.push_str(&summary.rest);
-    println!();
+    say!("");
     eprintln!("{}", footer(count, summary));
     Ok(text)
 }

@@ -56,9 +56,13 @@ pub(crate) fn prompt_ids(client: &Client, text: Option<&str>, ids: Option<&[u32]
 /// A file's text, within a size that a prompt can have.
 pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
     const LONGEST: u64 = 64 << 20;
-    let length = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
-    if length > LONGEST {
-        bail!("{} has {length} bytes: a text may have at most {LONGEST}", path.display());
+    let cannot = || format!("cannot read {}", path.display());
+    let mut text = String::new();
+    // Not by the size that the file system tells: a device has none.
+    let file = std::fs::File::open(path).with_context(cannot)?;
+    std::io::Read::read_to_string(&mut std::io::Read::take(file, LONGEST + 1), &mut text).with_context(cannot)?;
+    if text.len() as u64 > LONGEST {
+        bail!("{} is too long: a text may have at most {LONGEST} bytes", path.display());
     }
-    std::fs::read_to_string(path).with_context(|| format!("cannot read {} as text", path.display()))
+    Ok(text)
 }

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::generate::show;
 use crate::cli::DemoArgs;
+use crate::output::say;
 use crate::{model_id, output, paths};
 
 const DEFAULT_PROMPT: &str = "Once upon a time, there was a little fox named Pip.";
@@ -68,10 +69,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
 
 async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let dir = args.model.clone().map_or_else(paths::bundled_model, Ok)?;
-    let say = |line: String| {
+    let tell = |line: String| -> anyhow::Result<()> {
         if !args.json {
-            println!("{line}");
+            say!("{line}");
         }
+        Ok(())
     };
     let config = ModelConfig { dir: dir.clone(), threads: 1 };
     let opening = {
@@ -85,8 +87,9 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let (layout, family, id, local) = tokio::task::spawn_blocking(opening).await??;
     let total: u32 = layout.layers.values().sum();
     let nodes = usize::from(args.nodes);
-    say(format!("{}: {family}, {} MoE layers, {total} experts", dir.display(), layout.layers.len()));
+    tell(format!("{}: {family}, {} MoE layers, {total} experts", dir.display(), layout.layers.len()))?;
 
+    let tokenizer = local.tokenizer().context("the model folder has no tokenizer.json")?.clone();
     let bar = output::count_bar("starting volunteers");
     bar.set_length(nodes as u64);
     let specs = split(&layout, nodes, usize::from(args.replicas));
@@ -95,10 +98,10 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     })
     .await?;
     bar.finish_and_clear();
-    say(format!(
+    tell(format!(
         "started {nodes} volunteer processes; each expert has {} replicas, nobody has the whole model",
         args.replicas
-    ));
+    ))?;
 
     let network = NetworkConfig {
         bootstrap: vec![net.bootstrap().context("no volunteer has an address")?.clone()],
@@ -107,9 +110,8 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let client = Client::connect(&config, id, &Identity::generate(), network).await?;
     let joined = client.network().context("not on a network")?;
     let found = joined.wait_for_peers(nodes, FIND_TIMEOUT).await;
-    say(format!("found {found} peers through the DHT, starting from one address\n"));
+    tell(format!("found {found} peers through the DHT, starting from one address\n"))?;
 
-    let tokenizer = client.tokenizer().context("the model folder has no tokenizer.json")?;
     let prompt = args.prompt.clone().unwrap_or_else(|| DEFAULT_PROMPT.to_owned());
     let request = GenerateRequest::greedy(tokenizer.encode(&prompt, true)?, args.max_tokens);
     if !args.json {
@@ -136,7 +138,7 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     if args.json {
         output::json(&document)?;
     } else {
-        print_report(&document);
+        print_report(&document)?;
     }
     if !identical {
         bail!("the network's tokens differ from those computed locally");
@@ -174,7 +176,7 @@ async fn stream(
     text.push_str(&summary.rest);
     if !args.json {
         show(&summary.rest)?;
-        println!("\n");
+        say!("\n");
     }
     if args.kill && killed.is_none() {
         bail!("the answer was over before a volunteer could be killed: give a larger --max-tokens");
@@ -207,7 +209,7 @@ fn rows(net: &mut Testnet, reports: &[PeerReport]) -> Vec<PeerRow> {
     net.nodes_mut().iter_mut().map(row).collect()
 }
 
-fn print_report(document: &Document) {
+fn print_report(document: &Document) -> anyhow::Result<()> {
     let mut table = output::table(&["peer id", "experts", "calls", "rows", "mean ms", "p99 ms", ""]);
     for peer in &document.peers {
         table.add_row([
@@ -220,8 +222,9 @@ fn print_report(document: &Document) {
             if peer.alive { String::new() } else { "killed".to_owned() },
         ]);
     }
-    println!("{table}\n");
+    say!("{table}\n");
     let verdict = if document.identical { "identical to" } else { "DIFFERENT FROM" };
     let (count, speed) = (document.tokens.len(), document.tokens_per_second);
-    println!("{count} tokens, {speed:.1} tokens/s over the network: {verdict} the same model computed in one process");
+    say!("{count} tokens, {speed:.1} tokens/s over the network: {verdict} the same model computed in one process");
+    Ok(())
 }

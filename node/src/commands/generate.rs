@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::client;
 use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::output;
+use crate::output::say;
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -93,9 +94,9 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
     show(&summary.rest)?;
     if client.tokenizer().is_none() {
         // Without a tokenizer there is no text to show.
-        print!("{}", tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
+        show(&tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))?;
     }
-    println!();
+    say!("");
     eprintln!("{}", footer(tokens.len(), summary));
     Ok(())
 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::cli::InspectArgs;
 use crate::output;
+use crate::output::say;
 
 #[derive(Serialize)]
 struct Report {
@@ -46,16 +47,13 @@ pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<()> {
     }
     let total = (report.trunk_bytes + report.expert_bytes).max(1);
     let share = 100.0 * report.expert_bytes as f64 / total as f64;
-    println!("family        {}", report.family);
-    println!("layers        {}, of which {} with experts", report.layers, report.moe_layers);
-    println!("hidden size   {}", report.hidden_size);
-    println!("vocabulary    {} tokens, context {} tokens", report.vocab_size, report.context);
-    println!("experts       {} per layer, {} chosen per token", report.experts, report.top_k);
-    println!("trunk         {}: what every client keeps", output::bytes(report.trunk_bytes));
-    println!(
-        "experts       {} ({share:.1} % of the weights): what volunteers share",
-        output::bytes(report.expert_bytes)
-    );
-    println!("one expert    {}", output::bytes(report.bytes_per_expert));
+    say!("family        {}", report.family);
+    say!("layers        {}, of which {} with experts", report.layers, report.moe_layers);
+    say!("hidden size   {}", report.hidden_size);
+    say!("vocabulary    {} tokens, context {} tokens", report.vocab_size, report.context);
+    say!("experts       {} per layer, {} chosen per token", report.experts, report.top_k);
+    say!("trunk         {}: what every client keeps", output::bytes(report.trunk_bytes));
+    say!("experts       {} ({share:.1} % of the weights): what volunteers share", output::bytes(report.expert_bytes));
+    say!("one expert    {}", output::bytes(report.bytes_per_expert));
     Ok(())
 }

@@ -2,13 +2,14 @@
 
 mod plan;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use hanse_model::Checkpoint;
 use hanse_node::owner::control::{Command, Control, Request};
 use hanse_node::owner::load::{OthersLoad, cpu_time, load_average};
-use hanse_node::owner::{Comfort, DataDirLock, minute_of_day};
+use hanse_node::owner::{Comfort, DataDirLock, LockError, minute_of_day};
 use hanse_node::placement::ExpertTable;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
@@ -19,6 +20,7 @@ use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use crate::cli::NodeArgs;
+use crate::output::say;
 use crate::{model_id, output, paths};
 
 /// A node that was asked to leave has gone after this, whatever its clients do.
@@ -46,8 +48,7 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     if args.plan {
         return plan::run(&args, &data_dir).await;
     }
-    std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
-    let _lock = DataDirLock::acquire(&data_dir)?;
+    let (data_dir, _lock) = hold(data_dir, args.data_dir.is_some())?;
     let identity = Identity::load_or_create(&data_dir.join("identity.key"))?;
     // The signals are caught from here on, so that one that comes while the node starts is not lost.
     let leaving = leave_signal(args.until_stdin_closes)?;
@@ -76,16 +77,41 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     };
     bar.finish_and_clear();
     if !args.json {
-        println!("leaving ({why}): finishing calls in progress");
+        say!("leaving ({why}): finishing calls in progress");
     }
     let Ok(served) = tokio::time::timeout(LEAVE_LIMIT, volunteer.shutdown()).await else {
         tracing::warn!("some calls did not end within {LEAVE_LIMIT:?}");
         return Ok(());
     };
     if !args.json {
-        println!("served {} calls, {} rows", served.calls, served.pairs);
+        say!("served {} calls, {} rows", served.calls, served.pairs);
     }
     Ok(())
+}
+
+/// Takes hold of the data folder. If it is the default one and another node has it, a further one beside it is taken, so that
+/// a second node on a machine has an identity of its own.
+fn hold(dir: PathBuf, was_named: bool) -> anyhow::Result<(PathBuf, DataDirLock)> {
+    const MOST: usize = 64;
+    let mut candidate = dir.clone();
+    for number in 2..=MOST + 1 {
+        std::fs::create_dir_all(&candidate).with_context(|| format!("cannot create {}", candidate.display()))?;
+        match DataDirLock::acquire(&candidate) {
+            Err(LockError::InUse { .. }) if !was_named && number <= MOST => {
+                let mut name = dir.clone().into_os_string();
+                name.push(format!("-{number}"));
+                candidate = name.into();
+            }
+            outcome => {
+                let lock = outcome?;
+                if candidate != dir {
+                    eprintln!("{} is in use by another node: this one uses {}", dir.display(), candidate.display());
+                }
+                return Ok((candidate, lock));
+            }
+        }
+    }
+    bail!("{MOST} nodes run on this machine: give this one a folder of its own with --data-dir")
 }
 
 /// Reports when everything is loaded, and pauses and resumes as the owner wants; ends only if the experts cannot be loaded.
@@ -125,7 +151,7 @@ async fn serve(
             changed.unwrap_or_else(|error| tracing::warn!(%error, "advert not renewed"));
             tracing::info!(%state, "by the owner's wish");
             if !args.json {
-                println!("{state}");
+                say!("{state}");
             }
             paused_for = reason;
         }
@@ -212,14 +238,14 @@ fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {
     if json {
         return output::json(&ready);
     }
-    println!("peer id   {}", ready.peer_id);
-    println!("model     {}", ready.model_id);
-    println!("hosting   {} experts, {}", ready.experts, output::bytes(ready.expert_bytes));
-    println!("others join through");
+    say!("peer id   {}", ready.peer_id);
+    say!("model     {}", ready.model_id);
+    say!("hosting   {} experts, {}", ready.experts, output::bytes(ready.expert_bytes));
+    say!("others join through");
     for address in &ready.addresses {
-        println!("  --bootstrap {address}");
+        say!("  --bootstrap {address}");
     }
-    println!("serving; ctrl-C to leave");
+    say!("serving; ctrl-C to leave");
     Ok(())
 }
 

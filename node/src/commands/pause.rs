@@ -4,6 +4,7 @@ use anyhow::{Context as _, bail};
 use hanse_node::owner::control::{Command, ask};
 
 use crate::cli::ControlArgs;
+use crate::output::say;
 use crate::paths;
 
 pub(crate) async fn run(args: ControlArgs, command: Command) -> anyhow::Result<()> {
@@ -14,6 +15,6 @@ pub(crate) async fn run(args: ControlArgs, command: Command) -> anyhow::Result<(
     if let Some(reason) = answer.strip_prefix("error: ") {
         bail!("{reason}");
     }
-    println!("{answer}");
+    say!("{answer}");
     Ok(())
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::client;
 use crate::cli::ScoreArgs;
 use crate::output;
+use crate::output::say;
 
 #[derive(Serialize)]
 struct Document<'a> {
@@ -39,14 +40,15 @@ pub(crate) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
         let (logprobs, perplexity) = (&score.logprobs, score.perplexity);
         return output::json(&Document { tokens: &tokens, logprobs, perplexity, network: &score.network });
     }
-    println!("tokens      {}", tokens.len());
-    println!("perplexity  {:.4}", score.perplexity);
+    say!("tokens      {}", tokens.len());
+    say!("perplexity  {:.4}", score.perplexity);
     Ok(())
 }
 
 fn write_logits(path: &Path, logits: &[f32], tokens: usize, vocab: usize) -> anyhow::Result<()> {
     let bytes: Vec<u8> = logits.iter().flat_map(|value| value.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![tokens, vocab], &bytes).context("logits of an odd size")?;
-    safetensors::serialize_to_file(HashMap::from([("logits", view)]), None, path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    // Written to what is there, be it a link or a device, and not put in its place.
+    let bytes = safetensors::serialize(HashMap::from([("logits", view)]), None)?;
+    std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -13,6 +13,7 @@ use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
+use crate::output::say;
 use crate::{model_id, output};
 
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -83,8 +84,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     if args.json {
         return output::json(&document);
     }
-    print_report(&document);
-    Ok(())
+    print_report(&document)
 }
 
 /// A model named by its id or by a folder that holds it.
@@ -161,18 +161,22 @@ async fn first_round_trip(endpoint: &DataEndpoint, peer: PeerId, addresses: &[So
     None
 }
 
-fn print_report(document: &Document) {
+fn print_report(document: &Document) -> anyhow::Result<()> {
     let Some(model) = &document.model_id else {
-        println!("the network is reachable, but nobody hosts a model");
-        return;
+        say!("the network is reachable, but nobody hosts a model");
+        return Ok(());
     };
-    println!("model {model}\n");
+    if document.peers.is_empty() {
+        say!("nobody hosts model {model}");
+        return Ok(());
+    }
+    say!("model {model}\n");
     let mut layers = output::table(&["layer", "experts", "replicas", "missing"]);
     for row in &document.layers {
         let missing = hanse_router::directory::ranges(&row.missing);
         layers.add_row([row.layer.to_string(), row.experts.to_string(), row.min_replicas.to_string(), missing]);
     }
-    println!("{layers}\n");
+    say!("{layers}\n");
     let mut peers = output::table(&["peer", "experts", "round trip", "load", "reach", "address"]);
     for row in &document.peers {
         peers.add_row([
@@ -184,9 +188,10 @@ fn print_report(document: &Document) {
             row.addresses.first().cloned().unwrap_or_default(),
         ]);
     }
-    println!("{peers}");
+    say!("{peers}");
     let missing: usize = document.layers.iter().map(|row| row.missing.len()).sum();
     if missing > 0 {
-        println!("\n{missing} experts have no host: the model cannot be used until volunteers take them");
+        say!("\n{missing} experts have no host: the model cannot be used until volunteers take them");
     }
+    Ok(())
 }

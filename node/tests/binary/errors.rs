@@ -1,11 +1,12 @@
 //! What a user sees when something is wrong: one clear line on standard error, nothing on standard output, and a status.
 
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{LOOPBACK, Node, run, text, tiny_moe};
+use crate::{LOOPBACK, Node, hanse, home, run, text, tiny_moe};
 
 /// The one line on standard error of a command that fails with status 1.
 fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
@@ -125,12 +126,27 @@ fn a_token_outside_the_vocabulary_is_refused_also_on_a_network() {
     assert_eq!(there, message);
 }
 
+#[cfg(unix)]
 #[test]
-fn sampling_that_makes_no_sense_is_refused() {
+fn a_full_or_closed_output_is_an_error_and_no_panic() {
     let model = tiny_moe();
-    let args = ["generate", "--local", "--prompt-ids", "1", "--model", model.to_str().unwrap()];
-    contains(&error(args.into_iter().chain(["--temperature=-1"])), &["temperature", "-1"]);
-    contains(&error(args.into_iter().chain(["--top-p=1.5"])), &["top_p", "1.5"]);
+    let args = ["inspect", "--model", model.to_str().unwrap()];
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = hanse(&home()).args(args).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    contains(&text(&output.stderr), &["No space left"]);
+    let mut closed = hanse(&home()).args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(closed.stdout.take());
+    let output = closed.wait_with_output().unwrap();
+    assert_eq!(text(&output.stderr), "", "whoever read has seen enough");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_text_without_end_is_refused() {
+    let model = tiny_moe();
+    let message = error(["score", "--file", "/dev/zero", "--model", model.to_str().unwrap()]);
+    contains(&message, &["/dev/zero", "too long"]);
 }
 
 fn generate_over(model: &Path, bootstrap: &str, timeout: &str) -> String {
@@ -215,6 +231,17 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
         (&["generate", "--model", model, "--bootstrap", "nowhere", "--prompt", "x"], "nowhere"),
         (&["generate", "--model", model, "--local", "--prompt", "x", "--wire", "f8"], "f8"),
         (&["generate", "--model", model, "--local", "--prompt", "x", "--combine", "nobody"], "nobody"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--temperature", "NaN"], "--temperature"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--top-p", "1.5"], "--top-p"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--seed", "-1"], "--seed"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--threads", "100000"], "--threads"),
+        (&["generate", "--model", model, "--mdns", "--prompt", "x", "--network", "Not a name"], "--network"),
+        (&["generate", "--model", model, "--mdns", "--prompt", "x", "--join-timeout", "0"], "--join-timeout"),
+        (
+            &["generate", "--model", model, "--mdns", "--prompt", "x", "--join-timeout", "18446744073709551615"],
+            "--join",
+        ),
         (&["chat", "--model", model], "--bootstrap"),
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),

@@ -78,7 +78,7 @@ fn signal(pid: u32, name: &str) {
 struct Node {
     child: Child,
     ready: Value,
-    _home: TempDir,
+    _home: Option<TempDir>,
 }
 
 impl Node {
@@ -89,13 +89,23 @@ impl Node {
 
     fn with<S: AsRef<std::ffi::OsStr>>(model: &Path, args: impl IntoIterator<Item = S>) -> Self {
         let home = home();
-        let mut command = hanse(&home);
+        Self::at(&home, model, args).keeping(home)
+    }
+
+    /// With whatever it keeps in `home`.
+    fn at<S: AsRef<std::ffi::OsStr>>(home: &TempDir, model: &Path, args: impl IntoIterator<Item = S>) -> Self {
+        let mut command = hanse(home);
         command.args(["node", "--json", "--threads", "1", "--listen", LOOPBACK, "--model"]).arg(model).args(args);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let ready = serde_json::from_str(&line).unwrap_or_else(|error| panic!("ready line {line:?}: {error}"));
-        Self { child, ready, _home: home }
+        Self { child, ready, _home: None }
+    }
+
+    fn keeping(mut self, home: TempDir) -> Self {
+        self._home = Some(home);
+        self
     }
 
     /// Two of them, each with half of every layer's experts of the bundled model.

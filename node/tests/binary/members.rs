@@ -33,6 +33,13 @@ fn the_identity_is_kept_in_the_data_folder() {
     assert!(data.path().join("identity.key").exists());
 }
 
+#[test]
+fn two_nodes_of_one_user_have_identities_of_their_own() {
+    let home = home();
+    let [first, second] = ["0:0", "0:1"].map(|experts| Node::at(&home, &tiny_moe(), ["--experts", experts]));
+    assert_ne!(first.ready["peer_id"], second.ready["peer_id"]);
+}
+
 #[cfg(unix)]
 #[test]
 fn a_node_leaves_in_good_order_when_asked_to() {

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::cli::NodeArgs;
 use crate::output;
+use crate::output::say;
 
 #[derive(Serialize)]
 struct Plan {
@@ -74,7 +75,7 @@ pub(super) async fn run(args: &NodeArgs, data_dir: &Path) -> anyhow::Result<()> 
             line.why.clone(),
         ]);
     }
-    println!("{table}");
-    println!("{} experts, {}; {} other volunteers", plan.experts, output::bytes(plan.expert_bytes), plan.members);
+    say!("{table}");
+    say!("{} experts, {}; {} other volunteers", plan.experts, output::bytes(plan.expert_bytes), plan.members);
     Ok(())
 }
