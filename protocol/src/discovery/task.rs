@@ -1,5 +1,8 @@
 //! The one task that owns the libp2p swarm.
 
+mod lanes;
+mod reachability;
+
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -9,19 +12,18 @@ use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, Recor
 use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
 use libp2p::swarm::SwarmEvent;
-use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::address::{ip, is_quic, is_unspecified};
+use super::address::is_unspecified;
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
 use super::keys::ProviderKey;
 use super::reach::{ReachState, Standing};
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
-use crate::relayed::{Lane, is_circuit};
+use crate::relayed::Lane;
 use crate::{Identity, ModelId};
 
 /// How long an address may take to be listened on.
@@ -276,161 +278,6 @@ impl SwarmTask {
         self.questions.insert(request, question);
     }
 
-    fn find_lane(&mut self, peer: PeerId, mut addresses: Vec<Multiaddr>, answer: LaneAnswer) {
-        if let Some(lane) = self.swarm.behaviour().frames.best(&peer) {
-            let _ = answer.send(Ok(lane));
-            return;
-        }
-        addresses.truncate(MAX_ADDRESSES);
-        addresses.extend(self.hints.get(&peer).into_iter().flatten().cloned());
-        let dial = DialOpts::peer_id(peer).addresses(addresses).extend_addresses_through_behaviour().build();
-        // It also fails where a dial is under way already, whose end answers this question too.
-        if let Err(error @ libp2p::swarm::DialError::NoAddresses) = self.swarm.dial(dial) {
-            let _ = answer.send(Err(LookupError::Unreachable { peer, reason: error.to_string() }));
-            return;
-        }
-        let waiting = self.lane_questions.entry(peer).or_default();
-        waiting.retain(|answer| !answer.is_closed());
-        waiting.push(answer);
-    }
-
-    /// DCUtR begins with each new relayed connection.
-    fn punch(&mut self, peer: PeerId, mut circuits: Vec<Multiaddr>) {
-        circuits.retain(is_circuit);
-        circuits.truncate(MAX_ADDRESSES);
-        if self.punches && self.swarm.behaviour().frames.best(&peer).is_some_and(|lane| lane.is_relayed()) {
-            self.dial_besides(peer, circuits);
-        }
-    }
-
-    /// Dials although there is a connection already.
-    fn dial_besides(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) {
-        let dial = DialOpts::peer_id(peer).addresses(addresses).condition(PeerCondition::Always).build();
-        if let Err(error) = self.swarm.dial(dial) {
-            tracing::debug!(%peer, %error, "not dialled once more");
-        }
-    }
-
-    fn answer_lanes(&mut self, peer: PeerId, failure: Option<String>) {
-        let lane = self.swarm.behaviour().frames.best(&peer);
-        let Some(result) = lane.map(Ok).or(failure.map(Err)) else { return };
-        for answer in self.lane_questions.remove(&peer).into_iter().flatten() {
-            let _ = answer.send(result.clone().map_err(|reason| LookupError::Unreachable { peer, reason }));
-        }
-    }
-
-    /// A connection that nobody takes is not served; the caller asks another replica.
-    fn hand_over(&mut self, lane: Lane) {
-        if self.reports.lanes.try_send(lane).is_err() {
-            tracing::debug!("too many connections wait to be served");
-        }
-    }
-
-    /// Tells the DHT, relays and handles what has changed in how others reach this member.
-    fn update_reach(&mut self) {
-        let direct = self.reach.is_direct();
-        let external = self.swarm.external_addresses().any(|address| !is_circuit(address));
-        let behaviour = self.swarm.behaviour_mut();
-        let mode = if direct { kad::Mode::Server } else { kad::Mode::Client };
-        if behaviour.kad.mode() != mode {
-            tracing::info!(direct, "reachability changed");
-            behaviour.kad.set_mode(Some(mode));
-        }
-        if let Some(relay) = behaviour.relay.as_mut() {
-            let serves = direct && external;
-            relay.set_status(Some(if serves { relay::Status::Enable } else { relay::Status::Disable }));
-        }
-        for listener in self.reach.needless_relays() {
-            self.swarm.remove_listener(listener);
-        }
-        let reach = self.reach.reach();
-        if *self.reports.reach.borrow() != reach {
-            self.reports.reach.send_replace(reach);
-            // The provider records carry addresses.
-            self.publish_soon();
-        }
-    }
-
-    fn use_relays(&mut self) {
-        for (relay, circuit) in self.reach.wanted_relays(Instant::now()) {
-            match self.swarm.listen_on(circuit.clone()) {
-                Ok(listener) => self.reach.asked(listener, relay),
-                Err(error) => {
-                    tracing::debug!(%circuit, %error, "relay not asked");
-                    self.reach.refused(relay, Instant::now());
-                }
-            }
-        }
-    }
-
-    fn on_listening(&mut self, listener: ListenerId, address: Multiaddr) {
-        if is_circuit(&address) {
-            tracing::info!(%address, "reached through a relay");
-            self.reach.reserved(listener, &address);
-            self.update_reach();
-            return;
-        }
-        self.tell_external(&address);
-        let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-        self.reports.addresses.send_modify(|all| {
-            if !all.contains(&own) {
-                all.push(own);
-                // Over QUIC holes are punched most easily, so those who join should rather use it.
-                all.sort_by_key(|address| !is_quic(address));
-            }
-        });
-    }
-
-    /// Tells others an address that is known to be reachable without AutoNAT's word.
-    fn tell_external(&mut self, address: &Multiaddr) {
-        if self.reach.is_external(address) {
-            self.swarm.add_external_address(address.clone());
-            self.reach.confirm(address);
-            self.update_reach();
-        }
-    }
-
-    fn on_connected(&mut self, peer: PeerId, dialled: Option<Multiaddr>) {
-        if let Some(address) = dialled {
-            self.bootstrap.met(&address, peer);
-            // Of several, one over QUIC is remembered: see `learn_quic_address`.
-            let better = is_quic(&address) || !self.dialled.contains_key(&peer);
-            if better && !is_circuit(&address) {
-                self.dialled.insert(peer, address);
-            }
-        }
-        self.answer_lanes(peer, None);
-    }
-
-    fn on_disconnected(&mut self, peer: PeerId) {
-        self.dialled.remove(&peer);
-        self.reach.forget_relay(&peer);
-        if self.members.remove(&peer) {
-            self.reports.connected.send_replace(self.members.len());
-        }
-    }
-
-    /// What those who store a provider's record know of its addresses, for as long as the query lasts.
-    fn note_addresses(&mut self, peer: PeerId) {
-        use libp2p::core::Endpoint;
-        use libp2p::swarm::{ConnectionId, NetworkBehaviour};
-        let kad = &mut self.swarm.behaviour_mut().kad;
-        let known = kad.handle_pending_outbound_connection(
-            ConnectionId::new_unchecked(usize::MAX),
-            Some(peer),
-            &[],
-            Endpoint::Dialer,
-        );
-        let mut addresses = known.unwrap_or_default();
-        addresses.truncate(MAX_ADDRESSES);
-        if !addresses.is_empty() {
-            if self.hints.len() >= MAX_HINTS {
-                self.hints.clear();
-            }
-            self.hints.insert(peer, addresses);
-        }
-    }
-
     fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
         self.hosted
             .iter()
@@ -536,16 +383,6 @@ impl SwarmTask {
         }
         if self.swarm.is_connected(&peer) && self.members.insert(peer) {
             self.reports.connected.send_replace(self.members.len());
-        }
-    }
-
-    /// A relay that was dialled over TCP is dialled over QUIC too: it then says at which address it sees this member's QUIC, and
-    /// holes are punched in QUIC rather than in TCP.
-    fn learn_quic_address(&mut self, peer: PeerId, listens: &[Multiaddr]) {
-        let Some(dialled) = self.dialled.get(&peer).filter(|address| !is_quic(address)) else { return };
-        let same_host = |address: &&Multiaddr| is_quic(address) && !is_circuit(address) && ip(address) == ip(dialled);
-        if let Some(address) = listens.iter().find(same_host).cloned() {
-            self.dial_besides(peer, vec![address]);
         }
     }
 
