@@ -193,7 +193,7 @@ impl Membership {
 
     /// The first way that leads to the peer: its data-plane addresses, or the control plane, on a relay if need be.
     async fn connect(&self, peer: PeerId, ways: &mut Ways) -> Result<Link, String> {
-        ways.tried_direct = tokio::time::Instant::now();
+        ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
         let head_start = if ways.reachability == Reachability::Direct { HEAD_START } else { Duration::ZERO };
         let direct = std::pin::pin!(self.connect_directly(peer, &ways.addresses));
         let shared = std::pin::pin!(async {
@@ -253,8 +253,8 @@ impl Membership {
                 // It fails only where this client ends.
                 let _ = self.discovery.punch(peer, ways.circuits.clone()).await;
             }
-            if ways.tried_direct.elapsed() >= DIRECT_INTERVAL {
-                ways.tried_direct = tokio::time::Instant::now();
+            if tokio::time::Instant::now() >= ways.direct_at {
+                ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
                 if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
                     return direct;
                 }
@@ -269,7 +269,8 @@ struct Ways {
     addresses: Vec<SocketAddr>,
     circuits: Vec<Multiaddr>,
     reachability: Reachability,
-    tried_direct: tokio::time::Instant,
+    /// When the data-plane addresses are tried next while there is another link.
+    direct_at: tokio::time::Instant,
     punched: tokio::time::Instant,
     punch_pause: Duration,
 }
@@ -281,7 +282,7 @@ impl Default for Ways {
             addresses: Vec::new(),
             circuits: Vec::new(),
             reachability: Reachability::Direct,
-            tried_direct: now,
+            direct_at: now,
             punched: now,
             punch_pause: FIRST_PUNCH_PAUSE,
         }
@@ -292,6 +293,10 @@ impl Ways {
     fn learn(&mut self, advert: &Advert) {
         self.addresses.clone_from(&advert.data_addresses);
         self.circuits.clone_from(&advert.circuits);
+        if self.reachability != advert.reachability && advert.reachability == Reachability::Direct {
+            // AutoNAT or its router has just told it.
+            self.direct_at = tokio::time::Instant::now();
+        }
         self.reachability = advert.reachability;
     }
 }
