@@ -6,6 +6,7 @@ mod client;
 pub(crate) mod demo;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod manifest;
 pub(crate) mod node;
 pub(crate) mod pause;
 pub(crate) mod score;

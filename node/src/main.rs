@@ -2,7 +2,7 @@
 
 mod cli;
 mod commands;
-mod model_id;
+mod model;
 mod output;
 mod paths;
 
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
             Command::Score(args) => commands::score::run(args).await,
             Command::Status(args) => commands::status::run(args).await,
             Command::Inspect(args) => commands::inspect::run(&args),
+            Command::Manifest(args) => commands::manifest::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
         }
     });

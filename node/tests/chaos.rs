@@ -14,7 +14,7 @@ fn tiny_moe() -> PathBuf {
 }
 
 fn id(model: &Path) -> ModelId {
-    ModelId(Checkpoint::open(model).unwrap().digest(&mut |_, _| ()).unwrap())
+    hanse_router::weights::model_id(&Checkpoint::open(model).unwrap()).unwrap()
 }
 
 /// The short form; `hanse testnet chaos` runs as long as one likes.
