@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::discovery::{Discovery, LookupError};
+use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
     Advert, CHAINING_VALUE_BYTES, DataConnection, DataEndpoint, Fetch, Frame, HostedExperts, Identity, MAX_CHUNK_BYTES,
     MAX_MANIFEST_BYTES, ModelId, PeerId, RefusalCode, SignedManifest, Wanted, group_count,
@@ -90,13 +90,10 @@ impl Peers {
         let identity = Identity::generate();
         let discovery = join_control_plane(&identity, config).await?;
         let endpoint = bind_any(&identity)?;
-        if let Err(error) = discovery.wait_connected(config.join_timeout).await {
+        if discovery.wait_connected(config.join_timeout).await.is_err() {
             endpoint.close().await;
             discovery.shutdown().await;
-            return Err(match error {
-                LookupError::NoBootstrap(_) => JoinError::Unreachable(LookupError::NoBootstrap(config.join_timeout)),
-                other => JoinError::Unreachable(other),
-            });
+            return Err(JoinError::Unreachable { addresses: config.bootstrap.clone(), waited: config.join_timeout });
         }
         let mut this = Self::new(discovery.clone(), endpoint.clone(), config.network.clone(), model);
         this.own = Some((discovery, endpoint));
