@@ -9,3 +9,5 @@ pub(crate) mod inspect;
 pub(crate) mod node;
 pub(crate) mod score;
 pub(crate) mod status;
+#[cfg(unix)]
+pub(crate) mod testnet;

@@ -45,6 +45,7 @@ pub struct PeerStats {
     smoothed_per_assignment: Option<f64>,
     queued_rows: u32,
     last_answer: Option<Instant>,
+    last_failure: Option<Instant>,
     /// Share of the latest calls that failed, 0 to 1.
     error_rate: f64,
     /// A call in twenty takes longer than this many times what was expected of it.
@@ -103,9 +104,10 @@ impl PeerStats {
         smooth(&mut self.smoothed_per_assignment, compute.as_secs_f64() / assignments.max(1) as f64);
     }
 
-    /// Notes a call that failed.
-    pub fn failed(&mut self) {
+    /// Notes a call that failed at `now`.
+    pub fn failed(&mut self, now: Instant) {
         self.failures += 1;
+        self.last_failure = Some(now);
         self.error_rate += SMOOTHING * (1.0 - self.error_rate);
     }
 
@@ -121,10 +123,13 @@ impl PeerStats {
         Expectation { usual, slow, late: (slow * LATE_FACTOR).max(LATE_AT_LEAST) }
     }
 
-    /// What failures cost on average, per call.
+    /// What failures cost on average, per call. Counts less the longer ago the last one is: a peer that came back would
+    /// otherwise not be called while another is as near, and could not show that it is well.
     #[must_use]
-    pub fn failure_cost(&self) -> Duration {
-        FAILURE_COST.mul_f64(self.error_rate)
+    pub fn failure_cost(&self, now: Instant) -> Duration {
+        let Some(last) = self.last_failure else { return Duration::ZERO };
+        let age = now.saturating_duration_since(last).as_secs_f64() / FORGET_HALF.as_secs_f64();
+        FAILURE_COST.mul_f64(self.error_rate * 0.5f64.powf(age))
     }
 
     /// Expected time of a call apart from its own computing: way and queue. `round_trip` is what the connection measures; what
@@ -277,12 +282,13 @@ mod tests {
     }
 
     #[test]
-    fn failures_count_against_a_peer_and_are_forgotten_with_answers() {
+    fn failures_count_against_a_peer_and_are_forgotten_with_answers_and_with_time() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
-        assert_eq!(stats.failure_cost(), Duration::ZERO);
-        (0..50).for_each(|_| stats.failed());
-        assert!(stats.failure_cost() > FAILURE_COST.mul_f64(0.99));
+        assert_eq!(stats.failure_cost(now), Duration::ZERO);
+        (0..50).for_each(|_| stats.failed(now));
+        assert!(stats.failure_cost(now) > FAILURE_COST.mul_f64(0.99));
+        assert!(stats.failure_cost(now + 10 * FORGET_HALF) < FAILURE_COST.mul_f64(0.01));
         (0..50).for_each(|_| stats.answered(now, took(Duration::ZERO)));
-        assert!(stats.failure_cost() < FAILURE_COST.mul_f64(0.01));
+        assert!(stats.failure_cost(now) < FAILURE_COST.mul_f64(0.01));
     }
 }
