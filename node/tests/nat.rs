@@ -12,7 +12,7 @@
 
 #![cfg(target_os = "linux")]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,6 +25,8 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 const PROMPT: &str = "The harbour of Lübeck";
 const TOKENS: &str = "48";
+/// So many take a while.
+const MANY_TOKENS: &str = "400";
 
 fn tiny_moe() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("examples/models/tiny-moe")
@@ -174,11 +176,18 @@ impl World {
     }
 
     fn generate(&self, bootstrap: &str) -> Generated {
-        let (model, home) = (tiny_moe(), tempfile::tempdir().unwrap());
-        let mut command = self.hanse("client", &home);
-        command.args(["generate", "--json", "--threads", "1", "--prompt", PROMPT, "--max-tokens", TOKENS, "--model"]);
-        command.arg(model).args(["--join-timeout", "60", "--bootstrap", bootstrap]);
-        Generated::of(&command.output().unwrap())
+        self.generation("client", bootstrap, TOKENS).end()
+    }
+
+    fn generation(&self, space: &str, bootstrap: &str, tokens: &str) -> Generation {
+        let home = tempfile::tempdir().unwrap();
+        let (document, log) = (home.path().join("document"), home.path().join("log"));
+        let mut command = self.hanse(space, &home);
+        command.args(["generate", "--json", "--threads", "1", "--prompt", PROMPT, "--max-tokens", tokens, "--model"]);
+        command.arg(tiny_moe()).args(["--join-timeout", "60", "--bootstrap", bootstrap]);
+        let file = |path| std::fs::File::create(path).unwrap();
+        let child = command.stdout(file(&document)).stderr(file(&log)).spawn().unwrap();
+        Generation { child, document, log, _home: home }
     }
 
     /// The reachability that `hanse status` shows of `peer`.
@@ -200,8 +209,13 @@ struct Node {
 }
 
 impl Node {
+    fn addresses(&self) -> Vec<String> {
+        let addresses = self.ready["addresses"].as_array().unwrap();
+        addresses.iter().map(|address| address.as_str().unwrap().to_owned()).collect()
+    }
+
     fn address(&self) -> String {
-        self.ready["addresses"][0].as_str().unwrap().to_owned()
+        self.addresses().remove(0)
     }
 
     fn peer_id(&self) -> &str {
@@ -224,6 +238,47 @@ impl Drop for Node {
     }
 }
 
+/// A client that generates; killed when dropped.
+struct Generation {
+    child: Child,
+    document: PathBuf,
+    log: PathBuf,
+    _home: TempDir,
+}
+
+impl Generation {
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    fn end(mut self) -> Generated {
+        let status = self.child.wait().unwrap();
+        let stdout = std::fs::read(&self.document).unwrap();
+        Generated::of(&Output { status, stdout, stderr: self.log().into_bytes() })
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Polls until `condition` holds.
+fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 struct Generated {
     tokens: Value,
     network: Value,
@@ -240,11 +295,11 @@ impl Generated {
 }
 
 /// The tokens of one process that holds the whole model.
-fn local_tokens() -> Value {
+fn local_tokens(tokens: &str) -> Value {
     let home = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     command.env("HOME", home.path()).env("XDG_CACHE_HOME", home.path()).env("XDG_DATA_HOME", home.path());
-    command.args(["generate", "--json", "--local", "--threads", "1", "--prompt", PROMPT, "--max-tokens", TOKENS]);
+    command.args(["generate", "--json", "--local", "--threads", "1", "--prompt", PROMPT, "--max-tokens", tokens]);
     command.arg("--model").arg(tiny_moe());
     Generated::of(&command.output().unwrap()).tokens
 }
@@ -259,14 +314,19 @@ fn halves(world: &World, bootstrap: &str) -> [Node; 2] {
 fn volunteers_behind_routers_serve_exactly_and_holes_are_punched() {
     let Some(world) = World::new(Nat::KeepsPorts) else { return };
     let boot = world.bootstrap();
-    let _volunteers = halves(&world, &boot.address());
-    let generated = world.generate(&boot.address());
-    assert_eq!(generated.tokens, local_tokens());
+    let volunteers = halves(&world, &boot.address());
+    // The first frames may go through the relay; those that follow see the holes punched.
+    let mut generation = world.generation("client", &boot.address(), MANY_TOKENS);
+    waits_for("both are reached directly", || {
+        let log = generation.log();
+        assert!(generation.is_running(), "it ended before holes were punched:\n{log}");
+        let better = |volunteer: &Node, line: &str| line.contains("better way") && line.contains(volunteer.peer_id());
+        volunteers.iter().all(|volunteer| log.lines().any(|line| better(volunteer, line)))
+    });
+    let generated = generation.end();
+    assert_eq!(generated.tokens, local_tokens(MANY_TOKENS));
     assert_eq!(generated.network["peers"], 2, "{}", generated.network);
-    let deadline = Instant::now() + PATIENCE;
-    while !world.generate(&boot.address()).log.contains("hole punched") {
-        assert!(Instant::now() < deadline, "no hole was punched:\n{}", generated.log);
-    }
+    assert!(generated.log.contains("hole punched"), "{}", generated.log);
 }
 
 #[test]
@@ -275,11 +335,12 @@ fn a_relay_carries_the_frames_where_no_hole_can_be_punched() {
     let boot = world.bootstrap();
     let volunteers = halves(&world, &boot.address());
     let generated = world.generate(&boot.address());
-    assert_eq!(generated.tokens, local_tokens());
+    assert_eq!(generated.tokens, local_tokens(TOKENS));
     assert_eq!(generated.network["peers"], 2, "{}", generated.network);
     assert!(!generated.log.contains("hole punched") && !generated.log.contains("better way"), "{}", generated.log);
     for volunteer in &volunteers {
         assert_eq!(world.reachability(&boot.address(), volunteer.peer_id()), "relayed");
+        assert!(!volunteer.log().contains("direct=true"), "no router lets AutoNAT in: {}", volunteer.log());
     }
 }
 
@@ -287,11 +348,58 @@ fn a_relay_carries_the_frames_where_no_hole_can_be_punched() {
 fn a_volunteer_behind_a_router_may_die_while_another_has_its_experts() {
     let Some(world) = World::new(Nat::Symmetric) else { return };
     let boot = world.bootstrap();
+    // One that has everything is asked rather than two that have half each.
+    let volunteers = [("home-a", "all"), ("home-b", "0-5:0-7"), ("home-b", "0-5:8-15")];
     let mut volunteers =
-        ["home-a", "home-b"].map(|home| world.node(home, &["--experts", "all", "--bootstrap", &boot.address()]));
-    let first = world.generate(&boot.address());
+        volunteers.map(|(home, experts)| world.node(home, &["--experts", experts, "--bootstrap", &boot.address()]));
+    let mut generation = world.generation("client", &boot.address(), MANY_TOKENS);
+    waits_for("all are found", || generation.log().matches("peer found").count() == 3);
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(generation.is_running(), "the volunteer is to die in the middle");
     volunteers[0].child.kill().unwrap();
-    let second = world.generate(&boot.address());
-    let expected = local_tokens();
-    assert_eq!((first.tokens, second.tokens), (expected.clone(), expected));
+    let expected = local_tokens(MANY_TOKENS);
+    let disturbed = generation.end();
+    assert_eq!(disturbed.tokens, expected);
+    let network = &disturbed.network;
+    let asked_again = ["retries", "hedged"].iter().filter_map(|count| network[count].as_u64()).sum::<u64>();
+    assert!(asked_again > 0 && network["peers"] == 3, "it was in use when it died: {network}");
+    // Its records outlive it: who comes later finds them, and does without it.
+    assert_eq!(world.generation("client", &boot.address(), MANY_TOKENS).end().tokens, expected);
+}
+
+#[test]
+fn a_volunteer_without_a_router_is_found_to_be_reachable() {
+    let Some(world) = World::new(Nat::Symmetric) else { return };
+    let boot = world.bootstrap();
+    let volunteer = world.node("client", &["--bootstrap", &boot.address()]);
+    waits_for("AutoNAT confirms its address", || volunteer.log().contains("direct=true"));
+    assert_eq!(world.reachability(&boot.address(), volunteer.peer_id()), "direct");
+    assert_eq!(world.generate(&boot.address()).tokens, local_tokens(TOKENS));
+}
+
+#[test]
+fn holes_are_punched_also_for_those_who_joined_over_tcp() {
+    let Some(world) = World::new(Nat::KeepsPorts) else { return };
+    let boot = world.bootstrap();
+    let tcp = boot.addresses().into_iter().find(|address| address.contains("/tcp/")).unwrap();
+    let _volunteers = halves(&world, &tcp);
+    waits_for("a hole is punched", || {
+        let generated = world.generation("client", &tcp, MANY_TOKENS).end();
+        assert_eq!(generated.network["peers"], 2, "{}", generated.network);
+        generated.log.contains("hole punched")
+    });
+}
+
+#[test]
+fn a_hole_is_punched_through_two_routers() {
+    let Some(world) = World::new(Nat::KeepsPorts) else { return };
+    let boot = world.bootstrap();
+    let volunteer = world.node("home-b", &["--bootstrap", &boot.address()]);
+    let mut generation = world.generation("home-a", &boot.address(), MANY_TOKENS);
+    waits_for("it is reached directly", || {
+        let log = generation.log();
+        assert!(generation.is_running(), "it ended before a hole was punched:\n{log}\n{}", volunteer.log());
+        log.contains("better way")
+    });
+    assert_eq!(generation.end().tokens, local_tokens(MANY_TOKENS));
 }

@@ -34,6 +34,9 @@ pub const MAX_CIRCUIT_BYTES: usize = 255;
 /// How far ahead an advert may expire. Adverts are refreshed every few minutes; one that claims days is not believed.
 pub const MAX_ADVERT_LIFETIME: Duration = Duration::from_secs(60 * 60);
 
+/// How long an advert counts whose times cannot be right, because a clock is wrong.
+pub const ASSUMED_LIFETIME: Duration = Duration::from_secs(2 * 60);
+
 /// What a member hosts, where, and how busy it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advert {
@@ -95,6 +98,9 @@ pub enum AdvertError {
     /// Another encoding of adverts.
     #[error("advert format {0} is not known")]
     Format(u16),
+    /// It is signed by another member than the one that gave it.
+    #[error("the advert is {0}'s")]
+    OtherAuthor(PeerId),
     /// It was true until then.
     #[error("the advert expired {0:?} ago")]
     Expired(Duration),
@@ -146,20 +152,44 @@ impl SignedAdvert {
     /// # Errors
     /// The first thing that is wrong, as the variants of [`AdvertError`] say. The signature is checked before anything is read.
     pub fn verify(&self, now_unix_ms: u64) -> Result<(PeerId, Advert), AdvertError> {
+        let (author, advert) = self.verify_author()?;
+        match advert.expires_unix_ms.checked_sub(now_unix_ms) {
+            None | Some(0) => Err(AdvertError::Expired(Duration::from_millis(now_unix_ms - advert.expires_unix_ms))),
+            Some(ahead) if Duration::from_millis(ahead) > MAX_ADVERT_LIFETIME => {
+                Err(AdvertError::TooFarAhead(Duration::from_millis(ahead)))
+            }
+            Some(_) => Ok((author, advert)),
+        }
+    }
+
+    /// Verifies an advert that `author` itself gave just now, so that it is fresh whatever the clocks say.
+    ///
+    /// If the times are wrong, the author's clock or ours is: the advert is then taken to be true for
+    /// [`ASSUMED_LIFETIME`] from now, and the second value says what is wrong with the times.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify), save for the times, and [`AdvertError::OtherAuthor`].
+    pub fn verify_from(&self, author: PeerId, now_unix_ms: u64) -> Result<(Advert, Option<AdvertError>), AdvertError> {
+        let (signer, mut advert) = self.verify_author()?;
+        if signer != author {
+            return Err(AdvertError::OtherAuthor(signer));
+        }
+        match self.verify(now_unix_ms) {
+            Ok(_) => Ok((advert, None)),
+            Err(wrong) => {
+                let lifetime = u64::try_from(ASSUMED_LIFETIME.as_millis()).unwrap_or(u64::MAX);
+                advert.expires_unix_ms = now_unix_ms.saturating_add(lifetime);
+                Ok((advert, Some(wrong)))
+            }
+        }
+    }
+
+    fn verify_author(&self) -> Result<(PeerId, Advert), AdvertError> {
         if !verify_signature(&self.public_key, DOMAIN, &self.advert, &self.signature) {
             return Err(AdvertError::Signature);
         }
         let advert = encoding::decode(&self.advert)?;
         advert.check()?;
-        match advert.expires_unix_ms.checked_sub(now_unix_ms) {
-            None | Some(0) => {
-                return Err(AdvertError::Expired(Duration::from_millis(now_unix_ms - advert.expires_unix_ms)));
-            }
-            Some(ahead) if Duration::from_millis(ahead) > MAX_ADVERT_LIFETIME => {
-                return Err(AdvertError::TooFarAhead(Duration::from_millis(ahead)));
-            }
-            Some(_) => {}
-        }
         Ok((self.peer_id()?, advert))
     }
 

@@ -16,13 +16,13 @@ mod resolve;
 mod task;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::relayed::Lane;
-use crate::{DataConnection, Identity, ModelId, SignedAdvert};
+use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
@@ -111,6 +111,13 @@ pub enum LookupError {
     NoBootstrap(Duration),
 }
 
+/// Milliseconds since 1970, as adverts count time.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// A handle on the running control plane.
 #[derive(Debug, Clone)]
 pub struct Discovery {
@@ -138,6 +145,7 @@ pub(crate) enum Command {
     Providers { key: ProviderKey, found: mpsc::Sender<PeerId> },
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
+    Punch { peer: PeerId, circuits: Vec<Multiaddr> },
     Shutdown { done: oneshot::Sender<()> },
 }
 
@@ -220,16 +228,32 @@ impl Discovery {
         Ok(receiver)
     }
 
-    /// Asks `peer` for its advert of `model`, or of every model it hosts. The adverts' signatures are not checked
-    /// here: see [`SignedAdvert::verify`]. Adverts that do not even decode are left out.
+    /// Asks `peer` for its advert of `model`, or of every model it hosts. Adverts that are not the peer's own or break a rule are
+    /// left out. One whose times are wrong counts all the same, since it comes from its author just now; that a clock is wrong is
+    /// logged.
     ///
     /// # Errors
     /// [`LookupError::Unreachable`] when the peer cannot be dialled or does not answer in time.
-    pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<SignedAdvert>, LookupError> {
+    pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<Advert>, LookupError> {
         let (answer, receiver) = oneshot::channel();
         self.send(Command::Adverts { peer, model, answer }).await?;
         let encoded = receiver.await.map_err(|_| LookupError::Stopped)??;
-        Ok(encoded.iter().filter_map(|bytes| SignedAdvert::decode(bytes).ok()).collect())
+        let now = unix_ms();
+        let read = |bytes: &Vec<u8>| SignedAdvert::decode(bytes).and_then(|signed| signed.verify_from(peer, now));
+        let mut adverts = Vec::new();
+        for bytes in &encoded {
+            match read(bytes) {
+                Ok((advert, wrong_times)) if model.is_none_or(|model| model == advert.model) => {
+                    if let Some(reason) = wrong_times {
+                        tracing::warn!(%peer, %reason, "this peer's clock or ours is wrong");
+                    }
+                    adverts.push(advert);
+                }
+                Ok((advert, _)) => tracing::debug!(%peer, model = %advert.model, "an advert that was not asked for"),
+                Err(reason) => tracing::debug!(%peer, %reason, "advert not believed"),
+            }
+        }
+        Ok(adverts)
     }
 
     /// How others reach this member; changes as AutoNAT, the router and relays have their say.
@@ -256,6 +280,15 @@ impl Discovery {
         let late = |_| LookupError::Unreachable { peer, reason: format!("no connection within {timeout:?}") };
         let lane = tokio::time::timeout(timeout, receiver).await.map_err(late)?;
         Ok(DataConnection::over_lane(lane.map_err(|_| LookupError::Stopped)??))
+    }
+
+    /// Tries once more to punch a hole to `peer`, by a new connection through one of `circuits`; returns at once. Where it succeeds,
+    /// [`connect_data`](Self::connect_data) gives the direct connection from then on.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn punch(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<(), LookupError> {
+        self.send(Command::Punch { peer, circuits }).await
     }
 
     /// The next connection of the control plane on which a peer sends frames; `None` once the control plane has stopped. A

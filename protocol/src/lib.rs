@@ -37,9 +37,9 @@ mod transport;
 mod tree;
 
 pub use advert::{
-    Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME, MAX_CIRCUIT_BYTES,
-    MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert, popularity,
-    rows_per_minute,
+    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME,
+    MAX_CIRCUIT_BYTES, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert,
+    popularity, rows_per_minute,
 };
 pub use dtype::{Combine, DecodeError, EncodeError, UnknownDtype, WireDtype};
 pub use frame::{

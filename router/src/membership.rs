@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures::future::Either;
 use hanse_protocol::discovery::keys::ProviderKey;
@@ -32,6 +32,9 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often a relayed peer is looked at for a hole-punched connection.
 const UPGRADE_INTERVAL: Duration = Duration::from_secs(1);
+/// Holes that could not be punched are tried again after this; each failure doubles it.
+const FIRST_PUNCH_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PUNCH_PAUSE: Duration = Duration::from_secs(600);
 /// How often the data-plane addresses of a peer that is reached otherwise are tried again.
 const DIRECT_INTERVAL: Duration = Duration::from_secs(30);
 /// A peer that is not connected and did not answer this often is forgotten until the DHT names it again.
@@ -50,12 +53,6 @@ pub(crate) struct Membership {
     pub(crate) model: ModelId,
     pub(crate) network: String,
     pub(crate) wire: WireDtype,
-}
-
-/// Milliseconds since 1970, as adverts count time.
-pub(crate) fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Membership {
@@ -186,12 +183,8 @@ impl Membership {
 
     /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
     async fn read_advert(&self, peer: PeerId) -> Result<Option<Advert>, String> {
-        let signed = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
-        let Some(signed) = signed.first() else { return Ok(None) };
-        let (signer, advert) = signed.verify(unix_ms()).map_err(|e| e.to_string())?;
-        if signer != peer || advert.model != self.model {
-            return Err(format!("it gave an advert of {signer} for model {}", advert.model));
-        }
+        let adverts = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
+        let Some(advert) = adverts.into_iter().next() else { return Ok(None) };
         if !advert.wire_dtypes.contains(&self.wire) {
             return Err(format!("it does not speak {} on the wire", self.wire));
         }
@@ -254,6 +247,12 @@ impl Membership {
             {
                 return shared;
             }
+            if link.path.is_relayed() && ways.punched.elapsed() >= ways.punch_pause {
+                ways.punched = tokio::time::Instant::now();
+                ways.punch_pause = (ways.punch_pause * 2).min(LONGEST_PUNCH_PAUSE);
+                // It fails only where this client ends.
+                let _ = self.discovery.punch(peer, ways.circuits.clone()).await;
+            }
             if ways.tried_direct.elapsed() >= DIRECT_INTERVAL {
                 ways.tried_direct = tokio::time::Instant::now();
                 if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
@@ -271,12 +270,21 @@ struct Ways {
     circuits: Vec<Multiaddr>,
     reachability: Reachability,
     tried_direct: tokio::time::Instant,
+    punched: tokio::time::Instant,
+    punch_pause: Duration,
 }
 
 impl Default for Ways {
     fn default() -> Self {
-        let tried_direct = tokio::time::Instant::now();
-        Self { addresses: Vec::new(), circuits: Vec::new(), reachability: Reachability::Direct, tried_direct }
+        let now = tokio::time::Instant::now();
+        Self {
+            addresses: Vec::new(),
+            circuits: Vec::new(),
+            reachability: Reachability::Direct,
+            tried_direct: now,
+            punched: now,
+            punch_pause: FIRST_PUNCH_PAUSE,
+        }
     }
 }
 

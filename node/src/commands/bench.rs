@@ -85,10 +85,11 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         tokio::task::spawn_blocking(move || Client::local(&config)).await??
     };
 
-    bar.set_message("generating");
-    let generate = generate(&args, &client, &local, &layout).await?;
+    // First, so that the peers' statistics are of these calls alone.
     bar.set_message("calling");
     let call = call(&args, &client, &layout).await?;
+    bar.set_message("generating");
+    let generate = generate(&args, &client, &local, &layout).await?;
     bar.set_message("weighing");
     let client_rss_bytes = client_memory(&args, &dir, &bootstrap.to_string()).await?;
     bar.finish_and_clear();
@@ -185,7 +186,7 @@ async fn call(args: &BenchArgs, client: &Client, layout: &ExpertLayout) -> anyho
         network.forward(layer, &hidden, &routing, &mut usage).await?;
         times.push(started.elapsed());
     }
-    // Expert 0 is hosted by one peer alone, whose latest calls these were.
+    // Expert 0 is hosted by one peer alone, which was asked for nothing else yet.
     let asked = client.peers().into_iter().find(|report| report.advert.hosted.contains(layer, 0));
     let stats = asked.context("nobody hosts expert 0")?.stats;
     let micros = |duration: Duration| duration.as_secs_f64() * 1e6;

@@ -1,6 +1,6 @@
 //! The libp2p protocols a member speaks, and their limits.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use libp2p::connection_limits::{self, ConnectionLimits};
@@ -24,7 +24,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const ADVERT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: u32 = 1024;
-const MAX_CONNECTIONS_PER_PEER: u32 = 4;
+/// Over TCP and QUIC, by both sides at once, through a relay, punched, and for AutoNAT's tests.
+const MAX_CONNECTIONS_PER_PEER: u32 = 8;
 const MAX_PENDING_INCOMING: u32 = 128;
 /// Providers remembered per key. The default of 20 would hide most of a large network's volunteers.
 const MAX_PROVIDERS_PER_KEY: usize = 1024;
@@ -33,7 +34,11 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Members that a relay stands in for at a time, and circuits through it: of all, and of one member.
 const MAX_RESERVATIONS: usize = 128;
 const MAX_CIRCUITS: usize = 256;
-const MAX_CIRCUITS_PER_PEER: usize = 32;
+const MAX_CIRCUITS_PER_PEER: usize = 64;
+/// Circuits that one peer, and one IP address, may open at once, and the time in which it gains another. A client that joins opens one to
+/// each peer behind a router, and some more while holes are not punched.
+const CIRCUITS_OF_PEER: (u32, Duration) = (128, Duration::from_secs(10));
+const CIRCUITS_OF_IP: (u32, Duration) = (512, Duration::from_secs(5));
 /// Bytes over one circuit, both ways together, before it ends and has to be opened (and punched) anew. libp2p's default of 128 KiB is for
 /// signalling; a token of a large model takes some 400 KiB of hidden states, so this is about five thousand tokens.
 const MAX_CIRCUIT_BYTES: u64 = 2 << 30;
@@ -157,13 +162,17 @@ fn behaviour(
 /// Circuits that activations can go through, unlike libp2p's defaults, yet bounded: a member that relays knows the most that it
 /// may cost.
 fn relay_config() -> relay::Config {
-    relay::Config {
+    let config = relay::Config {
         max_reservations: MAX_RESERVATIONS,
         max_circuits: MAX_CIRCUITS,
         max_circuits_per_peer: MAX_CIRCUITS_PER_PEER,
         max_circuit_bytes: MAX_CIRCUIT_BYTES,
         max_circuit_duration: MAX_CIRCUIT_TIME,
-        // The default rates of reservations and of new circuits per peer and per IP address stay.
+        circuit_src_rate_limiters: Vec::new(),
+        // The default rates of reservations stay.
         ..relay::Config::default()
-    }
+    };
+    let limit = |(burst, interval): (u32, Duration)| (NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN), interval);
+    let (of_peer, of_ip) = (limit(CIRCUITS_OF_PEER), limit(CIRCUITS_OF_IP));
+    config.circuit_src_per_peer(of_peer.0, of_peer.1).circuit_src_per_ip(of_ip.0, of_ip.1)
 }

@@ -15,6 +15,8 @@ use crate::relayed::is_circuit;
 
 /// Relays that are used at a time: when one vanishes, the other still leads here.
 const MAX_RELAYS: usize = 2;
+/// Addresses that are believed of one relay.
+const MAX_CIRCUITS_PER_RELAY: usize = 4;
 /// A relay that refused or was lost is asked again after this.
 const RELAY_RETRY: Duration = Duration::from_secs(10);
 /// Relays remembered.
@@ -115,8 +117,8 @@ impl Standing {
 #[derive(Debug)]
 struct Reservation {
     relay: PeerId,
-    /// Known once the relay has agreed.
-    circuit: Option<Multiaddr>,
+    /// One for each of the relay's addresses, known once the relay has agreed.
+    circuits: Vec<Multiaddr>,
 }
 
 /// Keeps account of confirmed addresses and of relays; what is to be done about them is the swarm task's.
@@ -218,7 +220,7 @@ impl ReachState {
     }
 
     pub(super) fn asked(&mut self, listener: ListenerId, relay: PeerId) {
-        self.reservations.insert(listener, Reservation { relay, circuit: None });
+        self.reservations.insert(listener, Reservation { relay, circuits: Vec::new() });
     }
 
     /// A relay that could not even be asked.
@@ -227,8 +229,11 @@ impl ReachState {
     }
 
     pub(super) fn reserved(&mut self, listener: ListenerId, circuit: &Multiaddr) {
-        if let Some(reservation) = self.reservations.get_mut(&listener) {
-            reservation.circuit = Some(circuit.clone());
+        if let Some(reservation) = self.reservations.get_mut(&listener)
+            && reservation.circuits.len() < MAX_CIRCUITS_PER_RELAY
+            && !reservation.circuits.contains(circuit)
+        {
+            reservation.circuits.push(circuit.clone());
         }
     }
 
@@ -241,7 +246,9 @@ impl ReachState {
     }
 
     pub(super) fn reach(&self) -> Reach {
-        let circuits: Vec<Multiaddr> = self.reservations.values().filter_map(|r| r.circuit.clone()).collect();
+        let mut circuits: Vec<Multiaddr> =
+            self.reservations.values().flat_map(|reservation| &reservation.circuits).cloned().collect();
+        circuits.sort_by_key(|circuit| !address::is_quic(circuit));
         let reachability = if self.is_direct() {
             Reachability::Direct
         } else if circuits.is_empty() {

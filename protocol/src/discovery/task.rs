@@ -9,12 +9,12 @@ use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, Recor
 use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
 use libp2p::swarm::SwarmEvent;
-use libp2p::swarm::dial_opts::DialOpts;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-use super::address::{is_quic, is_unspecified};
+use super::address::{ip, is_quic, is_unspecified};
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
@@ -77,6 +77,7 @@ pub(crate) struct SwarmTask {
     questions: HashMap<OutboundRequestId, AdvertQuestion>,
     address_searches: HashMap<QueryId, AdvertQuestion>,
     reach: ReachState,
+    punches: bool,
     /// Addresses at which peers were dialled with success, without circuits.
     dialled: HashMap<PeerId, Multiaddr>,
     /// Addresses of providers, as those say who store their records: of peers behind routers nobody else knows any.
@@ -119,6 +120,7 @@ impl SwarmTask {
             questions: HashMap::new(),
             address_searches: HashMap::new(),
             reach: ReachState::new(config),
+            punches: config.reach.punch,
             dialled: HashMap::new(),
             hints: HashMap::new(),
             lane_questions: HashMap::new(),
@@ -248,6 +250,7 @@ impl SwarmTask {
                 let addresses = self.hints.get(&peer).cloned().unwrap_or_default();
                 self.ask(AdvertQuestion { peer, model, answer, searched: false }, addresses);
             }
+            Command::Punch { peer, circuits } => self.punch(peer, circuits),
             Command::Lane { peer, addresses, answer } => self.find_lane(peer, addresses, answer),
             // Handled where the loop can end.
             Command::Shutdown { done } => drop(done),
@@ -281,6 +284,23 @@ impl SwarmTask {
         let waiting = self.lane_questions.entry(peer).or_default();
         waiting.retain(|answer| !answer.is_closed());
         waiting.push(answer);
+    }
+
+    /// DCUtR begins with each new relayed connection.
+    fn punch(&mut self, peer: PeerId, mut circuits: Vec<Multiaddr>) {
+        circuits.retain(is_circuit);
+        circuits.truncate(MAX_ADDRESSES);
+        if self.punches && self.swarm.behaviour().frames.best(&peer).is_some_and(|lane| lane.is_relayed()) {
+            self.dial_besides(peer, circuits);
+        }
+    }
+
+    /// Dials although there is a connection already.
+    fn dial_besides(&mut self, peer: PeerId, addresses: Vec<Multiaddr>) {
+        let dial = DialOpts::peer_id(peer).addresses(addresses).condition(PeerCondition::Always).build();
+        if let Err(error) = self.swarm.dial(dial) {
+            tracing::debug!(%peer, %error, "not dialled once more");
+        }
     }
 
     fn answer_lanes(&mut self, peer: PeerId, failure: Option<String>) {
@@ -365,7 +385,9 @@ impl SwarmTask {
     fn on_connected(&mut self, peer: PeerId, dialled: Option<Multiaddr>) {
         if let Some(address) = dialled {
             self.bootstrap.met(&address, peer);
-            if !is_circuit(&address) {
+            // Of several, one over QUIC is remembered: see `learn_quic_address`.
+            let better = is_quic(&address) || !self.dialled.contains_key(&peer);
+            if better && !is_circuit(&address) {
                 self.dialled.insert(peer, address);
             }
         }
@@ -492,6 +514,9 @@ impl SwarmTask {
 
     fn on_identified(&mut self, peer: PeerId, info: identify::Info) {
         let relays = info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
+        if relays && self.punches {
+            self.learn_quic_address(peer, &info.listen_addrs);
+        }
         self.reach.note_relay(peer, relays, self.dialled.get(&peer));
         self.use_relays();
         // Clients are not part of the DHT, and nor are members of other networks.
@@ -503,6 +528,16 @@ impl SwarmTask {
         }
         if self.swarm.is_connected(&peer) && self.members.insert(peer) {
             self.reports.connected.send_replace(self.members.len());
+        }
+    }
+
+    /// A relay that was dialled over TCP is dialled over QUIC too: it then says at which address it sees this member's QUIC, and
+    /// holes are punched in QUIC rather than in TCP.
+    fn learn_quic_address(&mut self, peer: PeerId, listens: &[Multiaddr]) {
+        let Some(dialled) = self.dialled.get(&peer).filter(|address| !is_quic(address)) else { return };
+        let same_host = |address: &&Multiaddr| is_quic(address) && !is_circuit(address) && ip(address) == ip(dialled);
+        if let Some(address) = listens.iter().find(same_host).cloned() {
+            self.dial_besides(peer, vec![address]);
         }
     }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
-    Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, SignedAdvert, WireDtype,
-    verify_signature,
+    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, SignedAdvert,
+    WireDtype, verify_signature,
 };
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
@@ -111,6 +111,22 @@ fn an_advert_is_true_for_its_time_only() {
     assert_eq!(signed.verify(expires - day.as_millis() as u64), Err(AdvertError::TooFarAhead(day)));
     assert!(matches!(signed.verify(u64::MAX), Err(AdvertError::Expired(_))));
     assert!(matches!(signed.verify(0), Err(AdvertError::TooFarAhead(_))));
+}
+
+#[test]
+fn an_advert_from_its_author_counts_although_a_clock_is_wrong() {
+    let identity = Identity::generate();
+    let signed = SignedAdvert::sign(&advert(), &identity).expect("a proper advert");
+    assert_eq!(signed.verify_from(identity.peer_id(), NOW), Ok((advert(), None)));
+    let hour = 60 * 60 * 1000;
+    for now in [NOW - hour, NOW + hour] {
+        let (believed, wrong) = signed.verify_from(identity.peer_id(), now).expect("fresh from its author");
+        assert!(matches!(wrong, Some(AdvertError::Expired(_) | AdvertError::TooFarAhead(_))), "{wrong:?}");
+        assert_eq!(believed.expires_unix_ms, now + ASSUMED_LIFETIME.as_millis() as u64);
+        assert_eq!(believed.hosted, advert().hosted);
+    }
+    let other = Identity::generate().peer_id();
+    assert_eq!(signed.verify_from(other, NOW), Err(AdvertError::OtherAuthor(identity.peer_id())));
 }
 
 #[test]
