@@ -28,7 +28,7 @@ async fn every_generation_gives_the_undisturbed_tokens_while_volunteers_die_hang
     let config = ChaosConfig {
         peace: Duration::from_secs(4),
         chaos: Duration::from_secs(12),
-        pause: Duration::from_millis(1500),
+        pause: Duration::from_secs(2),
         max_tokens: 24,
         ..ChaosConfig::new(PROGRAM, &model, id(&model), 7)
     };

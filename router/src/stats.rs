@@ -21,8 +21,11 @@ const SLOW_AT_LEAST: Duration = Duration::from_millis(20);
 const LATE_FACTOR: u32 = 3;
 /// ... but not before this.
 const LATE_AT_LEAST: Duration = Duration::from_millis(150);
-/// When a peer's first call is late: nothing is known of it yet.
-const FIRST_LATE: Duration = Duration::from_secs(1);
+/// A peer's first call, of which little is known, is not slow before this, ...
+const FIRST_SLOW_AT_LEAST: Duration = Duration::from_millis(150);
+/// ... and not late before this. It is called for the first time perhaps just because another one is gone: a long wait here
+/// would come on top of that.
+const FIRST_LATE_AT_LEAST: Duration = Duration::from_millis(300);
 /// What a failed call costs, for the choice between a fast peer that fails and a slower one that does not.
 const FAILURE_COST: Duration = LATE_AT_LEAST;
 /// Assumed for a peer that was not called yet.
@@ -111,14 +114,15 @@ impl PeerStats {
         self.error_rate += SMOOTHING * (1.0 - self.error_rate);
     }
 
-    /// What a call of `assignments` (row, expert) pairs should take now; before the first answer only when it is late.
+    /// What a call of `assignments` (row, expert) pairs should take now; before the first answer a guess.
     #[must_use]
     pub fn expectation(&self, now: Instant, round_trip: Duration, assignments: usize) -> Expectation {
-        if !self.is_known() {
-            return Expectation { usual: round_trip, slow: FIRST_LATE, late: FIRST_LATE };
-        }
         let count = u32::try_from(assignments).unwrap_or(u32::MAX);
         let usual = self.overhead(now, round_trip) + self.per_assignment().saturating_mul(count);
+        if !self.is_known() {
+            let slow = usual.mul_f64(FIRST_SLOW_FACTOR).max(FIRST_SLOW_AT_LEAST);
+            return Expectation { usual, slow, late: (slow * 2).max(FIRST_LATE_AT_LEAST) };
+        }
         let slow = usual.mul_f64(self.slow_factor).max(SLOW_AT_LEAST);
         Expectation { usual, slow, late: (slow * LATE_FACTOR).max(LATE_AT_LEAST) }
     }
@@ -275,7 +279,9 @@ mod tests {
     fn a_call_is_late_well_after_it_is_slow_and_never_at_once() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
         let round_trip = Duration::from_micros(100);
-        assert_eq!(stats.expectation(now, round_trip, 1).late, FIRST_LATE);
+        let first = stats.expectation(now, round_trip, 1);
+        assert_eq!((first.slow, first.late), (FIRST_SLOW_AT_LEAST, FIRST_LATE_AT_LEAST));
+        assert!(stats.expectation(now, round_trip, 10_000).late > 10 * FIRST_LATE_AT_LEAST, "much work takes long");
         stats.answered(now, took(Duration::from_micros(200)));
         let expected = stats.expectation(now, round_trip, 1);
         assert_eq!((expected.slow, expected.late), (SLOW_AT_LEAST, LATE_AT_LEAST));

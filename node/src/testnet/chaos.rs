@@ -336,7 +336,9 @@ impl Breaker {
             Health::Returning { since, calls } => {
                 let Some(report) = self.report(index) else { return Ok(()) };
                 // A client that had forgotten it counts from nothing again.
-                let called = report.stats.calls > 0 && report.stats.calls != calls;
+                let called = report.stats.calls > 0
+                    && report.stats.calls != calls
+                    && report.stats.last_sent.is_some_and(|sent| sent > since);
                 if called {
                     self.noted.returns.push(since.elapsed());
                 }

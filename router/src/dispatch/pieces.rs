@@ -282,6 +282,7 @@ impl<'a> Layer<'a> {
                     return Ok(());
                 }
                 if let Some(peer) = self.pieces[piece].tried.last() {
+                    tracing::debug!(layer = self.layer, %peer, "call is late");
                     // Out of every route at once, until it shows that it still answers.
                     self.network.directory.failed(peer, Instant::now());
                 }
