@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use hanse_node::ExpertsSpec;
+use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::{ModelConfig, NetworkConfig};
@@ -33,6 +34,10 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Volunteer: host experts of a model and serve them.
     Node(NodeArgs),
+    /// Have the node that runs on this machine take no calls until `hanse resume`.
+    Pause(ControlArgs),
+    /// Have a paused node take calls again.
+    Resume(ControlArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
     /// Talk with a model.
@@ -215,12 +220,45 @@ pub(crate) struct NodeArgs {
     /// Threads that compute experts; 0 takes one per core.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) threads: usize,
+    /// Say which experts would be hosted and why, and do nothing.
+    #[arg(long)]
+    pub(crate) plan: bool,
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
     /// One JSON line on standard output when ready to serve.
     #[arg(long)]
     pub(crate) json: bool,
     /// Leave when standard input closes: for programs that start volunteers and must not leave any behind.
     #[arg(long, hide = true)]
     pub(crate) until_stdin_closes: bool,
+}
+
+/// What the owner of the machine keeps for other things.
+#[derive(Debug, Args)]
+pub(crate) struct LimitArgs {
+    /// Compute on N cores at most.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) max_cores: Option<u16>,
+    /// Hold no more than this in experts, whatever else is asked for.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_memory: Option<bytesize::ByteSize>,
+    /// Send no more than this in a second, such as 2MiB.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_bandwidth: Option<bytesize::ByteSize>,
+    /// Pause between these times of the day, local time, such as 22:00-07:00.
+    #[arg(long, value_name = "FROM-TO")]
+    pub(crate) quiet_hours: Option<QuietHours>,
+    /// Pause while other programs keep more than so many cores busy (load average over a minute, without this node's part).
+    #[arg(long, value_name = "CORES")]
+    pub(crate) yield_above: Option<f64>,
+}
+
+/// Which running node is meant.
+#[derive(Debug, Args)]
+pub(crate) struct ControlArgs {
+    /// The node's data folder; by default hanse in the user's data folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

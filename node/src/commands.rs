@@ -7,6 +7,7 @@ pub(crate) mod demo;
 pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod node;
+pub(crate) mod pause;
 pub(crate) mod score;
 pub(crate) mod status;
 #[cfg(unix)]

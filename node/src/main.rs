@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cli::{Cli, Command};
+use hanse_node::owner::control::Command as Control;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
         match cli.command {
             Command::Demo(args) => commands::demo::run(args).await,
             Command::Node(args) => commands::node::run(args).await,
+            Command::Pause(args) => commands::pause::run(args, Control::Pause).await,
+            Command::Resume(args) => commands::pause::run(args, Control::Resume).await,
             Command::Generate(args) => commands::generate::run(args).await,
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Score(args) => commands::score::run(args).await,

@@ -8,12 +8,14 @@
 //! nothing moves any more (Petals issue 389 is what happens otherwise).
 
 mod choose;
+mod explain;
 mod rebalance;
 mod table;
 mod turns;
 mod view;
 
 pub use choose::choose;
+pub use explain::{Part, Reason, explain};
 pub use rebalance::{HYSTERESIS, Move, rebalance};
 pub use table::ExpertTable;
 pub use turns::{Pace, Step, Turns};

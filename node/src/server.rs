@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use crate::batcher::{Batcher, Work, WorkError};
 use crate::counters::{Counters, Demand};
+use crate::owner::Bandwidth;
 use crate::store::{ExpertStore, Snapshot};
 
 /// Connections served at a time; more wait to be accepted.
@@ -40,6 +41,8 @@ pub(crate) struct Server {
     pub(crate) counters: Counters,
     pub(crate) demand: Demand,
     pub(crate) draining: AtomicBool,
+    /// The owner's limit on what is sent.
+    pub(crate) bandwidth: Option<Bandwidth>,
 }
 
 /// A refusal without the request id, which the caller of the failing function knows.
@@ -138,6 +141,9 @@ impl Server {
                     return;
                 }
             };
+            if let (Some(bandwidth), Frame::Answer(answer)) = (&self.bandwidth, &answer) {
+                bandwidth.wait(answer.body.len()).await;
+            }
             if let Err(error) = stream.write(&answer).await {
                 tracing::debug!(%error, "answer not delivered");
                 return;

@@ -3,6 +3,7 @@
 mod announcer;
 mod host;
 mod neighbours;
+mod preview;
 mod shard;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts, Demand};
 use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
+use crate::owner::Bandwidth;
 use crate::placement::Pace;
 use crate::server::Server;
 use crate::store::ExpertStore;
@@ -31,6 +33,7 @@ use neighbours::Neighbours;
 use shard::Shard;
 
 pub use host::Moves;
+pub use preview::{Preview, preview};
 
 /// (row, expert) pairs that may wait to be computed.
 const MAX_QUEUED_PAIRS: usize = 16 * 1024;
@@ -40,6 +43,8 @@ const DEMAND_HALF_LIFE: Duration = Duration::from_secs(600);
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How long calls in progress may take to end once no new ones are accepted.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a volunteer that is ready waits for its records to reach other members.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Which experts to host.
 #[derive(Debug, Clone)]
@@ -73,6 +78,8 @@ pub struct VolunteerConfig {
     pub threads: usize,
     /// With [`Hosting::MemoryBytes`]: how fast capacity moves to where it is missed.
     pub pace: Pace,
+    /// Bytes of answers and weights sent in a second at most; `None` for as many as the line takes.
+    pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
 }
@@ -95,6 +102,7 @@ impl Default for VolunteerConfig {
             hosting: Hosting::Experts(ExpertsSpec::All),
             threads: 0,
             pace: Pace::default(),
+            max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
         }
     }
@@ -146,6 +154,8 @@ pub struct Volunteer {
     announcer: Arc<Announcer>,
     moves: Arc<MoveCounts>,
     loaded: Option<oneshot::Receiver<Result<(), VolunteerError>>>,
+    /// Whether there are others to join.
+    joins: bool,
     serving: CancellationToken,
     announcing: CancellationToken,
     tasks: Vec<AbortOnDropHandle<()>>,
@@ -230,9 +240,11 @@ impl Volunteer {
             counters: Counters::default(),
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
+            bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };
+        let joins = !config.bootstrap.is_empty() || config.mdns;
         let announcer =
             Arc::new(Announcer::new(identity.clone(), discovery.clone(), server.clone(), shard, layers, data));
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
@@ -257,6 +269,7 @@ impl Volunteer {
             announcer,
             moves,
             loaded: Some(loaded),
+            joins,
             serving,
             announcing,
             tasks: [tokio::spawn(serve), tokio::spawn(announce), tokio::spawn(host)].map(AbortOnDropHandle::new).into(),
@@ -271,7 +284,12 @@ impl Volunteer {
         let Some(loaded) = &mut self.loaded else { return Ok(()) };
         let outcome = loaded.await.unwrap_or_else(|_| Err(VolunteerError::Compute("loading was cut off".into())));
         self.loaded = None;
-        outcome
+        outcome?;
+        if self.joins {
+            // Whoever looks after this finds it; a network that does not answer is joined later.
+            self.discovery.wait_published(PUBLISH_TIMEOUT).await;
+        }
+        Ok(())
     }
 
     /// Ends at once, without telling anyone.
@@ -367,9 +385,10 @@ impl Volunteer {
             tokio::time::sleep(DRAIN_TIME).await;
         }
         self.serving.cancel();
+        let last = tokio::time::Instant::now() + STOP_TIMEOUT;
         for task in self.tasks {
             // What has not ended by then is cut off below.
-            let _ = tokio::time::timeout(STOP_TIMEOUT, task).await;
+            let _ = tokio::time::timeout_at(last, task).await;
         }
         self.endpoint.close().await;
         self.discovery.shutdown().await;

@@ -125,6 +125,7 @@ pub struct Discovery {
     commands: mpsc::Sender<Command>,
     addresses: watch::Receiver<Vec<Multiaddr>>,
     connected: watch::Receiver<usize>,
+    published: watch::Receiver<bool>,
     reach: watch::Receiver<Reach>,
     lanes: Arc<Mutex<mpsc::Receiver<Lane>>>,
 }
@@ -134,6 +135,8 @@ pub struct Discovery {
 pub(crate) struct Reports {
     addresses: watch::Sender<Vec<Multiaddr>>,
     connected: watch::Sender<usize>,
+    /// Whether the provider records are with other members.
+    published: watch::Sender<bool>,
     reach: watch::Sender<Reach>,
     lanes: mpsc::Sender<Lane>,
 }
@@ -159,15 +162,21 @@ impl Discovery {
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (addresses_out, addresses) = watch::channel(Vec::new());
         let (connected_out, connected) = watch::channel(0);
+        let (published_out, published) = watch::channel(false);
         let (reach_out, reach) = watch::channel(Reach::default());
         let (lanes_out, lanes) = mpsc::channel(LANE_QUEUE);
-        let reports =
-            Reports { addresses: addresses_out, connected: connected_out, reach: reach_out, lanes: lanes_out };
+        let reports = Reports {
+            addresses: addresses_out,
+            connected: connected_out,
+            published: published_out,
+            reach: reach_out,
+            lanes: lanes_out,
+        };
         let task = task::SwarmTask::new(identity, &config, inbox, reports)?;
         let listening = task.listen(&config.listen).await?;
         tokio::spawn(listening.run());
         let lanes = Arc::new(Mutex::new(lanes));
-        Ok(Self { peer_id: identity.peer_id(), commands, addresses, connected, reach, lanes })
+        Ok(Self { peer_id: identity.peer_id(), commands, addresses, connected, published, reach, lanes })
     }
 
     /// This member's own peer id.
@@ -215,6 +224,13 @@ impl Discovery {
     ) -> Result<(), LookupError> {
         let adverts = adverts.into_iter().map(|(model, advert)| (model, advert.encode())).collect();
         self.send(Command::Announce { adverts, keys }).await
+    }
+
+    /// Waits until the provider records of the last [`Self::announce`] are with other members, at most for `timeout`; `false` if they
+    /// are not, as for the first member of a network.
+    pub async fn wait_published(&self, timeout: Duration) -> bool {
+        let mut published = self.published.clone();
+        matches!(tokio::time::timeout(timeout, published.wait_for(|published| *published)).await, Ok(Ok(_)))
     }
 
     /// Looks up who provides `key`; the channel yields each provider once, as soon as it is known, and closes when

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use hanse_model::Checkpoint;
+use hanse_node::placement::Pace;
 use hanse_node::{Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::{Identity, ModelId, Multiaddr};
 use hanse_router::client::layout_of;
@@ -13,6 +14,9 @@ use tokio::runtime::Runtime;
 
 /// What is waited for comes within this, or the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Networks in tests rebalance thirty times as fast as others.
+const PACE: Pace = Pace { interval: Duration::from_secs(1), spacing: Duration::from_millis(300) };
 
 /// The runtime of one test.
 #[must_use]
@@ -58,16 +62,39 @@ impl Net {
 
     /// One more volunteer, which joins through the first. Gives its place.
     pub async fn add(&mut self, spec: &str) -> usize {
+        let volunteer = self.volunteer(Hosting::Experts(spec.parse().unwrap())).await;
+        self.volunteers.push(volunteer);
+        self.volunteers.len() - 1
+    }
+
+    /// One more volunteer with memory for so many experts of the bundled model, which chooses and rebalances; it joins through
+    /// the first. Not yet among [`Self::volunteers`], so that several can start at the same time.
+    pub async fn with_memory(&self, experts: u64) -> Volunteer {
+        let bytes = self.checkpoint.sizes().bytes_per_expert[0];
+        self.volunteer(Hosting::MemoryBytes(experts * bytes)).await
+    }
+
+    async fn volunteer(&self, hosting: Hosting) -> Volunteer {
         let config = VolunteerConfig {
             bootstrap: self.volunteers.first().map(|first| first.addresses()[0].clone()).into_iter().collect(),
-            hosting: Hosting::Experts(spec.parse().unwrap()),
+            hosting,
             threads: 1,
+            pace: PACE,
             ..VolunteerConfig::default()
         };
         let identity = Identity::generate();
-        let started = Volunteer::start(&identity, &self.checkpoint, self.model, config, |_, _| ());
-        self.volunteers.push(started.await.unwrap());
-        self.volunteers.len() - 1
+        Volunteer::start(&identity, &self.checkpoint, self.model, config, |_, _| ()).await.unwrap()
+    }
+
+    /// How many volunteers hold each expert: the least and the most.
+    #[must_use]
+    pub fn replicas(&self) -> (usize, usize) {
+        let sets: Vec<_> = self.volunteers.iter().map(|volunteer| volunteer.store().hosted().unwrap()).collect();
+        let layers = layout_of(self.checkpoint.spec()).layers;
+        let experts = layers.iter().flat_map(|(&layer, &experts)| (0..experts).map(move |expert| (layer, expert)));
+        let counts: Vec<usize> =
+            experts.map(|(layer, expert)| sets.iter().filter(|set| set.contains(layer, expert)).count()).collect();
+        (counts.iter().copied().min().unwrap(), counts.into_iter().max().unwrap())
     }
 
     /// The one address that clients are given.

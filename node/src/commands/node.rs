@@ -1,16 +1,30 @@
 //! `hanse node`: volunteer.
 
+mod plan;
+
+use std::time::{Duration, Instant};
+
 use anyhow::Context as _;
 use hanse_model::Checkpoint;
+use hanse_node::owner::control::{Command, Control, Request};
+use hanse_node::owner::load::{OthersLoad, cpu_time, load_average};
+use hanse_node::owner::{Comfort, DataDirLock, minute_of_day};
+use hanse_node::placement::ExpertTable;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
 use hanse_protocol::multiaddr::Protocol;
-use hanse_protocol::{Identity, Multiaddr};
+use hanse_protocol::{Identity, ModelId, Multiaddr};
+use hanse_router::client::layout_of;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use crate::cli::NodeArgs;
 use crate::{model_id, output, paths};
+
+/// A node that was asked to leave has gone after this, whatever its clients do.
+const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+/// How often the clock and the machine's load are looked at.
+const COMFORT_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Serialize)]
 struct Ready {
@@ -29,40 +43,141 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
         hanse_node::testnet::die_with_parent();
     }
     let data_dir = args.data_dir.clone().map_or_else(paths::data_dir, Ok)?;
+    if args.plan {
+        return plan::run(&args, &data_dir).await;
+    }
     std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
+    let _lock = DataDirLock::acquire(&data_dir)?;
     let identity = Identity::load_or_create(&data_dir.join("identity.key"))?;
     // The signals are caught from here on, so that one that comes while the node starts is not lost.
     let leaving = leave_signal(args.until_stdin_closes)?;
     tokio::pin!(leaving);
-    let volunteer = tokio::select! {
-        volunteer = start(&args, &identity) => volunteer?,
-        _ = &mut leaving => return Ok(()),
+    let control = Control::listen(&data_dir);
+    let control = control.map_err(|error| tracing::warn!(%error, "hanse pause will not reach this node")).ok();
+    let (checkpoint, id) = open(&args).await?;
+    let config = config(&args, &checkpoint)?;
+    let bar = output::count_bar("loading experts");
+    let shown = bar.clone();
+    let progress = move |done, count| {
+        shown.set_length(count as u64);
+        shown.set_position(done as u64);
     };
-    report(&volunteer, args.json)?;
-    let why = leaving.await;
+    let mut volunteer = Volunteer::join(&identity, &checkpoint, id, config, progress).await?;
+    let why = tokio::select! {
+        served = serve(&mut volunteer, &args, control, &bar) => match served {
+            Ok(never) => match never {},
+            Err(error) => {
+                // A node that cannot host what it should leaves as politely as any other.
+                volunteer.shutdown().await;
+                return Err(error);
+            }
+        },
+        why = &mut leaving => why,
+    };
+    bar.finish_and_clear();
     if !args.json {
         println!("leaving ({why}): finishing calls in progress");
     }
-    let served = volunteer.shutdown().await;
+    let Ok(served) = tokio::time::timeout(LEAVE_LIMIT, volunteer.shutdown()).await else {
+        tracing::warn!("some calls did not end within {LEAVE_LIMIT:?}");
+        return Ok(());
+    };
     if !args.json {
         println!("served {} calls, {} rows", served.calls, served.pairs);
     }
     Ok(())
 }
 
-async fn start(args: &NodeArgs, identity: &Identity) -> anyhow::Result<Volunteer> {
+/// Reports when everything is loaded, and pauses and resumes as the owner wants; ends only if the experts cannot be loaded.
+async fn serve(
+    volunteer: &mut Volunteer,
+    args: &NodeArgs,
+    mut control: Option<Control>,
+    bar: &indicatif::ProgressBar,
+) -> anyhow::Result<std::convert::Infallible> {
+    let mut comfort = Comfort::new(args.limits.quiet_hours, args.limits.yield_above);
+    let cpu_time = || cpu_time().unwrap_or_default();
+    let mut others = OthersLoad::new(Instant::now(), cpu_time());
+    let mut looks = tokio::time::interval(COMFORT_INTERVAL);
+    let mut is_loaded = false;
+    let mut paused_for = None;
+    loop {
+        let request = tokio::select! {
+            loaded = volunteer.loaded(), if !is_loaded => {
+                loaded?;
+                is_loaded = true;
+                bar.finish_and_clear();
+                report(volunteer, args.json)?;
+                continue;
+            }
+            request = next_request(&mut control) => Some(request),
+            _ = looks.tick() => None,
+        };
+        if let Some(request) = &request {
+            comfort.ask(request.command == Command::Pause);
+        }
+        let load = load_average().map(|average| others.update(Instant::now(), cpu_time(), average));
+        let reason = comfort.reason(minute_of_day(), load);
+        let state = reason.map_or_else(|| "serving".to_owned(), |reason| format!("paused: {reason}"));
+        if reason != paused_for {
+            let changed = if reason.is_some() { volunteer.pause().await } else { volunteer.resume().await };
+            // The next advert, seconds later, says it again.
+            changed.unwrap_or_else(|error| tracing::warn!(%error, "advert not renewed"));
+            tracing::info!(%state, "by the owner's wish");
+            if !args.json {
+                println!("{state}");
+            }
+            paused_for = reason;
+        }
+        if let Some(request) = request {
+            // Who asked may have gone.
+            let _ = request.answer.send(state);
+        }
+    }
+}
+
+async fn next_request(control: &mut Option<Control>) -> Request {
+    match control {
+        Some(control) => control.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The checkpoint and its id.
+async fn open(args: &NodeArgs) -> anyhow::Result<(Checkpoint, ModelId)> {
     let dir = args.model.clone();
     let opening = move || -> anyhow::Result<_> {
         let checkpoint = Checkpoint::open(&dir)?;
         let id = model_id::of(&checkpoint)?;
         Ok((checkpoint, id))
     };
-    let (checkpoint, id) = tokio::task::spawn_blocking(opening).await??;
+    tokio::task::spawn_blocking(opening).await?
+}
+
+fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerConfig> {
+    let limits = &args.limits;
+    let most = limits.max_memory.map_or(u64::MAX, |most| most.as_u64());
     let hosting = match args.memory {
-        Some(memory) => Hosting::MemoryBytes(memory.as_u64()),
-        None => Hosting::Experts(args.experts.clone().unwrap_or(ExpertsSpec::All)),
+        Some(memory) => Hosting::MemoryBytes(memory.as_u64().min(most)),
+        None => {
+            let spec = args.experts.clone().unwrap_or(ExpertsSpec::All);
+            let wanted = spec.resolve(&layout_of(checkpoint.spec()), checkpoint.spec().layers.len() as u32)?;
+            let bytes = ExpertTable::of(checkpoint).bytes(&wanted);
+            anyhow::ensure!(
+                bytes <= most,
+                "the experts wanted take {}, more than --max-memory allows: name fewer with --experts, or give --memory",
+                output::bytes(bytes)
+            );
+            Hosting::Experts(spec)
+        }
     };
-    let config = VolunteerConfig {
+    let threads = match limits.max_cores {
+        Some(most) if args.threads == 0 || args.threads > most.into() => {
+            usize::from(most).min(std::thread::available_parallelism().map_or(usize::MAX, |cores| cores.get()))
+        }
+        _ => args.threads,
+    };
+    Ok(VolunteerConfig {
         network: args.network.clone(),
         listen: args.listen.clone(),
         data_listen: args.data_listen,
@@ -77,18 +192,10 @@ async fn start(args: &NodeArgs, identity: &Identity) -> anyhow::Result<Volunteer
             ..ReachConfig::default()
         },
         hosting,
-        threads: args.threads,
+        threads,
+        max_bandwidth: limits.max_bandwidth.map(|rate| rate.as_u64()),
         ..VolunteerConfig::default()
-    };
-    let bar = output::count_bar("loading experts");
-    let shown = bar.clone();
-    let volunteer = Volunteer::start(identity, &checkpoint, id, config, move |done, count| {
-        shown.set_length(count as u64);
-        shown.set_position(done as u64);
     })
-    .await;
-    bar.finish_and_clear();
-    Ok(volunteer?)
 }
 
 fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {

@@ -3,13 +3,15 @@
 use hanse_protocol::HostedExperts;
 
 use super::table::{Layer, previous_power_of_two};
-use super::{View, WHOLE_LAYER_BONUS, lot, value};
+use super::{ExpertTable, View, WHOLE_LAYER_BONUS, lot, value};
 
 /// What is taken must be worth this many times what is given up for it. Less, and rounding and measured demand would move
 /// experts to and fro; much more, and the network would stay uneven.
 pub const HYSTERESIS: f64 = 2.0;
 /// Of the blocks most worth taking, so many are weighed against what would be given up.
 const WEIGHED: usize = 8;
+/// What an expert is worth less than if it has enough replicas: see [`value`].
+const SAFE: f64 = 100.0;
 /// A block counts as an opening if it is worth this share of the best.
 const ABOUT_AS_GOOD: f64 = 0.5;
 
@@ -32,7 +34,11 @@ pub struct Move {
 struct Block {
     layer: u32,
     start: u32,
+    len: u32,
     experts: Vec<(u32, u32)>,
+    /// What each of them is worth.
+    each: Vec<f64>,
+    /// Of all of them.
     bytes: u64,
     worth: f64,
     score: f64,
@@ -61,29 +67,36 @@ pub fn rebalance(view: &View, own: &HostedExperts, budget_bytes: u64, seed: u64)
         let size = layer.pack().min(small);
         let share = count_in(layer, &mine) as f64 / f64::from(layer.experts);
         for start in (0..layer.experts).step_by(size as usize) {
-            let block = |wanted: bool| {
-                let places = start..(start + size).min(layer.experts);
-                let places = places.filter(|expert| mine[layer.first + *expert as usize] == wanted);
-                let experts: Vec<(u32, u32)> = places.map(|expert| (layer.layer, expert)).collect();
-                let worth = experts.iter().map(|(_, expert)| worth[layer.first + *expert as usize]).sum();
+            let block = |is_in: &dyn Fn(usize) -> bool| {
+                let places =
+                    (start..(start + size).min(layer.experts)).map(|expert| (expert, layer.first + expert as usize));
+                let (experts, each): (Vec<(u32, u32)>, Vec<f64>) =
+                    places.filter(|(_, at)| is_in(*at)).map(|(expert, at)| ((layer.layer, expert), worth[at])).unzip();
+                let sum: f64 = each.iter().sum();
                 let bytes = layer.bytes * experts.len() as u64;
-                Block { layer: layer.layer, start, experts, bytes, worth, score: worth }
+                Block {
+                    layer: layer.layer,
+                    start,
+                    len: size,
+                    experts,
+                    each,
+                    bytes,
+                    worth: sum,
+                    score: sum / bytes as f64,
+                }
             };
-            let mut take = block(false);
+            let mut take = block(&|at| !mine[at]);
             if !take.experts.is_empty() {
                 let whim = 0.5 + 0.5 * lot([seed, u64::from(layer.layer) << 32 | u64::from(start), 0]);
-                let per_byte = take.worth / take.bytes as f64;
-                take.score = per_byte * (1.0 + WHOLE_LAYER_BONUS * share) * whim;
+                take.score *= (1.0 + WHOLE_LAYER_BONUS * share) * whim;
                 takes.push(take);
             }
-            let mut give = block(true);
             // Nothing leaves the network: what nobody else hosts stays.
-            give.experts.retain(|(_, expert)| view.hosted()[layer.first + *expert as usize] >= 2);
+            let mut give = block(&|at| mine[at] && view.hosted()[at] >= 2);
             if !give.experts.is_empty() {
-                give.worth = give.experts.iter().map(|(_, expert)| worth[layer.first + *expert as usize]).sum();
-                give.bytes = layer.bytes * give.experts.len() as u64;
-                // Scattered blocks go before those of a layer that is mostly here.
-                give.score = give.worth / give.bytes as f64 * (1.0 + WHOLE_LAYER_BONUS * share);
+                // Scattered blocks go before those of a layer that is mostly here; and not the same ones everywhere.
+                let whim = 0.5 + 0.5 * lot([seed, u64::from(layer.layer) << 32 | u64::from(start), 1]);
+                give.score *= (1.0 + WHOLE_LAYER_BONUS * share) * whim;
                 gives.push(give);
             }
         }
@@ -93,28 +106,87 @@ pub fn rebalance(view: &View, own: &HostedExperts, budget_bytes: u64, seed: u64)
     let openings = takes.iter().filter(|block| per_byte(block) >= best_worth * ABOUT_AS_GOOD).count();
     takes.sort_by(|a, b| b.score.total_cmp(&a.score));
     gives.sort_by(|a, b| a.score.total_cmp(&b.score));
-    takes.into_iter().take(WEIGHED).find_map(|take| {
+    takes.truncate(WEIGHED);
+    let spare = spare_experts(&gives);
+    let urgent = takes.iter().filter_map(|take| take.without(|at| worth[at] < SAFE, table));
+    let scattered: Vec<Block> = urgent.collect();
+    // Whole blocks for whole blocks if that pays. Otherwise single experts, but only to save some that are in danger: the finest
+    // network that can be made safe is made safe, and no layer is scattered for less.
+    let whole = takes.iter().map(|take| (take, false));
+    let single = scattered.iter().map(|take| (take, true));
+    whole.chain(single).find_map(|(take, singly)| {
+        let found = |give: Vec<(u32, u32)>, loss| {
+            let (take, gain) = (take.experts.clone(), take.worth);
+            (gain >= HYSTERESIS * loss).then_some(Move { take, give, gain, loss, openings })
+        };
         if take.bytes <= free {
-            let gain = take.worth;
-            return Some(Move { take: take.experts, give: Vec::new(), gain, loss: 0.0, openings });
+            return found(Vec::new(), 0.0);
         }
         let needed = take.bytes - free;
-        let fits = |give: &&Block| give.bytes >= needed && (give.layer, give.start) != (take.layer, take.start);
-        let give =
-            gives.iter().filter(fits).find(|give| take.worth >= HYSTERESIS * given(give, needed, &worth, view).1)?;
-        let (experts, loss) = given(give, needed, &worth, view);
-        Some(Move { take: take.experts, give: experts, gain: take.worth, loss, openings })
+        if singly {
+            let elsewhere = spare.iter().filter(|spare| !take.has(spare.layer, spare.start));
+            return given(elsewhere, needed).and_then(|(give, loss)| found(give, loss));
+        }
+        let elsewhere = gives.iter().filter(|give| (give.layer, give.start) != (take.layer, take.start));
+        elsewhere.take(WEIGHED).find_map(|give| {
+            let singles = spare_experts(std::slice::from_ref(give));
+            given(singles.iter(), needed).and_then(|(give, loss)| found(give, loss))
+        })
     })
 }
 
-/// As many experts of the block as free `needed` bytes, and what they are worth.
-fn given(block: &Block, needed: u64, worth: &[f64], view: &View) -> (Vec<(u32, u32)>, f64) {
-    let each = block.bytes / block.experts.len().max(1) as u64;
-    let count = usize::try_from(needed.div_ceil(each.max(1))).unwrap_or(usize::MAX).min(block.experts.len());
-    let experts: Vec<(u32, u32)> = block.experts.iter().copied().take(count).collect();
-    let of_one = |(layer, expert): &(u32, u32)| view.table().index(*layer, *expert).map_or(f64::MAX, |i| worth[i]);
-    let loss = experts.iter().map(of_one).sum();
-    (experts, loss)
+impl Block {
+    /// The block without the experts at some places of the table; `None` if nothing is left.
+    fn without(&self, is_out: impl Fn(usize) -> bool, table: &ExpertTable) -> Option<Self> {
+        let out = |(layer, expert): &(u32, u32)| table.index(*layer, *expert).is_none_or(&is_out);
+        let experts: Vec<(u32, u32)> = self.experts.iter().copied().filter(|pair| !out(pair)).collect();
+        if experts.is_empty() {
+            return None;
+        }
+        let each: Vec<f64> =
+            self.experts.iter().zip(&self.each).filter(|(pair, _)| !out(pair)).map(|(_, w)| *w).collect();
+        let bytes = self.bytes / self.experts.len() as u64 * experts.len() as u64;
+        Some(Self { experts, worth: each.iter().sum(), each, bytes, ..*self })
+    }
+
+    fn has(&self, layer: u32, expert: u32) -> bool {
+        self.layer == layer && (self.start..self.start + self.len).contains(&expert)
+    }
+}
+
+/// The experts of some blocks one by one, the least valuable first.
+fn spare_experts(blocks: &[Block]) -> Vec<Block> {
+    let mut singles: Vec<Block> = Vec::new();
+    for block in blocks {
+        let bytes = block.bytes / block.experts.len().max(1) as u64;
+        singles.extend(block.experts.iter().zip(&block.each).map(|(&(layer, expert), &worth)| Block {
+            layer,
+            start: expert,
+            len: 1,
+            experts: vec![(layer, expert)],
+            each: vec![worth],
+            bytes,
+            worth,
+            score: worth / bytes as f64,
+        }));
+    }
+    singles.sort_by(|a, b| a.score.total_cmp(&b.score));
+    singles
+}
+
+/// The first of `spare` that together free `needed` bytes, and what they are worth; `None` if all of them do not.
+fn given<'a>(spare: impl Iterator<Item = &'a Block>, needed: u64) -> Option<(Vec<(u32, u32)>, f64)> {
+    let (mut freed, mut loss, mut experts) = (0, 0.0, Vec::new());
+    for single in spare {
+        if freed >= needed {
+            break;
+        }
+        freed += single.bytes;
+        loss += single.worth;
+        experts.extend(&single.experts);
+    }
+    experts.sort_unstable();
+    (freed >= needed).then_some((experts, loss))
 }
 
 fn count_in(layer: &Layer, mine: &[bool]) -> usize {

@@ -179,3 +179,44 @@ fn few_of_a_thousand_members_move_for_one_opening() {
     let drawn = drawn.count();
     assert!((1..=16).contains(&drawn), "{drawn} move before others can see the first");
 }
+
+/// Lets members that have `budget_bytes` each move until none wants to; gives how many experts were moved.
+fn settle(table: &Arc<ExpertTable>, members: &mut [HostedExperts], budget_bytes: u64) -> usize {
+    let mut moved = 0;
+    for round in 0..1000 {
+        let mut calm = true;
+        for at in 0..members.len() {
+            let view = view(table, members);
+            if let Some(found) = rebalance(&view, &members[at], budget_bytes, round * 100 + at as u64) {
+                let kept = members[at].iter().filter(|pair| !found.give.contains(pair));
+                members[at] = set(kept.chain(found.take.iter().copied()));
+                assert!(table.bytes(&members[at].iter().collect::<Vec<_>>()) <= budget_bytes);
+                moved += found.take.len();
+                calm = false;
+            }
+        }
+        if calm {
+            return moved;
+        }
+    }
+    panic!("never calm");
+}
+
+#[test]
+fn members_with_just_enough_memory_host_everything_twice_again_after_one_has_left() {
+    let table = table(6, 16);
+    for seed in 0..10 {
+        let mut members = Vec::new();
+        for member in 0..4 {
+            let chosen = choose(&view(&table, &members), 640, seed * 4 + member);
+            members.push(set(chosen));
+        }
+        assert!(view(&table, &members).all_replicas().iter().all(|replicas| *replicas >= 2));
+        members.remove(1);
+        let moved = settle(&table, &mut members, 640);
+        let replicas = view(&table, &members);
+        assert!(replicas.all_replicas().iter().all(|replicas| *replicas == 2), "{:?}", replicas.all_replicas());
+        assert!(moved <= 64, "{moved} moved where 64 were lost");
+        assert_eq!(settle(&table, &mut members, 640), 0, "calm for ever");
+    }
+}

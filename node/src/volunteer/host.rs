@@ -14,9 +14,9 @@ use super::{Hosting, VolunteerConfig, VolunteerError};
 use crate::placement::{self, Move, Step, Turns};
 
 /// How long to wait for the network before choosing experts for a given memory.
-const LOOK_AROUND: Duration = Duration::from_secs(10);
+pub(super) const LOOK_AROUND: Duration = Duration::from_secs(10);
 /// How long a member that joins waits for others who join at the same time.
-const SETTLE: Duration = Duration::from_secs(1);
+pub(super) const SETTLE: Duration = Duration::from_secs(1);
 
 /// How many experts were moved since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -170,7 +170,7 @@ impl Host {
             self.announcer.announce().await?;
             // Clients read adverts anew in this time, and others who would give up the same see that it goes.
             tokio::time::sleep(self.config.pace.spacing).await;
-            self.neighbours.look(self.config.pace.interval).await;
+            self.neighbours.refresh().await;
             let others = self.neighbours.view(shard.table(), None);
             if found.give.iter().any(|(layer, expert)| others.replicas(*layer, *expert) == 0) {
                 tracing::info!("what was to be given up is wanted after all");

@@ -11,8 +11,12 @@ use hanse_protocol::{Advert, HostedExperts, ModelId, PeerId};
 
 use crate::placement::{ExpertTable, View};
 
-/// A look at the whole network may take this long.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(8);
+/// The DHT is listened to for so long: it names those that are there at once, and then waits for those that are not.
+const SEARCH_TIME: Duration = Duration::from_secs(1);
+/// A member that does not answer so soon counts as silent.
+const READ_TIMEOUT: Duration = Duration::from_secs(3);
+/// A provider that never answered is asked at every so many-th look only: the DHT names those that left for a while.
+const ASK_SILENT_EVERY: u32 = 8;
 /// Adverts asked for at a time.
 const READS_AT_A_TIME: usize = 32;
 /// In a network of up to so many, every advert is read at every look; in a larger one only those that would expire before
@@ -35,11 +39,14 @@ pub(super) struct Neighbours {
     discovery: Discovery,
     model: ModelId,
     known: BTreeMap<PeerId, Neighbour>,
+    /// Providers that did not answer and are not known, with the look in which they were asked last.
+    silent: BTreeMap<PeerId, u32>,
+    looks: u32,
 }
 
 impl Neighbours {
     pub(super) fn new(discovery: Discovery, model: ModelId) -> Self {
-        Self { discovery, model, known: BTreeMap::new() }
+        Self { discovery, model, known: BTreeMap::new(), silent: BTreeMap::new(), looks: 0 }
     }
 
     /// Looks at the network: who is there, and what they say. Members that cannot be reached are counted until they were silent
@@ -47,17 +54,34 @@ impl Neighbours {
     pub(super) async fn look(&mut self, until_next: Duration) {
         let mut to_read = self.providers().await;
         to_read.extend(self.known.keys().copied());
-        let now = unix_ms();
-        let horizon = now.saturating_add(u64::try_from(until_next.as_millis()).unwrap_or(u64::MAX));
+        self.looks = self.looks.wrapping_add(1);
+        let looks = self.looks;
+        self.silent.retain(|_, asked| looks.wrapping_sub(*asked) < ASK_SILENT_EVERY);
+        to_read.retain(|peer| !self.silent.contains_key(peer));
+        let horizon = unix_ms().saturating_add(u64::try_from(until_next.as_millis()).unwrap_or(u64::MAX));
         if to_read.len() > READ_ALL {
             let fresh = |peer: &PeerId| {
                 self.known.get(peer).is_some_and(|n| n.silent == 0 && n.advert.expires_unix_ms > horizon)
             };
             to_read.retain(|peer| !fresh(peer));
         }
-        let reads = to_read.into_iter().take(MAX_MEMBERS).map(|peer| {
+        self.read(to_read).await;
+    }
+
+    /// Reads the adverts of the members that are known already, and no others.
+    pub(super) async fn refresh(&mut self) {
+        let known = self.known.keys().copied().collect();
+        self.read(known).await;
+    }
+
+    async fn read(&mut self, peers: BTreeSet<PeerId>) {
+        let looks = self.looks;
+        let reads = peers.into_iter().take(MAX_MEMBERS).map(|peer| {
             let (discovery, model) = (self.discovery.clone(), self.model);
-            async move { (peer, read(&discovery, peer, model).await) }
+            async move {
+                let answer = tokio::time::timeout(READ_TIMEOUT, read(&discovery, peer, model)).await;
+                (peer, answer.unwrap_or(Err(())))
+            }
         });
         let answers: Vec<(PeerId, Result<Option<Advert>, ()>)> =
             futures::stream::iter(reads).buffer_unordered(READS_AT_A_TIME).collect().await;
@@ -69,14 +93,17 @@ impl Neighbours {
                     }
                 }
                 Ok(None) => _ = self.known.remove(&peer),
-                Err(()) => {
-                    if let Some(neighbour) = self.known.get_mut(&peer) {
-                        neighbour.silent += 1;
-                    }
-                }
+                Err(()) => match self.known.get_mut(&peer) {
+                    Some(neighbour) => neighbour.silent += 1,
+                    None => _ = self.silent.insert(peer, looks),
+                },
             }
         }
+        let now = unix_ms();
         self.known.retain(|_, n| n.silent < SILENT_LOOKS && n.advert.expires_unix_ms > now);
+        while self.silent.len() > MAX_MEMBERS {
+            self.silent.pop_first();
+        }
     }
 
     async fn providers(&self) -> BTreeSet<PeerId> {
@@ -90,7 +117,7 @@ impl Neighbours {
             }
         };
         // Running out of time is not an error: whoever was found is in.
-        let _ = tokio::time::timeout(LOOK_TIMEOUT, search).await;
+        let _ = tokio::time::timeout(SEARCH_TIME, search).await;
         found
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct SwarmTask {
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
     publish_at: Instant,
+    /// Records on their way to other members.
+    publishing: HashSet<QueryId>,
     searches: HashMap<QueryId, ProviderSearch>,
     questions: HashMap<OutboundRequestId, AdvertQuestion>,
     address_searches: HashMap<QueryId, AdvertQuestion>,
@@ -116,6 +118,7 @@ impl SwarmTask {
             hosted: Vec::new(),
             keys: Vec::new(),
             publish_at: Instant::now() + PUBLISH_INTERVAL,
+            publishing: HashSet::new(),
             searches: HashMap::new(),
             questions: HashMap::new(),
             address_searches: HashMap::new(),
@@ -218,9 +221,13 @@ impl SwarmTask {
 
     fn publish(&mut self) {
         self.publish_at = Instant::now() + PUBLISH_INTERVAL;
+        self.publishing.clear();
         for key in &self.keys {
-            if let Err(error) = self.swarm.behaviour_mut().kad.start_providing(record_key(*key)) {
-                tracing::warn!(%error, "a provider record was not stored");
+            match self.swarm.behaviour_mut().kad.start_providing(record_key(*key)) {
+                // Without a member the record only lies here, and is published again when one appears.
+                Ok(query) if !self.members.is_empty() => _ = self.publishing.insert(query),
+                Ok(_) => {}
+                Err(error) => tracing::warn!(%error, "a provider record was not stored"),
             }
         }
     }
@@ -239,6 +246,7 @@ impl SwarmTask {
                         self.swarm.behaviour_mut().kad.stop_providing(&record_key(*gone));
                     }
                     self.keys = keys;
+                    self.reports.published.send_replace(false);
                     self.publish();
                 }
             }
@@ -549,6 +557,9 @@ impl SwarmTask {
 
     fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
         match result {
+            QueryResult::StartProviding(_) if self.publishing.remove(&id) && self.publishing.is_empty() => {
+                self.reports.published.send_replace(true);
+            }
             QueryResult::GetProviders(outcome) => {
                 if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = &outcome {
                     for peer in providers {

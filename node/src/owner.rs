@@ -1,0 +1,107 @@
+//! The owner's comfort: when a node pauses, what it may use, and how it is told.
+
+pub mod bandwidth;
+pub mod control;
+pub mod load;
+pub mod lock;
+pub mod quiet_hours;
+
+pub use bandwidth::Bandwidth;
+pub use lock::DataDirLock;
+pub use quiet_hours::QuietHours;
+
+/// Others' load must fall to this share of the limit before a node that gave way comes back.
+const COME_BACK_AT: f64 = 0.75;
+
+/// Why a node is paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// `hanse pause`.
+    Asked,
+    /// It is night, or whatever hours the owner named.
+    QuietHours(QuietHours),
+    /// Other programs want the machine.
+    Load,
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Asked => write!(f, "asked to"),
+            Self::QuietHours(hours) => write!(f, "quiet hours {hours}"),
+            Self::Load => write!(f, "other programs want the machine"),
+        }
+    }
+}
+
+/// What the owner wants. Time and load are arguments.
+#[derive(Debug, Clone, Default)]
+pub struct Comfort {
+    /// Hours of the local day without calls.
+    pub quiet_hours: Option<QuietHours>,
+    /// Pause when other programs keep more than so many cores busy.
+    pub yield_above: Option<f64>,
+    asked: bool,
+    gave_way: bool,
+}
+
+impl Comfort {
+    /// Never paused.
+    #[must_use]
+    pub fn new(quiet_hours: Option<QuietHours>, yield_above: Option<f64>) -> Self {
+        Self { quiet_hours, yield_above, asked: false, gave_way: false }
+    }
+
+    /// Pauses, or takes that back. What else speaks for a pause still does.
+    pub fn ask(&mut self, pause: bool) {
+        self.asked = pause;
+    }
+
+    /// Whether to be paused now, and why. `minute` is that of the local day, `others` the cores that other programs keep busy,
+    /// if that is known.
+    pub fn reason(&mut self, minute: u32, others: Option<f64>) -> Option<Reason> {
+        if let (Some(limit), Some(others)) = (self.yield_above, others) {
+            let bound = if self.gave_way { limit * COME_BACK_AT } else { limit };
+            self.gave_way = others > bound;
+        }
+        if self.asked {
+            return Some(Reason::Asked);
+        }
+        if let Some(hours) = self.quiet_hours.filter(|hours| hours.contains(minute)) {
+            return Some(Reason::QuietHours(hours));
+        }
+        self.gave_way.then_some(Reason::Load)
+    }
+}
+
+/// The minute of the day by the system's local time.
+#[must_use]
+pub fn minute_of_day() -> u32 {
+    let now = jiff::ZonedDateTime::now();
+    u32::try_from(i32::from(now.hour()) * 60 + i32::from(now.minute())).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_gives_way_and_comes_back_when_the_machine_is_calm() {
+        let mut comfort = Comfort::new(None, Some(2.0));
+        let reasons: Vec<bool> =
+            [1.9, 2.1, 1.9, 1.6, 1.4, 1.9].map(|load| comfort.reason(0, Some(load)).is_some()).into();
+        assert_eq!(reasons, [false, true, true, true, false, false]);
+    }
+
+    #[test]
+    fn resuming_by_hand_does_not_overrule_quiet_hours() {
+        let hours: QuietHours = "22:00-07:00".parse().unwrap();
+        let mut comfort = Comfort::new(Some(hours), None);
+        assert_eq!(comfort.reason(12 * 60, None), None);
+        comfort.ask(true);
+        assert_eq!(comfort.reason(12 * 60, None), Some(Reason::Asked));
+        comfort.ask(false);
+        assert_eq!(comfort.reason(23 * 60, None), Some(Reason::QuietHours(hours)));
+        assert_eq!(comfort.reason(7 * 60, None), None);
+    }
+}
