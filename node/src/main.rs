@@ -34,6 +34,8 @@ fn main() -> ExitCode {
             Command::Status(args) => commands::status::run(args).await,
             Command::Inspect(args) => commands::inspect::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
+            #[cfg(unix)]
+            Command::Testnet(command) => commands::testnet::run(command).await,
         }
     });
     // A thread that still reads standard input or computes must not keep the process.
