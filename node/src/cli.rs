@@ -1,5 +1,8 @@
 //! What the command line understands.
 
+#[cfg(unix)]
+mod testnet;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,6 +14,8 @@ use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::NetworkConfig;
+#[cfg(unix)]
+pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
 
 use crate::model::ModelRef;
 
@@ -49,6 +54,10 @@ pub(crate) enum Command {
     Manifest(ManifestArgs),
     /// Measure on this machine: the price of distribution, one expert call, memory.
     Bench(BenchArgs),
+    /// A network of volunteer processes on this machine, and trouble for it.
+    #[cfg(unix)]
+    #[command(subcommand)]
+    Testnet(TestnetCommand),
 }
 
 /// The model and who computes its experts.

@@ -11,3 +11,5 @@ pub(crate) mod node;
 pub(crate) mod pause;
 pub(crate) mod score;
 pub(crate) mod status;
+#[cfg(unix)]
+pub(crate) mod testnet;

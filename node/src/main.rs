@@ -35,6 +35,8 @@ fn main() -> ExitCode {
             Command::Inspect(args) => commands::inspect::run(&args),
             Command::Manifest(args) => commands::manifest::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
+            #[cfg(unix)]
+            Command::Testnet(command) => commands::testnet::run(command).await,
         }
     });
     // A thread that still reads standard input or computes must not keep the process.

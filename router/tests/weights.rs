@@ -155,7 +155,7 @@ fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice() {
             let source = memory("a", Habit::Honest, &content);
             // At a random point, often within two groups that are being read.
             source.stop_after.store((random >> 16) as usize % 3, Ordering::SeqCst);
-            let fetcher = fetcher(dir.path(), &[source.clone()], PATIENCE);
+            let fetcher = fetcher(dir.path(), std::slice::from_ref(&source), PATIENCE);
             let fetch = fetcher.fetch(&item);
             let stopped = async {
                 while !source.stopped.load(Ordering::SeqCst) {

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
-use hanse_protocol::discovery::keys::ProviderKey;
 use hanse_protocol::discovery::Discovery;
+use hanse_protocol::discovery::keys::ProviderKey;
 use hanse_protocol::{
     Advert, CHAINING_VALUE_BYTES, DataConnection, DataEndpoint, Fetch, Frame, HostedExperts, Identity, MAX_CHUNK_BYTES,
     MAX_MANIFEST_BYTES, ModelId, PeerId, RefusalCode, SignedManifest, Wanted, group_count,
