@@ -14,6 +14,7 @@ use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::NetworkConfig;
+use hanse_router::weights::Repository;
 #[cfg(unix)]
 pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
 
@@ -63,8 +64,9 @@ pub(crate) enum Command {
 /// The model and who computes its experts.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
-    /// A Hugging Face model folder, or a model's id, whose trunk is then fetched from the network.
-    #[arg(long, value_name = "DIR|ID")]
+    /// A Hugging Face model folder; or a model's id, whose trunk is then fetched from the network; or hf:org/name, a
+    /// repository with a manifest.
+    #[arg(long, value_name = "DIR|ID|hf:REPO")]
     pub(crate) model: ModelRef,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
@@ -111,6 +113,10 @@ pub(crate) struct CacheArgs {
     /// The most that is kept there, such as 40GiB: what was not used for the longest time is removed. No limit by default.
     #[arg(long, value_name = "SIZE")]
     pub(crate) cache_size: Option<bytesize::ByteSize>,
+    /// A repository that holds the model's weights, such as hf:org/name or hf:org/name@revision: with a model's id, they are read
+    /// from there as well as from members. HF_ENDPOINT and HF_TOKEN are heeded. May be given more than once.
+    #[arg(long, value_name = "REPOSITORY")]
+    pub(crate) source: Vec<Repository>,
 }
 
 /// How to find a network.
@@ -191,8 +197,9 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct NodeArgs {
-    /// A Hugging Face model folder, or a model's id, whose experts are then fetched from the network.
-    #[arg(long, value_name = "DIR|ID")]
+    /// A Hugging Face model folder; or a model's id, whose experts are then fetched from the network; or hf:org/name, a
+    /// repository with a manifest.
+    #[arg(long, value_name = "DIR|ID|hf:REPO")]
     pub(crate) model: ModelRef,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,

@@ -9,7 +9,8 @@ use hanse_model::Checkpoint;
 use hanse_protocol::{Identity, Locations, ModelId, SignedManifest};
 use hanse_router::NetworkConfig;
 use hanse_router::weights::describe::{open_described, read_manifest};
-use hanse_router::weights::{Cache, RemoteModel, Shelf, describe};
+use hanse_router::weights::http::ParseRepositoryError;
+use hanse_router::weights::{Cache, Hub, RemoteModel, Repository, Shelf, describe};
 
 use crate::cli::CacheArgs;
 use crate::{output, paths};
@@ -21,12 +22,17 @@ pub(crate) enum ModelRef {
     Folder(PathBuf),
     /// A model's id.
     Id(ModelId),
+    /// A repository of a hub that holds a manifest.
+    Hub(Repository),
 }
 
 impl FromStr for ModelRef {
-    type Err = std::convert::Infallible;
+    type Err = ParseRepositoryError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.starts_with("hf:") {
+            return text.parse().map(Self::Hub);
+        }
         match text.parse() {
             Ok(id) if !Path::new(text).exists() => Ok(Self::Id(id)),
             _ => Ok(Self::Folder(text.into())),
@@ -91,7 +97,14 @@ impl Model {
                     bail!("a model named by its id is fetched from its network: give --bootstrap ADDR, or a folder");
                 }
                 let spinner = output::spinner("looking for the model");
-                let found = RemoteModel::find(*id, cache.open()?, network, Vec::new()).await;
+                let found = RemoteModel::find(*id, cache.open()?, network, &cache.hubs()?).await;
+                spinner.finish_and_clear();
+                Ok(Self::Remote(found?))
+            }
+            ModelRef::Hub(repository) => {
+                let spinner = output::spinner("reading the repository");
+                let found =
+                    RemoteModel::of_hub(Hub::from_env(repository.clone())?, cache.open()?, &cache.hubs()?).await;
                 spinner.finish_and_clear();
                 Ok(Self::Remote(found?))
             }
@@ -141,6 +154,10 @@ impl Model {
 }
 
 impl CacheArgs {
+    fn hubs(&self) -> anyhow::Result<Vec<Hub>> {
+        self.source.iter().map(|repository| Ok(Hub::from_env(repository.clone())?)).collect()
+    }
+
     pub(crate) fn open(&self) -> anyhow::Result<Cache> {
         let default = || paths::cache_dir().map(|dir| dir.join("weights"));
         let dir =

@@ -8,6 +8,7 @@
 pub mod cache;
 pub mod describe;
 pub mod fetch;
+pub mod http;
 pub mod peers;
 pub mod remote;
 pub mod shelf;
@@ -16,6 +17,7 @@ pub mod source;
 pub use cache::{Cache, CacheError};
 pub use describe::{DescribeError, Described, describe, model_id};
 pub use fetch::{FetchError, Fetcher};
+pub use http::{Hub, HubSource, Repository, RepositoryError};
 pub use peers::Peers;
 pub use remote::{RemoteError, RemoteModel};
 pub use shelf::{Shelf, ShelfError};

@@ -10,6 +10,7 @@ use hanse_protocol::{BlobHash, Manifest, ModelId, SignedManifest};
 use super::cache::{Cache, CacheError, Pin};
 use super::describe::stored_dtype;
 use super::fetch::{FetchError, Fetcher};
+use super::http::{Hub, RepositoryError};
 use super::peers::{ManifestSearchError, Peers};
 use super::source::{Item, Source, What};
 use crate::network::{JoinError, NetworkConfig};
@@ -44,6 +45,9 @@ pub enum RemoteError {
         /// What is wrong.
         source: CheckpointError,
     },
+    /// A repository cannot be used.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
     /// The cache cannot be used.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -63,7 +67,7 @@ impl RemoteModel {
         model: ModelId,
         cache: Cache,
         network: &NetworkConfig,
-        sources: Vec<Arc<dyn Source>>,
+        hubs: &[Hub],
     ) -> Result<Self, RemoteError> {
         let peers = Arc::new(Peers::join(model, network).await?);
         let kept = cached_manifest(&cache, model);
@@ -75,8 +79,23 @@ impl RemoteModel {
                 signed
             }
         };
+        let sources = sources(hubs, signed.manifest()).await?;
         let fetcher = Fetcher::new(cache, sources, Some(peers), PATIENCE);
         Self::new(signed, Arc::new(fetcher))
+    }
+
+    /// The model of a repository that holds a manifest. Its weights come from there, and from `more` repositories.
+    ///
+    /// Must be called within a tokio runtime, which fetches what is needed later.
+    ///
+    /// # Errors
+    /// [`RemoteError`], as its variants say.
+    pub async fn of_hub(hub: Hub, cache: Cache, more: &[Hub]) -> Result<Self, RemoteError> {
+        let (signed, locations) = hub.manifest().await?;
+        let mut sources = sources(more, signed.manifest()).await?;
+        sources.insert(0, Arc::new(hub.source(signed.manifest().clone(), locations)));
+        keep_manifest(&cache, &signed)?;
+        Self::new(signed, Arc::new(Fetcher::new(cache, sources, None, PATIENCE)))
     }
 
     /// The model of a manifest that is at hand.
@@ -166,6 +185,19 @@ impl RemoteModel {
             peers.shutdown().await;
         }
     }
+}
+
+/// Repositories as sources, each by its own manifest if it has this model's, else by the headers of its files.
+async fn sources(hubs: &[Hub], manifest: &Manifest) -> Result<Vec<Arc<dyn Source>>, RepositoryError> {
+    let mut sources: Vec<Arc<dyn Source>> = Vec::new();
+    for hub in hubs {
+        let own = hub.manifest().await.ok().filter(|(signed, _)| signed.manifest() == manifest);
+        sources.push(Arc::new(match own {
+            Some((_, locations)) => hub.clone().source(manifest.clone(), locations),
+            None => hub.clone().find(manifest.clone()).await?,
+        }));
+    }
+    Ok(sources)
 }
 
 /// The folder of a model's small files.
