@@ -38,12 +38,12 @@ pub enum DescribeError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The manifest breaks a rule or its signature is wrong.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {reason}", path.display())]
     Manifest {
         /// The manifest's file, or the folder.
         path: PathBuf,
         /// What is wrong.
-        source: ManifestError,
+        reason: ManifestError,
     },
     /// A file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
@@ -125,7 +125,7 @@ pub fn read_manifest(dir: &Path) -> Result<Option<(SignedManifest, Locations)>, 
     if !path.exists() {
         return Ok(None);
     }
-    let invalid = |source| DescribeError::Manifest { path: path.clone(), source };
+    let invalid = |reason| DescribeError::Manifest { path: path.clone(), reason };
     let bytes = read(&path, MAX_MANIFEST_BYTES as u64)?.ok_or_else(|| invalid(ManifestError::TooLong(usize::MAX)))?;
     let text = String::from_utf8(bytes).map_err(|error| invalid(ManifestError::Json(error.to_string())))?;
     SignedManifest::from_json(&text).map(Some).map_err(invalid)

@@ -94,12 +94,12 @@ pub enum RepositoryError {
         repository: String,
     },
     /// Its manifest is malformed.
-    #[error("{repository}: {source}")]
+    #[error("{repository}: {reason}")]
     Manifest {
         /// The repository.
         repository: String,
         /// What is wrong.
-        source: ManifestError,
+        reason: ManifestError,
     },
     /// Its weights are not those of the manifest.
     #[error("{repository} does not hold this model: {reason}")]
@@ -110,14 +110,14 @@ pub enum RepositoryError {
         reason: String,
     },
     /// A file cannot be read.
-    #[error("cannot read {file} of {repository}: {source}")]
+    #[error("cannot read {file} of {repository}: {reason}")]
     Read {
         /// The repository.
         repository: String,
         /// The file.
         file: String,
         /// Why not.
-        source: SourceError,
+        reason: SourceError,
     },
 }
 
@@ -183,7 +183,7 @@ impl Hub {
         let repository = || self.repository.to_string();
         let text = self.small_file(MANIFEST_FILE, MAX_MANIFEST_BYTES as u64).await?;
         let text = text.ok_or_else(|| RepositoryError::NoManifest { repository: repository() })?;
-        let invalid = |source| RepositoryError::Manifest { repository: repository(), source };
+        let invalid = |reason| RepositoryError::Manifest { repository: repository(), reason };
         let text = String::from_utf8(text.to_vec()).map_err(|e| invalid(ManifestError::Json(e.to_string())))?;
         SignedManifest::from_json(&text).map_err(invalid)
     }
@@ -247,8 +247,8 @@ impl Hub {
         Ok(files.into_iter().collect())
     }
 
-    fn read_error(&self, file: &str, source: SourceError) -> RepositoryError {
-        RepositoryError::Read { repository: self.repository.to_string(), file: file.to_owned(), source }
+    fn read_error(&self, file: &str, reason: SourceError) -> RepositoryError {
+        RepositoryError::Read { repository: self.repository.to_string(), file: file.to_owned(), reason }
     }
 
     /// All of a small file; `None` if there is none.

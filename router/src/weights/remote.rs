@@ -38,12 +38,12 @@ pub enum RemoteError {
     #[error(transparent)]
     Manifest(#[from] ManifestSearchError),
     /// Its parts do not make the model that its config calls for.
-    #[error("the manifest of model {model} makes no model: {source}")]
+    #[error("the manifest of model {model} makes no model: {reason}")]
     NoModel {
         /// The model.
         model: ModelId,
         /// What is wrong.
-        source: CheckpointError,
+        reason: CheckpointError,
     },
     /// A repository cannot be used.
     #[error(transparent)]
@@ -117,13 +117,13 @@ impl RemoteModel {
             runtime: tokio::runtime::Handle::current(),
         });
         let checkpoint = Checkpoint::from_parts(&dir, manifest.config.clone(), parts_of(manifest), source)
-            .map_err(|source| RemoteError::NoModel { model, source })?;
+            .map_err(|reason| RemoteError::NoModel { model, reason })?;
         let sizes = checkpoint.sizes();
         for layer in &manifest.experts {
             let expected = sizes.bytes_per_expert.get(layer.layer as usize).copied().unwrap_or(0);
             if layer.expert_bytes(manifest.hidden_size) != expected {
                 let part = format!("an expert of layer {}", layer.layer);
-                return Err(RemoteError::NoModel { model, source: CheckpointError::Unlisted { part } });
+                return Err(RemoteError::NoModel { model, reason: CheckpointError::Unlisted { part } });
             }
         }
         Ok(Self { signed, fetcher, checkpoint, pins: Arc::default() })

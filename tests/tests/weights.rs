@@ -1,0 +1,139 @@
+//! A model that is nowhere but on the network: manifest, trunk and experts come from volunteers.
+
+use hanse_model::Checkpoint;
+use hanse_node::{Hosting, Volunteer, VolunteerConfig};
+use hanse_protocol::{Identity, ModelId, SignedManifest};
+use hanse_router::weights::describe::{open_described, read_manifest};
+use hanse_router::weights::{Cache, DescribeError, RemoteModel, Shelf, describe};
+use hanse_router::{Client, NetworkConfig};
+use hanse_tests::net::{PATIENCE, changed_copy, eventually, greedy, model_config, runtime, tokens};
+use hanse_tests::reference::tiny_moe;
+use std::sync::Arc;
+
+const PROMPT: [u32; 3] = [317, 577, 745];
+
+/// A volunteer with the bundled model's folder that hosts `experts` and gives out everything.
+async fn founder(experts: &str) -> (Volunteer, ModelId) {
+    let checkpoint = Checkpoint::open(&tiny_moe()).unwrap();
+    let described = describe(&checkpoint, &mut |_, _| {}).unwrap();
+    let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
+    let shelf = Shelf::of_folder(signed.clone(), &described.locations, &tiny_moe()).unwrap();
+    let hosting = Hosting::Experts(experts.parse().unwrap());
+    let config = VolunteerConfig { hosting, threads: 1, shelf: Some(Arc::new(shelf)), ..VolunteerConfig::default() };
+    let identity = Identity::generate();
+    (Volunteer::start(&identity, &checkpoint, signed.id(), config, |_, _| ()).await.unwrap(), signed.id())
+}
+
+fn joins(volunteer: &Volunteer) -> NetworkConfig {
+    let bootstrap = vec![volunteer.addresses()[0].clone()];
+    NetworkConfig { bootstrap, join_timeout: PATIENCE, ..NetworkConfig::default() }
+}
+
+async fn find(model: ModelId, dir: &std::path::Path, network: &NetworkConfig) -> RemoteModel {
+    RemoteModel::find(model, Cache::new(dir, u64::MAX).unwrap(), network, &[]).await.unwrap()
+}
+
+#[test]
+fn a_client_with_an_empty_cache_gives_the_tokens_of_one_process() {
+    runtime().block_on(async {
+        let (volunteer, id) = founder("all").await;
+        let (network, cache) = (joins(&volunteer), tempfile::tempdir().unwrap());
+        let local = Client::local(&model_config(&tiny_moe())).unwrap();
+        let (expected, _) = tokens(&local, greedy(&PROMPT, 24)).await.unwrap();
+        let mut read = Vec::new();
+        for _ in 0..2 {
+            let model = find(id, cache.path(), &network).await;
+            model.fetch_trunk(&|_, _| {}).await.unwrap();
+            let client =
+                Client::connect_with(model.checkpoint(), 1, id, &Identity::generate(), network.clone()).await.unwrap();
+            assert_eq!(tokens(&client, greedy(&PROMPT, 24)).await.unwrap().0, expected);
+            assert!(client.tokenizer().is_some(), "it came with the trunk");
+            read.push((model.fetcher().bytes(), model.manifest().manifest().trunk_bytes()));
+            client.close().await;
+            model.close().await;
+        }
+        assert!(read[0].0 > read[0].1 && read[1].0 == 0, "the second time all is in the cache: {read:?}");
+    });
+}
+
+#[test]
+fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
+    runtime().block_on(async {
+        let (first, id) = founder("0-2:0-15").await;
+        let (network, cache) = (joins(&first), tempfile::tempdir().unwrap());
+        let model = find(id, cache.path(), &network).await;
+        let shelf = Shelf::of_cache(model.manifest().clone(), model.fetcher().cache().clone());
+        let config = VolunteerConfig {
+            bootstrap: network.bootstrap.clone(),
+            hosting: Hosting::Experts("3-5:0-15".parse().unwrap()),
+            threads: 1,
+            shelf: Some(Arc::new(shelf)),
+            ..VolunteerConfig::default()
+        };
+        let identity = Identity::generate();
+        let second = Volunteer::start(&identity, model.checkpoint(), id, config, |_, _| ()).await.unwrap();
+        let (read, hosts) = (model.fetcher().bytes(), second.store().bytes());
+        assert!(read >= hosts && read <= hosts + hosts / 20, "{read} bytes read to host {hosts}");
+
+        let third = tempfile::tempdir().unwrap();
+        let other = find(id, third.path(), &network).await;
+        other.fetch_trunk(&|_, _| {}).await.unwrap();
+        let client =
+            Client::connect_with(other.checkpoint(), 1, id, &Identity::generate(), network.clone()).await.unwrap();
+        let local = Client::local(&model_config(&tiny_moe())).unwrap();
+        let (expected, _) = tokens(&local, greedy(&PROMPT, 16)).await.unwrap();
+        assert_eq!(tokens(&client, greedy(&PROMPT, 16)).await.unwrap().0, expected);
+
+        // With the founder gone, an expert still comes from the one that hosts it.
+        let peers = other.fetcher().peers().unwrap().clone();
+        let what = hanse_router::weights::What::Expert { layer: 4, expert: 7 };
+        let item = hanse_router::weights::Item::find(other.manifest().manifest(), what).unwrap();
+        eventually("both give out weights", || peers.sources(&item).len() == 2).await;
+        first.shutdown().await;
+        other.fetcher().fetch(&item).await.unwrap();
+        assert!(other.fetcher().cache().has(&item.blob));
+    });
+}
+
+#[test]
+fn a_model_that_nobody_has_is_said_to_be_so() {
+    runtime().block_on(async {
+        let (volunteer, _) = founder("all").await;
+        let network = NetworkConfig { join_timeout: std::time::Duration::from_secs(1), ..joins(&volunteer) };
+        let cache = tempfile::tempdir().unwrap();
+        let unknown = ModelId([7; 32]);
+        let found = RemoteModel::find(unknown, Cache::new(cache.path(), u64::MAX).unwrap(), &network, &[]).await;
+        let error = found.unwrap_err().to_string();
+        assert!(error.contains("no peer gives out model 0707"), "{error}");
+    });
+}
+
+#[test]
+fn a_folder_is_compared_with_its_manifest_as_it_is_loaded() {
+    let changed = changed_copy(&tiny_moe());
+    let described = describe(&Checkpoint::open(&tiny_moe()).unwrap(), &mut |_, _| {}).unwrap();
+    let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
+    let path = changed.path().join("hanse-manifest.json");
+    std::fs::write(&path, signed.to_json(&described.locations)).unwrap();
+    let (read, _) = read_manifest(changed.path()).unwrap().unwrap();
+    assert_eq!(read, signed);
+    let checkpoint = open_described(changed.path(), read.manifest()).unwrap();
+    let error = Client::local_with(&checkpoint, 1).unwrap_err().to_string();
+    assert!(error.contains("`model.norm.weight` is not the one of the manifest"), "{error}");
+    // What is not changed can be used.
+    hanse_model::Expert::load(&checkpoint, 0, 0).unwrap();
+
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"family\":\"", "\"family\":\"x")).unwrap();
+    let error = read_manifest(changed.path()).unwrap_err();
+    assert!(
+        matches!(error, DescribeError::Manifest { .. }) && error.to_string().contains("signature is wrong"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_copy_with_one_weight_changed_has_another_id() {
+    let id = |dir: &std::path::Path| hanse_router::weights::model_id(&Checkpoint::open(dir).unwrap()).unwrap();
+    assert_ne!(id(&tiny_moe()), id(changed_copy(&tiny_moe()).path()));
+}
