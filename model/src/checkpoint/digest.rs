@@ -1,10 +1,9 @@
 //! The hash that names a model: the same for the same `config.json` and tensors, however they are cut into files.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use super::error::CheckpointError;
-use super::{Checkpoint, tensors::Tensor};
+use super::{Checkpoint, open_file, tensors::Tensor};
 
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -27,7 +26,7 @@ impl Checkpoint {
         let mut hashes = vec![None; files.tensors.len()];
         for (number, file) in files.files.iter().enumerate() {
             let failed = |source| CheckpointError::Read { path: file.path.clone(), source };
-            let mut reader = File::open(&file.path).map_err(failed)?;
+            let mut reader = open_file(&file.path)?;
             let mut here: Vec<(usize, &Tensor)> =
                 files.tensors.values().enumerate().filter(|(_, tensor)| tensor.file == number).collect();
             // In the order of the file, so that the disk reads straight on.
