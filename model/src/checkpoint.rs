@@ -1,7 +1,6 @@
 //! A model folder: `config.json` and memory-mapped safetensors, checked before anything is computed.
 
 pub(crate) mod config;
-mod digest;
 mod error;
 mod layout;
 mod mapping;

@@ -114,16 +114,11 @@ fn write_single(dir: &Path, tensors: &[RawTensor], pad: impl Fn(usize) -> usize)
 }
 
 #[test]
-fn sharded_logits_and_digest_equal_unsharded_ones() {
+fn sharded_logits_equal_unsharded_ones() {
     let dir = copy("mixtral");
     let prompt = Golden::open(&fixture("mixtral")).ids("p1.input_ids").unwrap();
     let mut sharded = Local::open(dir.path());
     let expected = bits(&sharded.prefill(&prompt));
-    let mut calls = Vec::new();
-    let digest = sharded.checkpoint.digest(&mut |done, total| calls.push((done, total))).unwrap();
-    assert!(
-        calls.windows(2).all(|pair| pair[0].0 < pair[1].0) && calls.last().is_some_and(|(done, total)| done == total)
-    );
     let sizes = sharded.checkpoint.sizes();
     let tensors = tensors(dir.path());
     let bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
@@ -134,26 +129,7 @@ fn sharded_logits_and_digest_equal_unsharded_ones() {
         write_single(dir.path(), &tensors, |len| aligned(len) + misalign);
         let mut single = Local::open(dir.path());
         assert_eq!(bits(&single.prefill(&prompt)), expected);
-        assert_eq!(single.checkpoint.digest(&mut |_, _| {}).unwrap(), digest);
     }
-}
-
-#[test]
-fn the_digest_changes_with_a_weight_a_name_and_the_config() {
-    let dir = copy("mixtral");
-    let digest = |dir: &Path| Checkpoint::open(dir).unwrap().digest(&mut |_, _| {}).unwrap();
-    let original = digest(dir.path());
-    let mut tensors = tensors(dir.path());
-    tensors[5].bytes[0] ^= 1;
-    write_single(dir.path(), &tensors, aligned);
-    let flipped = digest(dir.path());
-    assert_ne!(flipped, original);
-    tensors.push(RawTensor { name: "extra".into(), dtype: "I64", shape: vec![0], bytes: vec![] });
-    write_single(dir.path(), &tensors, aligned);
-    let extra = digest(dir.path());
-    assert_ne!(extra, flipped);
-    edit_json(&dir.path().join("config.json"), |config| config["rope_theta"] = json!(1e5));
-    assert_ne!(digest(dir.path()), extra);
 }
 
 #[test]

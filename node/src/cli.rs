@@ -1,5 +1,8 @@
 //! What the command line understands.
 
+#[cfg(unix)]
+mod testnet;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +13,11 @@ use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
-use hanse_router::{ModelConfig, NetworkConfig};
+use hanse_router::NetworkConfig;
+#[cfg(unix)]
+pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
+
+use crate::model::ModelRef;
 
 /// Serve one large mixture-of-experts model from many small machines.
 #[derive(Debug, Parser)]
@@ -43,16 +50,24 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// What a model folder holds: trunk, experts, sizes.
     Inspect(InspectArgs),
+    /// Write a model folder's manifest: every part of the model by its hash, signed.
+    Manifest(ManifestArgs),
     /// Measure on this machine: the price of distribution, one expert call, memory.
     Bench(BenchArgs),
+    /// A network of volunteer processes on this machine, and trouble for it.
+    #[cfg(unix)]
+    #[command(subcommand)]
+    Testnet(TestnetCommand),
 }
 
 /// The model and who computes its experts.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
-    /// A Hugging Face model folder.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
+    /// A Hugging Face model folder, or a model's id, whose trunk is then fetched from the network.
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) model: ModelRef,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
     /// Compute the experts in this process as well: the reference for what a network gives.
     #[arg(long, conflicts_with = "bootstrap")]
     pub(crate) local: bool,
@@ -87,6 +102,17 @@ pub(crate) enum FallbackKind {
     Local,
 }
 
+/// Where fetched weights are kept.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CacheArgs {
+    /// Where fetched weights are kept; by default hanse/weights in the user's cache folder. Several processes may share it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache_dir: Option<PathBuf>,
+    /// The most that is kept there, such as 40GiB: what was not used for the longest time is removed. No limit by default.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) cache_size: Option<bytesize::ByteSize>,
+}
+
 /// How to find a network.
 #[derive(Debug, Args)]
 pub(crate) struct JoinArgs {
@@ -102,10 +128,6 @@ pub(crate) struct JoinArgs {
 }
 
 impl ClientArgs {
-    pub(crate) fn model_config(&self) -> ModelConfig {
-        ModelConfig { dir: self.model.clone(), threads: self.threads }
-    }
-
     pub(crate) fn network_config(&self) -> NetworkConfig {
         NetworkConfig {
             network: self.join.network.clone(),
@@ -169,9 +191,20 @@ pub(crate) struct DemoArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct NodeArgs {
-    /// A Hugging Face model folder.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
+    /// A Hugging Face model folder, or a model's id, whose experts are then fetched from the network.
+    #[arg(long, value_name = "DIR|ID")]
+    pub(crate) model: ModelRef,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+    /// Fetch the trunk too, and give it to clients that have no model folder. A node with a folder always does.
+    #[arg(long)]
+    pub(crate) keep_trunk: bool,
+    /// Give no weights to others.
+    #[arg(long)]
+    pub(crate) give_no_weights: bool,
+    /// The most bytes of weights given to others per second, such as 10MiB.
+    #[arg(long, value_name = "SIZE", conflicts_with = "give_no_weights")]
+    pub(crate) give_rate: Option<bytesize::ByteSize>,
     /// Which experts to host: `all`, or layers and experts such as 0-3:0-31,5:7. Without this and --memory: all.
     #[arg(long, value_name = "SPEC", conflicts_with = "memory")]
     pub(crate) experts: Option<ExpertsSpec>,
@@ -333,6 +366,22 @@ pub(crate) struct InspectArgs {
     /// A Hugging Face model folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    /// One JSON document on standard output and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManifestArgs {
+    /// A Hugging Face model folder.
+    #[arg(value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Where to write it; by default hanse-manifest.json in the folder.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Where the key is kept that signs it; by default hanse in the user's data folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

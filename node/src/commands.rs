@@ -6,7 +6,10 @@ mod client;
 pub(crate) mod demo;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod manifest;
 pub(crate) mod node;
 pub(crate) mod pause;
 pub(crate) mod score;
 pub(crate) mod status;
+#[cfg(unix)]
+pub(crate) mod testnet;

@@ -9,6 +9,7 @@
 mod batcher;
 mod counters;
 pub mod experts_spec;
+mod giving;
 pub mod owner;
 pub mod placement;
 mod server;

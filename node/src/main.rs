@@ -2,7 +2,7 @@
 
 mod cli;
 mod commands;
-mod model_id;
+mod model;
 mod output;
 mod paths;
 
@@ -33,7 +33,10 @@ fn main() -> ExitCode {
             Command::Score(args) => commands::score::run(args).await,
             Command::Status(args) => commands::status::run(args).await,
             Command::Inspect(args) => commands::inspect::run(&args),
+            Command::Manifest(args) => commands::manifest::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
+            #[cfg(unix)]
+            Command::Testnet(command) => commands::testnet::run(command).await,
         }
     });
     // A thread that still reads standard input or computes must not keep the process.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
-    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameError, FrameLimits, FrameStream, Hello,
-    ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
+    Chunk, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits, FrameStream,
+    Hello, ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
 };
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use crate::batcher::{Batcher, Work, WorkError};
 use crate::counters::{Counters, Demand};
+use crate::giving::{Giving, Held, MAX_CHUNKS_OF_ONE};
 use crate::owner::Bandwidth;
 use crate::store::{ExpertStore, Snapshot};
 
@@ -43,6 +44,8 @@ pub(crate) struct Server {
     pub(crate) draining: AtomicBool,
     /// The owner's limit on what is sent.
     pub(crate) bandwidth: Option<Bandwidth>,
+    /// The model's manifest and weights, if they are given out.
+    pub(crate) giving: Option<Giving>,
 }
 
 /// A refusal without the request id, which the caller of the failing function knows.
@@ -99,14 +102,15 @@ impl Server {
 
     async fn serve_connection(self: Arc<Self>, connection: DataConnection, cancel: &CancellationToken) {
         let mut streams = JoinSet::new();
+        let chunks = Arc::new(Semaphore::new(MAX_CHUNKS_OF_ONE));
         loop {
             tokio::select! {
                 () = cancel.cancelled() => break,
                 Some(_) = streams.join_next() => {}
                 stream = connection.accept_stream() => {
                     let Some(stream) = stream else { break };
-                    let (server, cancel) = (self.clone(), cancel.clone());
-                    streams.spawn(async move { server.serve_stream(stream, &cancel).await }.in_current_span());
+                    let (server, cancel, chunks) = (self.clone(), cancel.clone(), chunks.clone());
+                    streams.spawn(async move { server.serve_stream(stream, chunks, &cancel).await }.in_current_span());
                 }
             }
         }
@@ -114,7 +118,7 @@ impl Server {
     }
 
     /// Answers one frame after another until the client ends the stream or breaks a rule.
-    async fn serve_stream(&self, mut stream: FrameStream, cancel: &CancellationToken) {
+    async fn serve_stream(&self, mut stream: FrameStream, chunks: Arc<Semaphore>, cancel: &CancellationToken) {
         let limits = self.limits();
         loop {
             let read = tokio::select! {
@@ -125,12 +129,22 @@ impl Server {
                 }
                 read = stream.read(&limits) => read,
             };
+            // The places of a chunk are free again when it has been written.
+            let mut _places = None;
             let answer = match read {
                 Ok(Frame::Hello(hello)) => self.answer_hello(&hello),
                 Ok(Frame::Call(call)) => match self.answer_call(call, &mut stream).await {
                     Some(answer) => answer,
                     None => return,
                 },
+                Ok(Frame::Fetch(fetch)) => {
+                    let (answer, places): Held = tokio::select! {
+                        held = self.give(&fetch, chunks.clone()) => held,
+                        () = stream.cancelled() => return,
+                    };
+                    _places = places;
+                    answer
+                }
                 Ok(other) => {
                     self.counters.malformed();
                     let text = format!("a {:?} frame is not a request", other.kind());
@@ -141,8 +155,10 @@ impl Server {
                     return;
                 }
             };
-            if let (Some(bandwidth), Frame::Answer(answer)) = (&self.bandwidth, &answer) {
-                bandwidth.wait(answer.body.len()).await;
+            if let (Some(bandwidth), Frame::Answer(ExpertAnswer { body, .. }) | Frame::Chunk(Chunk { body, .. })) =
+                (&self.bandwidth, &answer)
+            {
+                bandwidth.wait(body.len()).await;
             }
             if let Err(error) = stream.write(&answer).await {
                 tracing::debug!(%error, "answer not delivered");
@@ -216,6 +232,15 @@ impl Server {
             return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
         }
         Ok(experts)
+    }
+
+    async fn give(&self, fetch: &Fetch, chunks: Arc<Semaphore>) -> Held {
+        let refused = |code, text: &str| (Frame::Refusal(Refusal::new(fetch.request_id, code, text)), None);
+        match &self.giving {
+            Some(_) if self.draining.load(Ordering::Relaxed) => refused(RefusalCode::Draining, "this peer is leaving"),
+            Some(giving) => giving.answer(fetch, chunks).await,
+            None => refused(RefusalCode::NotHosted, "this peer gives out no weights"),
+        }
     }
 
     /// `None` when the client took the call back.

@@ -6,9 +6,11 @@
 //! data plane can make the path to it long, unsteady, lossy or one-way. None outlives the value, not even if this process is killed.
 //!
 //! Inside: `shape` is what happens to a packet, pure, `shaper` the sockets around it; `process` is one volunteer; `split` gives out
-//! the experts; [`chaos`] breaks things for a while and checks every token.
+//! the experts; [`chaos`] breaks things for a while and checks every token; `control` lets other processes give orders.
 
 pub mod chaos;
+#[cfg(unix)]
+pub mod control;
 mod process;
 mod shape;
 mod shaper;
@@ -249,6 +251,15 @@ impl Testnet {
         let shaper = self.node(index)?.shaper.as_ref().ok_or(TestnetError::NoShaper)?;
         shaper.set_shapes(to_node, from_node);
         Ok(())
+    }
+
+    /// Cuts the path to a volunteer's data plane, or from it, or heals what is not to be cut.
+    ///
+    /// # Errors
+    /// As [`Testnet::shape`].
+    pub fn cut(&mut self, index: usize, to_node: bool, from_node: bool) -> Result<(), TestnetError> {
+        let shape = self.config.shape.ok_or(TestnetError::NoShaper)?;
+        self.shape(index, Shape { cut: to_node, ..shape }, Shape { cut: from_node, ..shape })
     }
 
     /// Undoes all trouble: every path is as at the start, volunteers that were killed run again, paused and slowed ones go on.

@@ -16,6 +16,7 @@ use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
 use hanse_router::client::layout_of;
+use hanse_router::weights::Shelf;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -23,6 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts, Demand};
 use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
+use crate::giving::Giving;
 use crate::owner::Bandwidth;
 use crate::placement::Pace;
 use crate::server::Server;
@@ -82,6 +84,10 @@ pub struct VolunteerConfig {
     pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
+    /// The model's manifest and weights, to be given to those who ask for them; `None` gives out nothing.
+    pub shelf: Option<Arc<Shelf>>,
+    /// Bytes of weights given out per second; `None` for half of `max_bandwidth`.
+    pub give_bytes_per_second: Option<u64>,
 }
 
 impl Default for VolunteerConfig {
@@ -104,6 +110,8 @@ impl Default for VolunteerConfig {
             pace: Pace::default(),
             max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
+            shelf: None,
+            give_bytes_per_second: None,
         }
     }
 }
@@ -231,6 +239,8 @@ impl Volunteer {
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
         let shard = Arc::new(Shard::new(checkpoint.clone()));
+        // Answers always have the other half of the line.
+        let give_rate = config.give_bytes_per_second.or(config.max_bandwidth.map(|rate| rate / 2));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
@@ -241,6 +251,7 @@ impl Volunteer {
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
+            giving: config.shelf.clone().map(|shelf| Giving::new(shelf, give_rate)),
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };

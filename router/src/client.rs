@@ -106,15 +106,22 @@ impl Client {
     /// # Errors
     /// A folder that is damaged or of an unknown family.
     pub fn local(config: &ModelConfig) -> Result<Self, ClientError> {
-        let checkpoint = Checkpoint::open(&config.dir)?;
-        let pool = start_pool(config)?;
-        let experts = Arc::new(LocalExperts::load(&checkpoint, pool.clone())?);
-        Self::assemble(config, &checkpoint, pool, Place::Here(experts))
+        Self::local_with(&Checkpoint::open(&config.dir)?, config.threads)
+    }
+
+    /// Like [`Client::local`], with a checkpoint that is open.
+    ///
+    /// # Errors
+    /// As [`Client::local`].
+    pub fn local_with(checkpoint: &Checkpoint, threads: usize) -> Result<Self, ClientError> {
+        let pool = start_pool(threads)?;
+        let experts = Arc::new(LocalExperts::load(checkpoint, pool.clone())?);
+        Self::assemble(checkpoint, pool, Place::Here(experts))
     }
 
     /// Joins the network, finds peers for every expert of the model in `config.dir`, and loads the trunk.
     ///
-    /// `model` is the model's id, which is [`Checkpoint::digest`] of the folder.
+    /// `model` is the model's id, which is [`weights::model_id`](crate::weights::model_id) of the folder.
     ///
     /// # Errors
     /// As [`Client::local`], and see [`JoinError`].
@@ -124,25 +131,35 @@ impl Client {
         identity: &Identity,
         network: NetworkConfig,
     ) -> Result<Self, ClientError> {
-        let checkpoint = Checkpoint::open(&config.dir)?;
+        Self::connect_with(&Checkpoint::open(&config.dir)?, config.threads, model, identity, network).await
+    }
+
+    /// Like [`Client::connect`], with a checkpoint that is open, such as that of a
+    /// [`RemoteModel`](crate::weights::RemoteModel).
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn connect_with(
+        checkpoint: &Checkpoint,
+        threads: usize,
+        model: ModelId,
+        identity: &Identity,
+        network: NetworkConfig,
+    ) -> Result<Self, ClientError> {
         let layout = layout_of(checkpoint.spec());
         let network = Arc::new(ExpertNetwork::join(identity, model, layout, network).await?);
-        let config = config.clone();
-        let assemble = move || Self::assemble(&config, &checkpoint, start_pool(&config)?, Place::Network(network));
+        let checkpoint = checkpoint.clone();
+        let assemble = move || Self::assemble(&checkpoint, start_pool(threads)?, Place::Network(network));
         let assembled = tokio::task::spawn_blocking(assemble).await;
         assembled.map_err(|e| ClientError::Task(e.to_string()))?
     }
 
-    fn assemble(
-        config: &ModelConfig,
-        checkpoint: &Checkpoint,
-        pool: Arc<ThreadPool>,
-        place: Place,
-    ) -> Result<Self, ClientError> {
+    fn assemble(checkpoint: &Checkpoint, pool: Arc<ThreadPool>, place: Place) -> Result<Self, ClientError> {
         let trunk = Trunk::load(checkpoint, pool)?;
         // A checkpoint without a tokenizer is usable with token ids.
-        let tokenizer = has_tokenizer(&config.dir).then(|| Tokenizer::load(&config.dir)).transpose()?;
-        let defaults = GenerationDefaults::load(&config.dir)?;
+        let dir = checkpoint.dir();
+        let tokenizer = has_tokenizer(dir).then(|| Tokenizer::load(dir)).transpose()?;
+        let defaults = GenerationDefaults::load(dir)?;
         Ok(Self { shared: Arc::new(Shared { trunk, tokenizer, defaults, place }) })
     }
 
@@ -276,8 +293,8 @@ impl RequestExperts {
     }
 }
 
-fn start_pool(config: &ModelConfig) -> Result<Arc<ThreadPool>, ClientError> {
-    compute_pool(config.threads).map(Arc::new).map_err(|e| ClientError::Threads(e.to_string()))
+fn start_pool(threads: usize) -> Result<Arc<ThreadPool>, ClientError> {
+    compute_pool(threads).map(Arc::new).map_err(|e| ClientError::Threads(e.to_string()))
 }
 
 fn has_tokenizer(dir: &Path) -> bool {

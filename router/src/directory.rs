@@ -226,7 +226,7 @@ impl Directory {
     /// with every failure, until it answers a call again.
     pub(crate) fn failed(&self, peer: &PeerId, now: Instant) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.stats.failed();
+            member.stats.failed(now);
             let back_off = match member.failures_in_a_row {
                 0 => Duration::ZERO,
                 failures => FIRST_BACK_OFF * 2u32.pow((failures - 1).min(6)),
@@ -235,6 +235,19 @@ impl Directory {
             member.probe_at.get_or_insert(now + back_off.min(LONGEST_BACK_OFF));
         }
         self.changed();
+    }
+
+    /// Completes when the peer is set aside or gone.
+    pub(crate) async fn set_aside(&self, peer: &PeerId) {
+        let mut changes = self.subscribe();
+        loop {
+            if self.read().get(peer).is_none_or(|member| member.probe_at.is_some() || member.link.is_none()) {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// When a peer that was set aside may be probed; `None` if it is trusted.
@@ -279,7 +292,7 @@ impl Directory {
             .map(|(&peer, member)| Candidate {
                 peer,
                 hosts: wanted.iter().map(|want| member.advert.hosted.contains(layer, want.expert)).collect(),
-                overhead: member.stats.overhead(now, member.round_trip()) + member.stats.failure_cost(),
+                overhead: member.stats.overhead(now, member.round_trip()) + member.stats.failure_cost(now),
                 per_assignment: member.stats.per_assignment(),
             })
             .filter(|candidate| candidate.hosts.contains(&true))

@@ -20,6 +20,7 @@ pub mod network;
 pub mod plan;
 mod remote;
 pub mod stats;
+pub mod weights;
 
 pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
 pub use directory::{Directory, ExpertLayout, Missing, PeerReport};

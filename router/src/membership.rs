@@ -26,7 +26,11 @@ const CALM_INTERVAL: Duration = Duration::from_secs(3);
 const ADVERT_INTERVAL: Duration = Duration::from_secs(5);
 /// A look-up may take this long; the DHT's own queries end sooner.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(12);
+/// How long reading it may take: a peer that has just started again is not to be waited for on a connection that is gone.
+const ADVERT_TIMEOUT: Duration = Duration::from_secs(4);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long one attempt to find a peer where it was may take.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the direct way is tried alone, where the peer says that there is one, before the control plane's connection is tried beside it.
 const HEAD_START: Duration = Duration::from_secs(1);
@@ -43,6 +47,9 @@ const FORGET_AFTER: u32 = 3;
 const ARRIVAL_QUEUE: usize = 64;
 /// The most peers kept at once.
 const MAX_PEERS: usize = 4096;
+
+/// A peer's valid advert, if it gave one; or why it cannot be known.
+type AdvertRead = Result<Option<Advert>, String>;
 
 /// What the tasks of one client share.
 #[derive(Debug)]
@@ -111,19 +118,29 @@ impl Membership {
         let mut misses = 0;
         let mut ways = Ways::default();
         loop {
-            match self.read_advert(peer).await {
+            let read = match self.directory.link(&peer) {
+                Some(link) => match self.keep_link(peer, &link, &mut ways).await {
+                    Some(read) => read,
+                    None => {
+                        tokio::time::sleep(EAGER_INTERVAL).await;
+                        continue;
+                    }
+                },
+                None => match self.return_of(peer, &mut ways).await {
+                    Some(read) => read,
+                    None => {
+                        misses = 0;
+                        continue;
+                    }
+                },
+            };
+            match read {
                 Ok(Some(advert)) => {
                     misses = 0;
                     ways.learn(&advert);
                     self.directory.update(peer, advert);
-                    if self.directory.link(&peer).is_none() {
-                        match self.connect(peer, &mut ways).await {
-                            Ok(link) => self.directory.connected(peer, link),
-                            Err(reason) => {
-                                misses += 1;
-                                tracing::debug!(%reason, "not connected");
-                            }
-                        }
+                    if self.directory.link(&peer).is_none() && !self.link_up(peer, &mut ways).await {
+                        misses += 1;
                     }
                 }
                 Ok(None) => return,
@@ -132,20 +149,58 @@ impl Membership {
                     tracing::debug!(%reason, "no advert");
                 }
             }
-            match self.directory.link(&peer) {
-                Some(link) => self.keep_link(peer, &link, &mut ways).await,
-                None if misses >= FORGET_AFTER => return,
-                None => tokio::time::sleep(EAGER_INTERVAL * 2u32.pow(misses)).await,
+            if self.directory.link(&peer).is_none() {
+                if misses >= FORGET_AFTER {
+                    return;
+                }
+                tokio::time::sleep(EAGER_INTERVAL * 2u32.pow(misses)).await;
             }
         }
     }
 
-    /// Watches a link until it is time to read the peer's advert again: a closed one is dropped, and a peer that a request
-    /// complained about is probed, so that it costs no second request anything.
+    /// Reads a peer's advert, and meanwhile looks for one that was lost where it was: the control plane may take long to notice
+    /// that it is back. `None` if it was found there.
+    async fn return_of(&self, peer: PeerId, ways: &mut Ways) -> Option<AdvertRead> {
+        let again = async {
+            if !ways.is_known() {
+                return std::future::pending().await;
+            }
+            // A handshake repeats its first packet after a time that doubles: new ones are heard sooner. A relay needs longer.
+            let patience = if ways.reachability == Reachability::Direct { RECONNECT_TIMEOUT } else { ADVERT_TIMEOUT };
+            while !tokio::time::timeout(patience, self.link_up(peer, ways)).await.unwrap_or(false) {
+                tokio::time::sleep(EAGER_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            read = self.read_advert(peer) => Some(read),
+            () = again => None,
+        }
+    }
+
+    /// Connects to a peer; whether that worked.
+    async fn link_up(&self, peer: PeerId, ways: &mut Ways) -> bool {
+        match self.connect(peer, ways).await {
+            Ok(link) => {
+                self.directory.connected(peer, link);
+                true
+            }
+            Err(reason) => {
+                tracing::debug!(%reason, "not connected");
+                false
+            }
+        }
+    }
+
+    /// Watches a link until the peer's advert was read again: a closed one is dropped, and a peer that a request complained about
+    /// is probed, so that it costs no second request anything. `None` if there is no such link any more.
     ///
     /// A link that is not the data plane's own gives way to a better one as soon as there is one.
-    async fn keep_link(&self, peer: PeerId, link: &Link, ways: &mut Ways) {
-        let next_advert = tokio::time::Instant::now() + ADVERT_INTERVAL;
+    async fn keep_link(&self, peer: PeerId, link: &Link, ways: &mut Ways) -> Option<AdvertRead> {
+        let read = async {
+            tokio::time::sleep(ADVERT_INTERVAL).await;
+            self.read_advert(peer).await
+        };
+        tokio::pin!(read);
         let mut changes = self.directory.subscribe();
         let better = self.better_link(peer, link, ways);
         tokio::pin!(better);
@@ -161,7 +216,7 @@ impl Membership {
                 reason = link.connection.closed() => {
                     tracing::debug!(%reason, "connection closed");
                     self.directory.disconnected(&peer);
-                    return;
+                    return None;
                 }
                 () = probe => match hello(&link.connection, &self.network, self.model).await {
                     Ok(_) => self.directory.recovered(&peer),
@@ -173,17 +228,18 @@ impl Membership {
                 better = &mut better => {
                     tracing::debug!(from = %link.path, to = %better.path, "better way found");
                     self.directory.connected(peer, better);
-                    return;
+                    return None;
                 }
-                () = tokio::time::sleep_until(next_advert) => return,
+                read = &mut read => return Some(read),
                 Ok(()) = changes.changed() => {}
             }
         }
     }
 
     /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
-    async fn read_advert(&self, peer: PeerId) -> Result<Option<Advert>, String> {
-        let adverts = self.discovery.adverts(peer, Some(self.model)).await.map_err(|e| e.to_string())?;
+    async fn read_advert(&self, peer: PeerId) -> AdvertRead {
+        let reading = tokio::time::timeout(ADVERT_TIMEOUT, self.discovery.adverts(peer, Some(self.model)));
+        let adverts = reading.await.map_err(|_| "it gave no advert in time".to_owned())?.map_err(|e| e.to_string())?;
         let Some(advert) = adverts.into_iter().next() else { return Ok(None) };
         if !advert.wire_dtypes.contains(&self.wire) {
             return Err(format!("it does not speak {} on the wire", self.wire));
@@ -193,7 +249,7 @@ impl Membership {
 
     /// The first way that leads to the peer: its data-plane addresses, or the control plane, on a relay if need be.
     async fn connect(&self, peer: PeerId, ways: &mut Ways) -> Result<Link, String> {
-        ways.tried_direct = tokio::time::Instant::now();
+        ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
         let head_start = if ways.reachability == Reachability::Direct { HEAD_START } else { Duration::ZERO };
         let direct = std::pin::pin!(self.connect_directly(peer, &ways.addresses));
         let shared = std::pin::pin!(async {
@@ -253,8 +309,8 @@ impl Membership {
                 // It fails only where this client ends.
                 let _ = self.discovery.punch(peer, ways.circuits.clone()).await;
             }
-            if ways.tried_direct.elapsed() >= DIRECT_INTERVAL {
-                ways.tried_direct = tokio::time::Instant::now();
+            if tokio::time::Instant::now() >= ways.direct_at {
+                ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
                 if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
                     return direct;
                 }
@@ -269,7 +325,8 @@ struct Ways {
     addresses: Vec<SocketAddr>,
     circuits: Vec<Multiaddr>,
     reachability: Reachability,
-    tried_direct: tokio::time::Instant,
+    /// When the data-plane addresses are tried next while there is another link.
+    direct_at: tokio::time::Instant,
     punched: tokio::time::Instant,
     punch_pause: Duration,
 }
@@ -281,7 +338,7 @@ impl Default for Ways {
             addresses: Vec::new(),
             circuits: Vec::new(),
             reachability: Reachability::Direct,
-            tried_direct: now,
+            direct_at: now,
             punched: now,
             punch_pause: FIRST_PUNCH_PAUSE,
         }
@@ -289,9 +346,17 @@ impl Default for Ways {
 }
 
 impl Ways {
+    fn is_known(&self) -> bool {
+        !(self.addresses.is_empty() && self.circuits.is_empty())
+    }
+
     fn learn(&mut self, advert: &Advert) {
         self.addresses.clone_from(&advert.data_addresses);
         self.circuits.clone_from(&advert.circuits);
+        if self.reachability != advert.reachability && advert.reachability == Reachability::Direct {
+            // AutoNAT or its router has just told it.
+            self.direct_at = tokio::time::Instant::now();
+        }
         self.reachability = advert.reachability;
     }
 }

@@ -136,21 +136,8 @@ impl ExpertNetwork {
         layout: ExpertLayout,
         config: NetworkConfig,
     ) -> Result<Self, JoinError> {
-        if config.bootstrap.is_empty() && !config.mdns {
-            return Err(JoinError::NoBootstrap);
-        }
         let deadline = tokio::time::Instant::now() + config.join_timeout;
-        let discovery = Discovery::start(
-            identity,
-            DiscoveryConfig {
-                network: config.network.clone(),
-                listen: Vec::new(),
-                bootstrap: config.bootstrap.clone(),
-                mdns: config.mdns,
-                ..DiscoveryConfig::default()
-            },
-        )
-        .await?;
+        let discovery = join_control_plane(identity, &config).await?;
         let endpoint = bind_any(identity)?;
         let directory = Arc::new(Directory::new(layout));
         let membership = Arc::new(Membership {
@@ -264,6 +251,21 @@ impl ExpertNetwork {
             }
         }
     }
+}
+
+/// The control plane of a client.
+pub(crate) async fn join_control_plane(identity: &Identity, config: &NetworkConfig) -> Result<Discovery, JoinError> {
+    if config.bootstrap.is_empty() && !config.mdns {
+        return Err(JoinError::NoBootstrap);
+    }
+    let discovery = DiscoveryConfig {
+        network: config.network.clone(),
+        listen: Vec::new(),
+        bootstrap: config.bootstrap.clone(),
+        mdns: config.mdns,
+        ..DiscoveryConfig::default()
+    };
+    Ok(Discovery::start(identity, discovery).await?)
 }
 
 /// The data plane's socket of a client: any free port, IPv6 and IPv4 where the system has both.

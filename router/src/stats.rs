@@ -21,8 +21,11 @@ const SLOW_AT_LEAST: Duration = Duration::from_millis(20);
 const LATE_FACTOR: u32 = 3;
 /// ... but not before this.
 const LATE_AT_LEAST: Duration = Duration::from_millis(150);
-/// When a peer's first call is late: nothing is known of it yet.
-const FIRST_LATE: Duration = Duration::from_secs(1);
+/// A peer's first call, of which little is known, is not slow before this, ...
+const FIRST_SLOW_AT_LEAST: Duration = Duration::from_millis(150);
+/// ... and not late before this. It is called for the first time perhaps just because another one is gone: a long wait here
+/// would come on top of that.
+const FIRST_LATE_AT_LEAST: Duration = Duration::from_millis(300);
 /// What a failed call costs, for the choice between a fast peer that fails and a slower one that does not.
 const FAILURE_COST: Duration = LATE_AT_LEAST;
 /// Assumed for a peer that was not called yet.
@@ -45,6 +48,7 @@ pub struct PeerStats {
     smoothed_per_assignment: Option<f64>,
     queued_rows: u32,
     last_answer: Option<Instant>,
+    last_failure: Option<Instant>,
     /// Share of the latest calls that failed, 0 to 1.
     error_rate: f64,
     /// A call in twenty takes longer than this many times what was expected of it.
@@ -103,28 +107,33 @@ impl PeerStats {
         smooth(&mut self.smoothed_per_assignment, compute.as_secs_f64() / assignments.max(1) as f64);
     }
 
-    /// Notes a call that failed.
-    pub fn failed(&mut self) {
+    /// Notes a call that failed at `now`.
+    pub fn failed(&mut self, now: Instant) {
         self.failures += 1;
+        self.last_failure = Some(now);
         self.error_rate += SMOOTHING * (1.0 - self.error_rate);
     }
 
-    /// What a call of `assignments` (row, expert) pairs should take now; before the first answer only when it is late.
+    /// What a call of `assignments` (row, expert) pairs should take now; before the first answer a guess.
     #[must_use]
     pub fn expectation(&self, now: Instant, round_trip: Duration, assignments: usize) -> Expectation {
-        if !self.is_known() {
-            return Expectation { usual: round_trip, slow: FIRST_LATE, late: FIRST_LATE };
-        }
         let count = u32::try_from(assignments).unwrap_or(u32::MAX);
         let usual = self.overhead(now, round_trip) + self.per_assignment().saturating_mul(count);
+        if !self.is_known() {
+            let slow = usual.mul_f64(FIRST_SLOW_FACTOR).max(FIRST_SLOW_AT_LEAST);
+            return Expectation { usual, slow, late: (slow * 2).max(FIRST_LATE_AT_LEAST) };
+        }
         let slow = usual.mul_f64(self.slow_factor).max(SLOW_AT_LEAST);
         Expectation { usual, slow, late: (slow * LATE_FACTOR).max(LATE_AT_LEAST) }
     }
 
-    /// What failures cost on average, per call.
+    /// What failures cost on average, per call. Counts less the longer ago the last one is: a peer that came back would
+    /// otherwise not be called while another is as near, and could not show that it is well.
     #[must_use]
-    pub fn failure_cost(&self) -> Duration {
-        FAILURE_COST.mul_f64(self.error_rate)
+    pub fn failure_cost(&self, now: Instant) -> Duration {
+        let Some(last) = self.last_failure else { return Duration::ZERO };
+        let age = now.saturating_duration_since(last).as_secs_f64() / FORGET_HALF.as_secs_f64();
+        FAILURE_COST.mul_f64(self.error_rate * 0.5f64.powf(age))
     }
 
     /// Expected time of a call apart from its own computing: way and queue. `round_trip` is what the connection measures; what
@@ -270,19 +279,22 @@ mod tests {
     fn a_call_is_late_well_after_it_is_slow_and_never_at_once() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
         let round_trip = Duration::from_micros(100);
-        assert_eq!(stats.expectation(now, round_trip, 1).late, FIRST_LATE);
+        let first = stats.expectation(now, round_trip, 1);
+        assert_eq!((first.slow, first.late), (FIRST_SLOW_AT_LEAST, FIRST_LATE_AT_LEAST));
+        assert!(stats.expectation(now, round_trip, 10_000).late > 10 * FIRST_LATE_AT_LEAST, "much work takes long");
         stats.answered(now, took(Duration::from_micros(200)));
         let expected = stats.expectation(now, round_trip, 1);
         assert_eq!((expected.slow, expected.late), (SLOW_AT_LEAST, LATE_AT_LEAST));
     }
 
     #[test]
-    fn failures_count_against_a_peer_and_are_forgotten_with_answers() {
+    fn failures_count_against_a_peer_and_are_forgotten_with_answers_and_with_time() {
         let (mut stats, now) = (PeerStats::default(), Instant::now());
-        assert_eq!(stats.failure_cost(), Duration::ZERO);
-        (0..50).for_each(|_| stats.failed());
-        assert!(stats.failure_cost() > FAILURE_COST.mul_f64(0.99));
+        assert_eq!(stats.failure_cost(now), Duration::ZERO);
+        (0..50).for_each(|_| stats.failed(now));
+        assert!(stats.failure_cost(now) > FAILURE_COST.mul_f64(0.99));
+        assert!(stats.failure_cost(now + 10 * FORGET_HALF) < FAILURE_COST.mul_f64(0.01));
         (0..50).for_each(|_| stats.answered(now, took(Duration::ZERO)));
-        assert!(stats.failure_cost() < FAILURE_COST.mul_f64(0.01));
+        assert!(stats.failure_cost(now) < FAILURE_COST.mul_f64(0.01));
     }
 }

@@ -39,14 +39,14 @@ pub struct Net {
 /// A model folder's id.
 #[must_use]
 pub fn model_id(dir: &Path) -> ModelId {
-    ModelId(Checkpoint::open(dir).unwrap().digest(&mut |_, _| ()).unwrap())
+    hanse_router::weights::model_id(&Checkpoint::open(dir).unwrap()).unwrap()
 }
 
 impl Net {
     /// One volunteer for each of `specs`, as `--experts` reads them.
     pub async fn start(dir: &Path, specs: &[&str]) -> Self {
         let checkpoint = Checkpoint::open(dir).unwrap();
-        let model = ModelId(checkpoint.digest(&mut |_, _| ()).unwrap());
+        let model = hanse_router::weights::model_id(&checkpoint).unwrap();
         let mut net = Self { dir: dir.to_owned(), model, volunteers: Vec::new(), checkpoint };
         for spec in specs {
             net.add(spec).await;

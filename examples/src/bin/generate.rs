@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use futures::StreamExt;
 use hanse_model::Checkpoint;
-use hanse_protocol::{Identity, ModelId};
+use hanse_protocol::Identity;
 use hanse_router::{Client, GenerateRequest, ModelConfig, NetworkConfig};
 
 #[tokio::main]
@@ -21,8 +21,8 @@ async fn main() -> anyhow::Result<()> {
     let mut next = || args.next().context("usage: generate MODEL_DIR BOOTSTRAP_ADDRESS PROMPT");
     let (dir, bootstrap, prompt) = (PathBuf::from(next()?), next()?.parse()?, next()?);
 
-    // The model's id is the hash of its weights: peers that host anything else are never called.
-    let model = ModelId(Checkpoint::open(&dir)?.digest(&mut |_, _| {})?);
+    // The model's id is a hash over its weights: peers that host anything else are never called.
+    let model = hanse_router::weights::model_id(&Checkpoint::open(&dir)?)?;
 
     // One address is enough: the DHT knows who hosts which experts. This process keeps the rest of the model, the trunk.
     let network = NetworkConfig { bootstrap: vec![bootstrap], ..NetworkConfig::default() };

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Context;
 use hanse_model::Checkpoint;
 use hanse_node::{Hosting, Volunteer, VolunteerConfig};
-use hanse_protocol::{Identity, ModelId};
+use hanse_protocol::Identity;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -23,7 +23,7 @@ async fn main() -> anyhow::Result<()> {
 
     // Opening maps the files; only the tensors of the experts that are hosted become memory.
     let checkpoint = Checkpoint::open(Path::new(&dir))?;
-    let model = ModelId(checkpoint.digest(&mut |_, _| {})?);
+    let model = hanse_router::weights::model_id(&checkpoint)?;
 
     // `Identity::load_or_create` keeps the same peer id over restarts; this one lives as long as the process.
     let identity = Identity::generate();

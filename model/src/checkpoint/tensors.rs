@@ -234,7 +234,7 @@ fn map(path: &Path) -> Result<Mapping, CheckpointError> {
     if len < PREFIX as u64 {
         return Err(CheckpointError::Truncated { path: path.to_owned(), expected: PREFIX as u64, found: len });
     }
-    Mapping::of(file).map_err(failed)
+    Mapping::of(&file).map_err(failed)
 }
 
 /// A part of exactly `bytes` bytes.

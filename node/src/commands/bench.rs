@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
-use hanse_model::{Checkpoint, Routing};
+use hanse_model::Routing;
 use hanse_node::testnet::{Testnet, TestnetConfig, split};
 use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
@@ -14,8 +14,9 @@ use hanse_router::{Client, ExpertLayout, GenerateRequest, ModelConfig, NetworkCo
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
+use crate::model::Folder;
 use crate::output::say;
-use crate::{model_id, output, paths};
+use crate::{output, paths};
 
 /// Tokens of the prompt; any will do, since speed does not depend on them.
 const PROMPT_TOKENS: u32 = 16;
@@ -72,8 +73,8 @@ struct NodeMemory {
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let dir = args.model.clone().map_or_else(paths::bundled_model, Ok)?;
     let config = ModelConfig { dir: dir.clone(), threads: 0 };
-    let checkpoint = Checkpoint::open(&dir)?;
-    let id = model_id::of(&checkpoint)?;
+    let folder = Folder::open(&dir)?;
+    let (checkpoint, id) = (folder.checkpoint.clone(), folder.id());
     let layout = layout_of(checkpoint.spec());
     let specs = split(&layout, usize::from(args.nodes), 1);
     let bar = output::spinner("starting volunteers");

@@ -4,39 +4,33 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use hanse_model::{Checkpoint, compute_pool};
+use hanse_model::compute_pool;
 use hanse_protocol::Identity;
 use hanse_router::{Client, LocalFallback};
 
 use crate::cli::{ClientArgs, FallbackKind};
-use crate::{model_id, output};
+use crate::model::Model;
+use crate::output;
 
 /// A client that computes the experts here, or on the network that `args` name.
 pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Client> {
-    let config = args.model_config();
-    let opening = {
-        let config = config.clone();
-        move || -> anyhow::Result<_> {
-            if local {
-                return Ok((Some(Client::local(&config)?), None));
-            }
-            let checkpoint = Checkpoint::open(&config.dir)?;
-            Ok((None, Some((model_id::of(&checkpoint)?, checkpoint))))
-        }
-    };
-    let (client, opened) = tokio::task::spawn_blocking(opening).await??;
-    if let Some(client) = client {
-        return Ok(client);
-    }
-    let (id, checkpoint) = opened.context("the model was not opened")?;
     let mut network = args.network_config();
+    let model = Model::open(&args.model, &network, &args.cache).await?;
+    let (checkpoint, threads) = (model.checkpoint().clone(), args.threads);
+    if local {
+        return Ok(tokio::task::spawn_blocking(move || Client::local_with(&checkpoint, threads)).await??);
+    }
+    model.fetch_trunk().await?;
     if args.fallback == FallbackKind::Local {
-        network.fallback = Some(Arc::new(LocalFallback::new(checkpoint, Arc::new(compute_pool(args.threads)?))));
+        let pool = Arc::new(compute_pool(args.threads)?);
+        network.fallback = Some(Arc::new(LocalFallback::new(checkpoint.clone(), pool)));
+    } else if let Model::Remote(remote) = &model {
+        remote.close().await;
     }
     // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
     let identity = Identity::generate();
     let spinner = output::spinner("looking for peers");
-    let client = Client::connect(&config, id, &identity, network).await;
+    let client = Client::connect_with(&checkpoint, threads, model.id(), &identity, network).await;
     spinner.finish_and_clear();
     Ok(client?)
 }

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use futures::StreamExt;
-use hanse_model::Checkpoint;
 use hanse_node::testnet::{Node, Testnet, TestnetConfig, split};
 use hanse_protocol::{Identity, PeerId};
 use hanse_router::client::layout_of;
@@ -13,8 +12,9 @@ use serde::Serialize;
 
 use super::generate::show;
 use crate::cli::DemoArgs;
+use crate::model::Folder;
 use crate::output::say;
-use crate::{model_id, output, paths};
+use crate::{output, paths};
 
 const DEFAULT_PROMPT: &str = "Once upon a time, there was a little fox named Pip.";
 
@@ -79,8 +79,8 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let opening = {
         let (dir, config) = (dir.clone(), config.clone());
         move || -> anyhow::Result<_> {
-            let checkpoint = Checkpoint::open(&dir)?;
-            let id = model_id::of(&checkpoint)?;
+            let folder = Folder::open(&dir)?;
+            let (checkpoint, id) = (folder.checkpoint.clone(), folder.id());
             Ok((layout_of(checkpoint.spec()), checkpoint.spec().family, id, Client::local(&config)?))
         }
     };

@@ -14,14 +14,16 @@ use hanse_node::placement::ExpertTable;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
 use hanse_protocol::multiaddr::Protocol;
-use hanse_protocol::{Identity, ModelId, Multiaddr};
+use hanse_protocol::{Identity, Multiaddr};
+use hanse_router::NetworkConfig;
 use hanse_router::client::layout_of;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
 use crate::cli::NodeArgs;
+use crate::model::Model;
 use crate::output::say;
-use crate::{model_id, output, paths};
+use crate::{output, paths};
 
 /// A node that was asked to leave has gone after this, whatever its clients do.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
@@ -55,15 +57,23 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     tokio::pin!(leaving);
     let control = Control::listen(&data_dir);
     let control = control.map_err(|error| tracing::warn!(%error, "hanse pause will not reach this node")).ok();
-    let (checkpoint, id) = open(&args).await?;
-    let config = config(&args, &checkpoint)?;
+    let model = open(&args).await?;
+    let (checkpoint, id) = (model.checkpoint(), model.id());
+    let mut config = config(&args, checkpoint)?;
+    if args.keep_trunk {
+        model.fetch_trunk().await?;
+    }
+    if !args.give_no_weights {
+        config.shelf = Some(model.shelf()?);
+        config.give_bytes_per_second = args.give_rate.map(|rate| rate.as_u64());
+    }
     let bar = output::count_bar("loading experts");
     let shown = bar.clone();
     let progress = move |done, count| {
         shown.set_length(count as u64);
         shown.set_position(done as u64);
     };
-    let mut volunteer = Volunteer::join(&identity, &checkpoint, id, config, progress).await?;
+    let mut volunteer = Volunteer::join(&identity, checkpoint, id, config, progress).await?;
     let why = tokio::select! {
         served = serve(&mut volunteer, &args, control, &bar) => match served {
             Ok(never) => match never {},
@@ -169,15 +179,20 @@ async fn next_request(control: &mut Option<Control>) -> Request {
     }
 }
 
-/// The checkpoint and its id.
-async fn open(args: &NodeArgs) -> anyhow::Result<(Checkpoint, ModelId)> {
-    let dir = args.model.clone();
-    let opening = move || -> anyhow::Result<_> {
-        let checkpoint = Checkpoint::open(&dir)?;
-        let id = model_id::of(&checkpoint)?;
-        Ok((checkpoint, id))
+/// The model, found on the network if it is not here.
+async fn open(args: &NodeArgs) -> anyhow::Result<Model> {
+    let network = NetworkConfig {
+        network: args.network.clone(),
+        bootstrap: args.bootstrap.clone(),
+        mdns: looks_around(args),
+        ..NetworkConfig::default()
     };
-    tokio::task::spawn_blocking(opening).await?
+    Model::open(&args.model, &network, &args.cache).await
+}
+
+/// On loopback there is no local network to look around in.
+fn looks_around(args: &NodeArgs) -> bool {
+    !args.no_mdns && !args.listen.iter().all(is_loopback)
 }
 
 fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerConfig> {
@@ -209,8 +224,7 @@ fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerC
         data_listen: args.data_listen,
         advertise: args.advertise.clone(),
         bootstrap: args.bootstrap.clone(),
-        // On loopback there is no local network to look around in.
-        mdns: !args.no_mdns && !args.listen.iter().all(is_loopback),
+        mdns: looks_around(args),
         reach: ReachConfig {
             policy: if args.reachable { ReachPolicy::Reachable } else { ReachPolicy::Detect },
             serve_relay: !args.no_relay,

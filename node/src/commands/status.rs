@@ -6,15 +6,15 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use hanse_model::Checkpoint;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
 use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId};
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
+use crate::model::Folder;
+use crate::output;
 use crate::output::say;
-use crate::{model_id, output};
 
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -92,9 +92,7 @@ fn wanted_model(text: &str) -> anyhow::Result<ModelId> {
     if let Ok(id) = text.parse() {
         return Ok(id);
     }
-    let checkpoint =
-        Checkpoint::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
-    model_id::of(&checkpoint)
+    Ok(Folder::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?.id())
 }
 
 fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {

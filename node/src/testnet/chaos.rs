@@ -30,7 +30,7 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long the client may take to find every volunteer at first.
 const FIND_TIMEOUT: Duration = Duration::from_secs(30);
 /// A volunteer that has been connected for so long after its return is well even if nobody called it.
-const SETTLED: Duration = Duration::from_secs(6);
+const SETTLED: Duration = Duration::from_secs(3);
 /// Stalls this soon after a disturbance are put down to it.
 const AFTERMATH: Duration = Duration::from_secs(1);
 /// A slowed volunteer gets one part in so many of the time.
@@ -269,7 +269,6 @@ struct Breaker {
     health: Vec<Health>,
     /// The one that crawls.
     slowed: Option<usize>,
-    shape: Shape,
     noted: Noted,
     experts: Vec<usize>,
 }
@@ -279,8 +278,8 @@ impl Breaker {
         let schedule = Schedule::new(StdRng::seed_from_u64(config.seed), config.pause);
         let experts = net.nodes().iter().map(super::Node::experts).collect();
         let health = vec![Health::Well; config.nodes];
-        let (slowed, shape, noted) = (None, config.shape, Noted::default());
-        Self { net, client, hosts, schedule, health, slowed, shape, noted, experts }
+        let (slowed, noted) = (None, Noted::default());
+        Self { net, client, hosts, schedule, health, slowed, noted, experts }
     }
 
     async fn break_things(&mut self, duration: Duration, say: &impl Fn(&str)) -> Result<(), TestnetError> {
@@ -290,14 +289,14 @@ impl Breaker {
             for index in 0..self.health.len() {
                 self.look_after(index, say).await?;
             }
-            if Instant::now() >= next {
+            let slow_is_due = self.slowed.is_none() && began.elapsed() > duration / 2;
+            if slow_is_due {
+                // From the middle on one volunteer crawls; nobody else is disturbed until one may.
+                self.slow_one(say).await?;
+            } else if Instant::now() >= next {
                 // If nobody may be disturbed now, somebody may be a moment later.
                 let disturbed = self.disturb(say).await?;
                 next = Instant::now() + if disturbed { self.schedule.pause() } else { TICK };
-            }
-            // From the middle on one volunteer crawls.
-            if self.slowed.is_none() && began.elapsed() > duration / 2 {
-                self.slow_one(say).await?;
             }
             tokio::time::sleep(TICK).await;
         }
@@ -337,7 +336,9 @@ impl Breaker {
             Health::Returning { since, calls } => {
                 let Some(report) = self.report(index) else { return Ok(()) };
                 // A client that had forgotten it counts from nothing again.
-                let called = report.stats.calls > 0 && report.stats.calls != calls;
+                let called = report.stats.calls > 0
+                    && report.stats.calls != calls
+                    && report.stats.last_sent.is_some_and(|sent| sent > since);
                 if called {
                     self.noted.returns.push(since.elapsed());
                 }
@@ -368,8 +369,8 @@ impl Breaker {
         match kind {
             Kind::Kill | Kind::Restart => self.net.kill(index).await?,
             Kind::Hang => self.net.pause(index).await?,
-            Kind::Deaf => self.net.shape(index, Shape { cut: true, ..self.shape }, self.shape)?,
-            Kind::Mute => self.net.shape(index, self.shape, Shape { cut: true, ..self.shape })?,
+            Kind::Deaf => self.net.cut(index, true, false)?,
+            Kind::Mute => self.net.cut(index, false, true)?,
         }
         self.noted.tally.count(kind);
         self.noted.begun.push((since, kind));
@@ -382,7 +383,7 @@ impl Breaker {
         match trouble.kind {
             Kind::Kill | Kind::Restart => self.net.restart(index).await?,
             Kind::Hang => self.net.resume(index).await?,
-            Kind::Deaf | Kind::Mute => self.net.shape(index, self.shape, self.shape)?,
+            Kind::Deaf | Kind::Mute => self.net.cut(index, false, false)?,
         }
         say(&format!("volunteer {index}: back"));
         self.health[index] = Health::Returning { since: Instant::now(), calls };

@@ -164,6 +164,12 @@ impl Announcer {
         if !advert.draining {
             keys = ProviderKey::covering(advert.model, advert.hosted.layers());
             keys.push(ProviderKey::volunteers());
+            if let Some(giving) = &self.server.giving {
+                keys.push(ProviderKey::weights(advert.model));
+                if giving.shelf().has_trunk() {
+                    keys.push(ProviderKey::trunk(advert.model));
+                }
+            }
         }
         let signed = SignedAdvert::sign(&advert, &self.identity)?;
         let model = advert.model;

@@ -4,6 +4,8 @@ mod commands;
 mod demo;
 mod errors;
 mod members;
+#[cfg(unix)]
+mod testnet;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

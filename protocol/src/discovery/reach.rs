@@ -17,8 +17,10 @@ use crate::relayed::is_circuit;
 const MAX_RELAYS: usize = 2;
 /// Addresses that are believed of one relay.
 const MAX_CIRCUITS_PER_RELAY: usize = 4;
-/// A relay that refused or was lost is asked again after this.
+/// A relay that refused is asked again after this.
 const RELAY_RETRY: Duration = Duration::from_secs(10);
+/// One that had agreed and was lost is asked again after this.
+const RELAY_RETURN: Duration = Duration::from_secs(1);
 /// Relays remembered.
 const MAX_CANDIDATES: usize = 64;
 
@@ -223,8 +225,9 @@ impl ReachState {
         self.reservations.insert(listener, Reservation { relay, circuits: Vec::new() });
     }
 
-    /// A relay that could not even be asked.
+    /// A relay that could not even be asked, or refused.
     pub(super) fn refused(&mut self, relay: PeerId, now: Instant) {
+        self.not_before.retain(|_, time| *time > now);
         self.not_before.insert(relay, now + RELAY_RETRY);
     }
 
@@ -239,9 +242,10 @@ impl ReachState {
 
     /// The listener has closed: the relay refused, or it is gone.
     pub(super) fn lost(&mut self, listener: ListenerId, now: Instant) {
-        if let Some(reservation) = self.reservations.remove(&listener) {
-            self.not_before.retain(|_, time| *time > now);
-            self.refused(reservation.relay, now);
+        let Some(reservation) = self.reservations.remove(&listener) else { return };
+        self.refused(reservation.relay, now);
+        if !reservation.circuits.is_empty() {
+            self.not_before.insert(reservation.relay, now + RELAY_RETURN);
         }
     }
 
@@ -315,6 +319,10 @@ mod tests {
         assert!(!state.is_direct());
         state.lost(listener, now);
         assert!(state.wanted_relays(now).is_empty(), "a lost relay is left alone for a while");
+        assert_eq!(state.wanted_relays(now + RELAY_RETURN).len(), 1);
+        state.asked(listener, relay);
+        state.lost(listener, now);
+        assert!(state.wanted_relays(now + RELAY_RETURN).is_empty(), "one that refuses for longer");
         assert_eq!(state.wanted_relays(now + RELAY_RETRY).len(), 1);
     }
 

@@ -11,13 +11,31 @@ use hanse_protocol::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn member(identity: &Identity, bootstrap: &[Multiaddr], policy: ReachPolicy, punch: bool) -> Discovery {
+    member_at("/ip4/127.0.0.1/udp/0/quic-v1".parse().expect("a multiaddr"), identity, bootstrap, policy, punch).await
+}
+
+async fn member_at(
+    address: Multiaddr,
+    identity: &Identity,
+    bootstrap: &[Multiaddr],
+    policy: ReachPolicy,
+    punch: bool,
+) -> Discovery {
     let config = DiscoveryConfig {
-        listen: vec!["/ip4/127.0.0.1/udp/0/quic-v1".parse().expect("a multiaddr")],
+        listen: vec![address],
         bootstrap: bootstrap.to_vec(),
         reach: ReachConfig { policy, punch, ..ReachConfig::default() },
         ..DiscoveryConfig::default()
     };
-    Discovery::start(identity, config).await.expect("a free port on loopback")
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Discovery::start(identity, config.clone()).await {
+            Ok(member) => return member,
+            // The socket of one that was shut down lives until its last packet is sent.
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 async fn client(bootstrap: &[Multiaddr], punch: bool) -> Discovery {
@@ -63,20 +81,26 @@ async fn welcome(discovery: Discovery) {
 
 /// A relay, a member behind it that welcomes, and a client that knows both.
 struct Relayed {
+    relay_identity: Identity,
     relay: Discovery,
     hidden: Discovery,
     client: Discovery,
 }
 
+async fn becomes(member: &Discovery, wanted: Reachability) {
+    let mut reach = member.reach();
+    let reached = reach.wait_for(|reach| reach.reachability == wanted);
+    tokio::time::timeout(PATIENCE, reached).await.expect("in time").expect("it runs");
+}
+
 async fn relayed(punch: bool) -> Relayed {
-    let relay = member(&Identity::generate(), &[], ReachPolicy::Reachable, punch).await;
+    let relay_identity = Identity::generate();
+    let relay = member(&relay_identity, &[], ReachPolicy::Reachable, punch).await;
     let hidden = member(&Identity::generate(), &relay.addresses(), ReachPolicy::Unreachable, punch).await;
     tokio::spawn(welcome(hidden.clone()));
-    let mut reach = hidden.reach();
-    let reserved = reach.wait_for(|reach| reach.reachability == Reachability::Relayed);
-    tokio::time::timeout(PATIENCE, reserved).await.expect("the relay agrees").expect("it runs");
+    becomes(&hidden, Reachability::Relayed).await;
     let client = client(&relay.addresses(), punch).await;
-    Relayed { relay, hidden, client }
+    Relayed { relay_identity, relay, hidden, client }
 }
 
 impl Relayed {
@@ -107,16 +131,19 @@ async fn frames_pass_through_a_relay() {
 }
 
 #[tokio::test]
-async fn a_relay_that_vanishes_closes_the_connections_through_it() {
+async fn a_relay_that_vanishes_closes_the_connections_through_it_and_is_used_again_when_it_returns() {
     let net = relayed(false).await;
     let connection = net.connect().await;
     is_welcomed(&connection).await;
     net.relay.shutdown().await;
     tokio::time::timeout(PATIENCE, connection.closed()).await.expect("it is noticed");
     assert!(matches!(connection.call(&hello(), PATIENCE).await, Err(CallError::ConnectionLost(_))));
-    let mut reach = net.hidden.reach();
-    let lost = reach.wait_for(|reach| reach.reachability == Reachability::Unreachable);
-    tokio::time::timeout(PATIENCE, lost).await.expect("it is noticed").expect("it runs");
+    becomes(&net.hidden, Reachability::Unreachable).await;
+    let mut address = net.relay.addresses().remove(0);
+    address.pop();
+    let _relay = member_at(address, &net.relay_identity, &[], ReachPolicy::Reachable, false).await;
+    becomes(&net.hidden, Reachability::Relayed).await;
+    is_welcomed(&net.connect().await).await;
 }
 
 #[tokio::test]

@@ -28,7 +28,10 @@ const ROOT: usize = 0;
 enum Why {
     First,
     Retry,
+    /// The call is slow, but its peer seems to be well.
     Hedge,
+    /// The call is late: its peer is not to be relied on.
+    Rescue,
 }
 
 struct Piece {
@@ -72,6 +75,8 @@ enum Event {
         late_in: Duration,
     },
     Late(usize),
+    /// Slow, and its peer was set aside meanwhile.
+    Hopeless(usize),
     FellBack {
         piece: usize,
         result: Result<(Vec<u32>, Vec<f32>), String>,
@@ -153,9 +158,10 @@ impl<'a> Layer<'a> {
         let (mut shares, mut without) = (Vec::new(), Vec::new());
         match (self.plan(&wanted, &tried, false), why) {
             (Ok(planned), _) => shares = planned,
-            // A call that is merely late is not given to a peer that failed lately.
+            // A call that is merely slow is not given to a peer that failed lately.
             (Err(_), Why::Hedge) => return Ok(()),
             // Better such a peer than nobody.
+            (Err(_), Why::Rescue) => shares = self.plan(&wanted, &tried, true).unwrap_or_default(),
             (Err(_), Why::First | Why::Retry) => match self.plan(&wanted, &tried, true) {
                 Ok(planned) => shares = planned,
                 Err(missing) => {
@@ -173,8 +179,12 @@ impl<'a> Layer<'a> {
             match why {
                 Why::First => self.network.hedges.earn(),
                 Why::Retry => self.usage.counts.retries += 1,
-                Why::Hedge => self.usage.counts.hedged += 1,
+                Why::Hedge | Why::Rescue => self.usage.counts.hedged += 1,
             }
+        }
+        if matches!(why, Why::Rescue) {
+            // Its own answer may still come.
+            return Ok(());
         }
         if strand_all {
             self.strand(parent);
@@ -251,9 +261,15 @@ impl<'a> Layer<'a> {
                 if !self.is_waiting(piece) {
                     return Ok(());
                 }
+                let Some(&peer) = self.pieces[piece].tried.last() else { return Ok(()) };
+                let directory = self.network.directory.clone();
                 self.events.push(Box::pin(async move {
-                    tokio::time::sleep(late_in).await;
-                    Event::Late(piece)
+                    let late = tokio::time::sleep(late_in);
+                    tokio::select! {
+                        () = late => Event::Late(piece),
+                        // Another request has found out what is wrong.
+                        () = directory.set_aside(&peer) => Event::Hopeless(piece),
+                    }
                 }));
                 if self.pieces[piece].children.is_empty() && self.network.hedges.spend() {
                     // No other replica is no error: the answer may still come.
@@ -266,14 +282,14 @@ impl<'a> Layer<'a> {
                     return Ok(());
                 }
                 if let Some(peer) = self.pieces[piece].tried.last() {
+                    tracing::debug!(layer = self.layer, %peer, "call is late");
                     // Out of every route at once, until it shows that it still answers.
                     self.network.directory.failed(peer, Instant::now());
                 }
-                if self.pieces[piece].children.is_empty() {
-                    self.split(piece, &Why::Hedge)?;
-                }
-                Ok(())
+                self.rescue(piece)
             }
+            Event::Hopeless(piece) if self.is_waiting(piece) => self.rescue(piece),
+            Event::Hopeless(_) => Ok(()),
             Event::FellBack { piece, result } => match result {
                 Ok(answer) => {
                     if !self.pieces[piece].resolved {
@@ -306,6 +322,11 @@ impl<'a> Layer<'a> {
     /// Whether the piece's own call is still wanted and in flight.
     fn is_waiting(&self, piece: usize) -> bool {
         !self.pieces[piece].resolved && !self.pieces[piece].failed
+    }
+
+    /// Asks others for the work of a call that is not to be waited for, if that was not done yet.
+    fn rescue(&mut self, piece: usize) -> Result<(), DispatchError> {
+        if self.pieces[piece].children.is_empty() { self.split(piece, &Why::Rescue) } else { Ok(()) }
     }
 
     /// Has the fallback compute a piece.

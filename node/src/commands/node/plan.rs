@@ -38,9 +38,10 @@ pub(super) async fn run(args: &NodeArgs, data_dir: &Path) -> anyhow::Result<()> 
     // The choice depends on who chooses; a new member would be somebody else each time anyway.
     let key = data_dir.join("identity.key");
     let identity = if key.exists() { Identity::load_or_create(&key)? } else { Identity::generate() };
-    let (checkpoint, id) = super::open(args).await?;
-    let config = super::config(args, &checkpoint)?;
-    let preview = preview(&identity, &checkpoint, id, &config).await?;
+    let model = super::open(args).await?;
+    let (checkpoint, id) = (model.checkpoint(), model.id());
+    let config = super::config(args, checkpoint)?;
+    let preview = preview(&identity, checkpoint, id, &config).await?;
     let lines = explain(&preview.view, &preview.chosen).into_iter().map(|part| Line {
         layer: part.layer,
         experts: ranges(&part.experts),

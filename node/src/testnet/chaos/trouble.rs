@@ -31,9 +31,10 @@ pub(super) enum Kind {
 impl Kind {
     const ALL: [Self; 5] = [Self::Kill, Self::Hang, Self::Restart, Self::Mute, Self::Deaf];
 
-    /// Whether it answers nothing until its trouble is over.
+    /// Whether it answers nothing until its trouble is over. One whose data plane is cut off one way can still be reached
+    /// through the control plane.
     pub(super) fn is_silent(self) -> bool {
-        self != Self::Restart
+        matches!(self, Self::Kill | Self::Hang)
     }
 }
 

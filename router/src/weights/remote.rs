@@ -1,0 +1,241 @@
+//! A model whose weights are fetched when they are needed.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hanse_model::{Checkpoint, CheckpointError, ExpertParts, Mapping, Part, PartSource, Parts, TrunkPart};
+use hanse_protocol::{BlobHash, Manifest, ModelId, SignedManifest};
+
+use super::cache::{Cache, CacheError, Pin};
+use super::describe::stored_dtype;
+use super::fetch::{FetchError, Fetcher};
+use super::peers::{ManifestSearchError, Peers};
+use super::source::{Item, Source, What};
+use crate::network::{JoinError, NetworkConfig};
+
+/// How long to wait for somebody who gives out the manifest, and for each blob that nobody has.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A model that is known by its manifest and fetched into a cache.
+#[derive(Debug, Clone)]
+pub struct RemoteModel {
+    signed: Arc<SignedManifest>,
+    fetcher: Arc<Fetcher>,
+    checkpoint: Checkpoint,
+    pins: Arc<Mutex<Vec<Pin>>>,
+}
+
+/// Why a model cannot be used without a folder.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoteError {
+    /// The network could not be joined.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// Nobody gave the manifest.
+    #[error(transparent)]
+    Manifest(#[from] ManifestSearchError),
+    /// Its parts do not make the model that its config calls for.
+    #[error("the manifest of model {model} makes no model: {source}")]
+    NoModel {
+        /// The model.
+        model: ModelId,
+        /// What is wrong.
+        source: CheckpointError,
+    },
+    /// The cache cannot be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// Something cannot be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+}
+
+impl RemoteModel {
+    /// Finds the model with this id on the network: its manifest is in the cache or comes from a peer.
+    ///
+    /// Must be called within a tokio runtime, which fetches what is needed later.
+    ///
+    /// # Errors
+    /// [`RemoteError`], as its variants say.
+    pub async fn find(
+        model: ModelId,
+        cache: Cache,
+        network: &NetworkConfig,
+        sources: Vec<Arc<dyn Source>>,
+    ) -> Result<Self, RemoteError> {
+        let peers = Arc::new(Peers::join(model, network).await?);
+        let kept = cached_manifest(&cache, model);
+        let signed = match kept {
+            Some(signed) => signed,
+            None => {
+                let signed = peers.manifest(network.join_timeout.max(Duration::from_secs(1))).await?;
+                keep_manifest(&cache, &signed)?;
+                signed
+            }
+        };
+        let fetcher = Fetcher::new(cache, sources, Some(peers), PATIENCE);
+        Self::new(signed, Arc::new(fetcher))
+    }
+
+    /// The model of a manifest that is at hand.
+    ///
+    /// Must be called within a tokio runtime, which fetches what is needed later.
+    ///
+    /// # Errors
+    /// `NoModel`, `Cache`.
+    pub fn new(signed: SignedManifest, fetcher: Arc<Fetcher>) -> Result<Self, RemoteError> {
+        let signed = Arc::new(signed);
+        let manifest = signed.manifest();
+        let model = signed.id();
+        let dir = folder_of(fetcher.cache(), model);
+        std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+        write_file(&dir.join("config.json"), manifest.config.as_bytes())?;
+        let source = Arc::new(OnDemand {
+            signed: signed.clone(),
+            fetcher: fetcher.clone(),
+            runtime: tokio::runtime::Handle::current(),
+        });
+        let checkpoint = Checkpoint::from_parts(&dir, manifest.config.clone(), parts_of(manifest), source)
+            .map_err(|source| RemoteError::NoModel { model, source })?;
+        let sizes = checkpoint.sizes();
+        for layer in &manifest.experts {
+            let expected = sizes.bytes_per_expert.get(layer.layer as usize).copied().unwrap_or(0);
+            if layer.expert_bytes(manifest.hidden_size) != expected {
+                let part = format!("an expert of layer {}", layer.layer);
+                return Err(RemoteError::NoModel { model, source: CheckpointError::Unlisted { part } });
+            }
+        }
+        Ok(Self { signed, fetcher, checkpoint, pins: Arc::default() })
+    }
+
+    /// The model's id.
+    #[must_use]
+    pub fn id(&self) -> ModelId {
+        self.signed.id()
+    }
+
+    /// Its manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &SignedManifest {
+        &self.signed
+    }
+
+    /// A checkpoint that fetches what is loaded from it and is not in the cache. Loading blocks meanwhile.
+    #[must_use]
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// What fetches.
+    #[must_use]
+    pub fn fetcher(&self) -> &Arc<Fetcher> {
+        &self.fetcher
+    }
+
+    /// Fetches what a client keeps: the trunk and the tokenizer. `progress` is told bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// `Fetch`, `Cache`.
+    pub async fn fetch_trunk(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<(), RemoteError> {
+        let manifest = self.signed.manifest();
+        let pins = self.fetcher.fetch_all(&Item::trunk_of(manifest), progress).await?;
+        // Nobody removes the first while the last is fetched, nor before all is loaded.
+        *self.pins.lock().unwrap_or_else(PoisonError::into_inner) = pins;
+        let dir = self.checkpoint.dir();
+        for file in &manifest.files {
+            let path = dir.join(&file.name);
+            if std::fs::read(&path).is_ok_and(|content| BlobHash::of(&content) == file.blob.hash) {
+                continue;
+            }
+            let cache = self.fetcher.cache();
+            let failed = |source| CacheError::Io { path: path.clone(), source };
+            if let Some(mut blob) = cache.open(&file.blob)? {
+                let mut content = Vec::new();
+                std::io::Read::read_to_end(&mut blob.file, &mut content).map_err(failed)?;
+                write_file(&path, &content)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the network that was joined for fetching. What is in the cache can still be loaded.
+    pub async fn close(&self) {
+        if let Some(peers) = self.fetcher.peers() {
+            peers.shutdown().await;
+        }
+    }
+}
+
+/// The folder of a model's small files.
+fn folder_of(cache: &Cache, model: ModelId) -> PathBuf {
+    cache.dir().join("models").join(model.to_string())
+}
+
+fn cached_manifest(cache: &Cache, model: ModelId) -> Option<SignedManifest> {
+    let bytes = std::fs::read(folder_of(cache, model).join("manifest")).ok()?;
+    SignedManifest::decode(&bytes).ok().filter(|signed| signed.id() == model)
+}
+
+fn keep_manifest(cache: &Cache, signed: &SignedManifest) -> Result<(), CacheError> {
+    let dir = folder_of(cache, signed.id());
+    std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+    write_file(&dir.join("manifest"), &signed.encode())
+}
+
+/// Another process may read the file meanwhile: it appears whole or not at all.
+fn write_file(path: &Path, content: &[u8]) -> Result<(), CacheError> {
+    let failed = |source| CacheError::Io { path: path.to_owned(), source };
+    if std::fs::read(path).is_ok_and(|found| found == content) {
+        return Ok(());
+    }
+    let temporary = path.with_extension(format!("new-{}", std::process::id()));
+    std::fs::write(&temporary, content).and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
+}
+
+fn parts_of(manifest: &Manifest) -> Parts {
+    let trunk = manifest.trunk.iter().map(|tensor| TrunkPart {
+        name: tensor.name.clone(),
+        dtype: stored_dtype(tensor.dtype),
+        shape: tensor.shape.iter().map(|size| usize::try_from(*size).unwrap_or(usize::MAX)).collect(),
+    });
+    let experts = manifest.experts.iter().map(|layer| ExpertParts {
+        layer: layer.layer as usize,
+        experts: layer.hashes.len(),
+        dtypes: layer.dtypes.map(stored_dtype),
+    });
+    Parts { trunk: trunk.collect(), experts: experts.collect() }
+}
+
+/// Gives parts from the cache, and fetches those that are not there.
+#[derive(Debug)]
+struct OnDemand {
+    signed: Arc<SignedManifest>,
+    fetcher: Arc<Fetcher>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl PartSource for OnDemand {
+    fn open(&self, part: Part<'_>) -> Result<Arc<Mapping>, Box<dyn std::error::Error + Send + Sync>> {
+        let what = match part {
+            Part::Trunk(name) => What::Trunk(name.to_owned()),
+            Part::Expert { layer, expert } => What::Expert { layer: layer as u32, expert: expert as u32 },
+        };
+        let item = Item::find(self.signed.manifest(), what).ok_or("the manifest does not list it")?;
+        loop {
+            if let Some(opened) = self.fetcher.cache().open(&item.blob)? {
+                let mapping = Mapping::guarded(&opened.file, opened.pin)?;
+                if BlobHash::of(&mapping) == item.blob.hash {
+                    return Ok(Arc::new(mapping));
+                }
+                tracing::warn!(what = %item.what, "damaged in the cache: fetched again");
+                self.fetcher.cache().remove(item.blob.hash);
+            }
+            // On a thread of its own, since this one may belong to the runtime.
+            let fetched =
+                std::thread::scope(|scope| scope.spawn(|| self.runtime.block_on(self.fetcher.fetch(&item))).join());
+            fetched.map_err(|_| "fetching ended unexpectedly")??;
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! Fetching into the cache: interrupted, from sources that lie, fail and stall, beside other processes, on a full disk.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use hanse_protocol::{Blob, BlobHash, GROUP_BYTES, TreeBuilder};
+use hanse_router::weights::cache::Begin;
+use hanse_router::weights::{Cache, CacheError, FetchError, Fetcher, Item, Source, SourceError, What};
+
+const GROUP: usize = GROUP_BYTES as usize;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+fn noise(bytes: usize, seed: u32) -> Bytes {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    (0..bytes).map(|_| next()).collect::<Vec<_>>().into()
+}
+
+fn item(content: &Bytes) -> Item {
+    let blob = Blob { hash: BlobHash::of(content), bytes: content.len() as u64 };
+    Item { what: What::Trunk("weights".into()), blob }
+}
+
+/// How a source behaves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Habit {
+    Honest,
+    /// Changes a byte of every group; its chaining values are right.
+    Corrupts,
+    /// Gives wrong chaining values too.
+    LiesOfTheTree,
+    Fails,
+    /// Never answers a read.
+    Hangs,
+    /// Knows no chaining values, as a web server.
+    Plain,
+    PlainCorrupts,
+}
+
+#[derive(Debug)]
+struct Memory {
+    name: &'static str,
+    habit: Habit,
+    content: Bytes,
+    reads: AtomicUsize,
+    /// After so many reads all of them wait for ever.
+    stop_after: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+fn memory(name: &'static str, habit: Habit, content: &Bytes) -> Arc<Memory> {
+    let (reads, stop_after) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+    Arc::new(Memory { name, habit, content: content.clone(), reads, stop_after, stopped: AtomicBool::new(false) })
+}
+
+impl Source for Memory {
+    fn name(&self) -> String {
+        self.name.to_owned()
+    }
+
+    fn parallel(&self) -> usize {
+        2
+    }
+
+    fn read<'a>(&'a self, _: &'a Item, range: Range<u64>) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        async move {
+            tokio::task::yield_now().await;
+            let read = self.reads.fetch_add(1, Ordering::SeqCst);
+            if read >= self.stop_after.load(Ordering::SeqCst) {
+                self.stopped.store(true, Ordering::SeqCst);
+                return std::future::pending().await;
+            }
+            let data = self.content.slice(range.start as usize..range.end as usize);
+            match self.habit {
+                Habit::Honest | Habit::Plain => Ok(data),
+                Habit::Corrupts | Habit::LiesOfTheTree | Habit::PlainCorrupts => {
+                    let mut wrong = data.to_vec();
+                    wrong[0] ^= 1;
+                    Ok(wrong.into())
+                }
+                Habit::Fails => Err(SourceError::Failed("out of order".into())),
+                Habit::Hangs => std::future::pending().await,
+            }
+        }
+        .boxed()
+    }
+
+    fn tree<'a>(&'a self, _: &'a Item) -> BoxFuture<'a, Result<Option<Bytes>, SourceError>> {
+        async move {
+            let mut builder = TreeBuilder::new();
+            builder.update(&self.content);
+            let list = builder.finish().list().to_vec();
+            match self.habit {
+                Habit::Plain | Habit::PlainCorrupts => Ok(None),
+                Habit::Fails => Err(SourceError::Failed("out of order".into())),
+                Habit::LiesOfTheTree => Ok(Some(list.into_iter().map(|byte| byte ^ 1).collect())),
+                _ => Ok(Some(list.into())),
+            }
+        }
+        .boxed()
+    }
+}
+
+fn fetcher(dir: &Path, sources: &[Arc<Memory>], patience: Duration) -> Fetcher {
+    let sources = sources.iter().map(|source| source.clone() as Arc<dyn Source>).collect();
+    Fetcher::new(Cache::new(dir, u64::MAX).unwrap(), sources, None, patience)
+}
+
+fn cached(cache: &Cache, blob: &Blob) -> Option<Vec<u8>> {
+    let mut opened = cache.open(blob).unwrap()?;
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut opened.file, &mut content).unwrap();
+    Some(content)
+}
+
+fn run<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), future).await.expect("it ends") })
+}
+
+#[test]
+fn blobs_of_every_kind_of_length_arrive_whole() {
+    run(async {
+        for bytes in [1, 1000, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP, 5 * GROUP + 77] {
+            for habit in [Habit::Honest, Habit::Plain] {
+                let (dir, content) = (tempfile::tempdir().unwrap(), noise(bytes, 3));
+                let fetcher = fetcher(dir.path(), &[memory("a", habit, &content)], PATIENCE);
+                fetcher.fetch(&item(&content)).await.unwrap();
+                assert_eq!(cached(fetcher.cache(), &item(&content).blob).unwrap(), content, "{bytes} {habit:?}");
+                assert!(fetcher.bytes() <= content.len() as u64 + 32 * 6, "{bytes} {habit:?}");
+                let kept = std::fs::read_dir(dir.path().join("blobs")).unwrap().count();
+                assert_eq!(kept, 1, "neither part nor tree is left");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(120 * GROUP / 2 + 5, 9));
+        let item = item(&content);
+        let (mut random, mut read) = (17u32, 0);
+        for round in 0..50 {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let source = memory("a", Habit::Honest, &content);
+            // At a random point, often within two groups that are being read.
+            source.stop_after.store((random >> 16) as usize % 3, Ordering::SeqCst);
+            let fetcher = fetcher(dir.path(), std::slice::from_ref(&source), PATIENCE);
+            let fetch = fetcher.fetch(&item);
+            let stopped = async {
+                while !source.stopped.load(Ordering::SeqCst) {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::select! {
+                done = fetch => panic!("round {round}: {done:?}"),
+                () = stopped => {}
+            }
+            read += fetcher.bytes();
+            // What a crash may leave behind: rubbish in the middle of the part.
+            let part = dir.path().join("blobs").join(item.blob.hash.to_string()).with_extension("part");
+            if round % 10 == 9 && std::fs::metadata(&part).is_ok_and(|part| part.len() > 100) {
+                use std::os::unix::fs::FileExt;
+                std::fs::OpenOptions::new().write(true).open(&part).unwrap().write_all_at(&[1, 2, 3], 50).unwrap();
+            }
+        }
+        let fetcher = fetcher(dir.path(), &[memory("a", Habit::Honest, &content)], PATIENCE);
+        fetcher.fetch(&item).await.unwrap();
+        assert_eq!(cached(fetcher.cache(), &item.blob).unwrap(), content);
+        read += fetcher.bytes();
+        // Five groups were spoilt; one more may be lost where a write was cut off.
+        let most = content.len() as u64 + 12 * GROUP_BYTES;
+        assert!(read <= most, "{read} of {} bytes", content.len());
+    });
+}
+
+#[test]
+fn one_of_three_sources_that_lies_is_found_out_and_its_bytes_are_not_used() {
+    run(async {
+        for liar in [Habit::Corrupts, Habit::LiesOfTheTree, Habit::Fails] {
+            let (dir, content) = (tempfile::tempdir().unwrap(), noise(24 * GROUP, 5));
+            let (first, second) = (memory("a", Habit::Honest, &content), memory("b", Habit::Honest, &content));
+            let wrong = memory("liar", liar, &content);
+            let fetcher = fetcher(dir.path(), &[wrong.clone(), first, second], PATIENCE);
+            fetcher.fetch(&item(&content)).await.unwrap();
+            assert_eq!(cached(fetcher.cache(), &item(&content).blob).unwrap(), content, "{liar:?}");
+            assert!(wrong.reads.load(Ordering::SeqCst) <= 2, "{liar:?} is not asked again");
+            // At most the two groups that it was asked for at once.
+            assert!(fetcher.bytes() <= content.len() as u64 * 110 / 100, "{liar:?}: {}", fetcher.bytes());
+        }
+    });
+}
+
+#[test]
+fn a_source_that_hangs_costs_a_moment_and_no_more() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(12 * GROUP, 5));
+        let sources = [memory("slow", Habit::Hangs, &content), memory("a", Habit::Honest, &content)];
+        let fetcher = fetcher(dir.path(), &sources, PATIENCE);
+        let began = std::time::Instant::now();
+        fetcher.fetch(&item(&content)).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+        assert_eq!(cached(fetcher.cache(), &item(&content).blob).unwrap(), content);
+    });
+}
+
+#[test]
+fn a_plain_source_that_lies_is_replaced_by_another() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(3 * GROUP, 6));
+        let sources = [memory("liar", Habit::PlainCorrupts, &content), memory("a", Habit::Plain, &content)];
+        let fetcher = fetcher(dir.path(), &sources, PATIENCE);
+        fetcher.fetch(&item(&content)).await.unwrap();
+        assert_eq!(cached(fetcher.cache(), &item(&content).blob).unwrap(), content);
+    });
+}
+
+#[test]
+fn when_nobody_gives_the_right_bytes_the_error_says_who_said_what() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(2 * GROUP, 6));
+        let sources = [memory("liar", Habit::Corrupts, &content), memory("broken", Habit::Fails, &content)];
+        let fetcher = fetcher(dir.path(), &sources, Duration::from_millis(600));
+        let error = fetcher.fetch(&item(&content)).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, FetchError::NoSource { .. }), "{text}");
+        assert!(text.contains("tensor `weights`") && text.contains("liar: what it gave"), "{text}");
+        assert!(text.contains("broken: out of order"), "{text}");
+        assert!(cached(fetcher.cache(), &item(&content).blob).is_none());
+    });
+}
+
+#[test]
+fn two_that_share_a_cache_read_a_blob_once() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(20 * GROUP, 8));
+        let sources = [memory("a", Habit::Honest, &content)];
+        // Each with locks of its own, as in two processes.
+        let (one, other) = (fetcher(dir.path(), &sources, PATIENCE), fetcher(dir.path(), &sources, PATIENCE));
+        let item = item(&content);
+        let (first, second) = tokio::join!(one.fetch(&item), other.fetch(&item));
+        first.unwrap();
+        second.unwrap();
+        assert!(one.bytes() + other.bytes() <= content.len() as u64 + 32 * 20);
+        assert_eq!(cached(one.cache(), &item.blob).unwrap(), content);
+    });
+}
+
+#[test]
+fn the_longest_unused_goes_first_and_what_is_in_use_stays() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs: Vec<Bytes> = (0..4).map(|seed| noise(100_000, seed)).collect();
+        let fetch = async |cache: &Cache, content: &Bytes| {
+            let source = memory("a", Habit::Honest, content) as Arc<dyn Source>;
+            Fetcher::new(cache.clone(), vec![source], None, PATIENCE).fetch(&item(content)).await
+        };
+        let cache = Cache::new(dir.path(), 250_000).unwrap();
+        fetch(&cache, &blobs[0]).await.unwrap();
+        fetch(&cache, &blobs[1]).await.unwrap();
+        // Somebody else uses the first: it is the older one, but stays.
+        let other = Cache::new(dir.path(), 250_000).unwrap();
+        let used = other.open(&item(&blobs[0]).blob).unwrap().unwrap();
+        fetch(&cache, &blobs[2]).await.unwrap();
+        assert!(cache.has(&item(&blobs[0]).blob) && !cache.has(&item(&blobs[1]).blob));
+        // With all in use there is no room, and the error says so.
+        let also = cache.open(&item(&blobs[2]).blob).unwrap().unwrap();
+        let error = fetch(&cache, &blobs[3]).await.unwrap_err();
+        let FetchError::Cache(error) = error else { panic!("{error}") };
+        assert!(matches!(*error, CacheError::TooSmall { needed_bytes: 100_000, used_bytes: 200_000, .. }), "{error}");
+        drop((used, also));
+        fetch(&cache, &blobs[3]).await.unwrap();
+        assert!(cache.used_bytes().unwrap() <= 250_000);
+    });
+}
+
+#[test]
+fn what_a_dead_process_was_fetching_or_using_is_free() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(2 * GROUP, 8));
+        let blob = item(&content).blob;
+        let cache = Cache::new(dir.path(), u64::MAX).unwrap();
+        let Begin::Ours(part) = cache.begin(blob).unwrap() else { panic!("it is new") };
+        let other = Cache::new(dir.path(), u64::MAX).unwrap();
+        assert!(matches!(other.begin(blob).unwrap(), Begin::Elsewhere));
+        part.write(0, &content[..GROUP]).unwrap();
+        // Locks end with their holder.
+        drop(part);
+        assert!(matches!(other.begin(blob).unwrap(), Begin::Ours(_)));
+    });
+}
+
+/// Runs a command; whether it succeeded.
+fn succeeds(program: &str, args: &[&str]) -> bool {
+    std::process::Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
+}
+
+#[test]
+fn a_full_disk_is_a_clear_error_and_what_was_fetched_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let mount = dir.path().to_str().unwrap();
+    if !succeeds("mount", &["-t", "tmpfs", "-o", "size=6m", "tmpfs", mount]) {
+        println!("skipped: file systems may not be mounted here");
+        return;
+    }
+    let content = noise(10 * GROUP, 4);
+    let outcome = run(async {
+        let source = memory("a", Habit::Honest, &content);
+        let fetcher = fetcher(dir.path(), &[source], PATIENCE);
+        let error = fetcher.fetch(&item(&content)).await.unwrap_err();
+        let grown = succeeds("mount", &["-o", "remount,size=40m", mount]);
+        let again = fetcher.fetch(&item(&content)).await;
+        (error, grown, again, fetcher.bytes(), cached(fetcher.cache(), &item(&content).blob))
+    });
+    succeeds("umount", &[mount]);
+    let (error, grown, again, bytes, found) = outcome;
+    let FetchError::Cache(error) = error else { panic!("{error}") };
+    assert!(matches!(*error, CacheError::DiskFull { .. }), "{error}");
+    assert!(error.to_string().contains("the disk is full"), "{error}");
+    assert!(grown && again.is_ok());
+    assert_eq!(found.unwrap(), content);
+    // Four or five groups were there already; those in flight at the end were read twice.
+    assert!(bytes <= content.len() as u64 + 4 * GROUP_BYTES, "{bytes}");
+}
