@@ -81,7 +81,7 @@ pub enum MakeError {
     #[error("{} is not empty", .0.display())]
     NotEmpty(PathBuf),
     /// A file cannot be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot read or write {}", path.display())]
     File {
         /// The file or folder.
         path: PathBuf,

@@ -140,5 +140,5 @@ fn the_tokenizer_is_copied() {
     let dir = made(&shape("olmoe"), &Output { tokenizer: Some(source), ..output(1) });
     let tokenizer = hanse_model::Tokenizer::load(dir.path()).unwrap();
     assert!(!tokenizer.encode("Once upon a time", true).unwrap().is_empty());
-    assert!(tokenizer.chat_template().is_some());
+    assert!(tokenizer.chat_template().unwrap().is_some());
 }

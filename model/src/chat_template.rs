@@ -1,12 +1,15 @@
 //! Chat templates: Jinja as transformers sets it up, with bounds on what a template may cost.
 
 mod clock;
+mod generation;
 mod json;
+mod methods;
 
 use std::collections::BTreeMap;
 use std::io::Write;
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Rest;
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 
@@ -65,8 +68,12 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(ChatTemplateError::Malformed)?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(methods::call);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        // What Jinja has and minijinja leaves to others: truncate, wordcount, cycler, joiner and more.
+        minijinja_contrib::add_to_environment(&mut environment);
+        // That one wants a list; Jinja's takes the items one by one.
+        environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
         environment.add_filter("tojson", json::to_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -75,7 +82,9 @@ impl ChatTemplate {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
             clock::strftime(&format, now.as_secs())
         });
-        environment.add_template_owned(NAME, source.to_owned()).map_err(ChatTemplateError::Malformed)?;
+        environment
+            .add_template_owned(NAME, generation::without_marks(source))
+            .map_err(ChatTemplateError::Malformed)?;
         Ok(Self { environment, tokens: tokens.collect() })
     }
 

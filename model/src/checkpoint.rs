@@ -9,6 +9,7 @@ mod tensors;
 mod weight_map;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -203,10 +204,21 @@ pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, Con
         .shapes())
 }
 
+/// Opens a regular file.
+pub(crate) fn open_file(path: &Path) -> Result<File, CheckpointError> {
+    let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
+    let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+    if !kind.is_file() {
+        let found = if kind.is_dir() { "a directory" } else { "a pipe, a socket or a device" };
+        return Err(CheckpointError::NotAFile { path: path.to_owned(), found });
+    }
+    File::open(path).map_err(failed)
+}
+
 /// Reads a text file of at most `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, CheckpointError> {
     let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
-    let file = std::fs::File::open(path).map_err(failed)?;
+    let file = open_file(path)?;
     let mut bytes = Vec::new();
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > limit {

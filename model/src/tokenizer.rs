@@ -19,7 +19,7 @@ const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
-    chat_template: Option<Arc<ChatTemplate>>,
+    dir: Arc<Path>,
 }
 
 /// Why a tokenizer could not be loaded or used.
@@ -37,7 +37,7 @@ pub enum TokenizerError {
         /// What the tokenizer library says.
         reason: String,
     },
-    /// `tokenizer_config.json` is malformed.
+    /// `tokenizer_config.json` or `special_tokens_map.json` is malformed.
     #[error("{}: {reason}", path.display())]
     Config {
         /// The file.
@@ -57,10 +57,10 @@ pub enum TokenizerError {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and the chat template from `chat_template.jinja` or `tokenizer_config.json`.
+    /// Reads `tokenizer.json`.
     ///
     /// # Errors
-    /// If `tokenizer.json` is absent or a file is malformed.
+    /// If `tokenizer.json` is absent or malformed.
     pub fn load(dir: &Path) -> Result<Self, TokenizerError> {
         let path = dir.join("tokenizer.json");
         let text = read_text(&path, MAX_TOKENIZER_BYTES)?;
@@ -70,7 +70,7 @@ impl Tokenizer {
         // Files may carry the settings of their last training run; encoding here never cuts nor pads.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(malformed)?;
-        Ok(Self { inner: Arc::new(inner), chat_template: read_chat_template(dir)?.map(Arc::new) })
+        Ok(Self { inner: Arc::new(inner), dir: dir.into() })
     }
 
     /// The tokens of a text. Special tokens written out in the text are recognised; `add_special_tokens` adds those
@@ -97,9 +97,13 @@ impl Tokenizer {
         TextStream::new(self.clone(), skip_special_tokens)
     }
 
-    /// Turns a conversation into a prompt; `None` if the model has no chat template.
-    pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        self.chat_template.as_deref()
+    /// What turns a conversation into a prompt, from `chat_template.jinja` or `tokenizer_config.json`; `None` if the
+    /// model has no chat template. Read when asked for: a bad template keeps nobody from using the tokenizer.
+    ///
+    /// # Errors
+    /// If the template, `tokenizer_config.json` or `special_tokens_map.json` is malformed.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, TokenizerError> {
+        read_chat_template(&self.dir)
     }
 
     /// Tokens that it knows, with added ones.
@@ -115,13 +119,7 @@ impl Tokenizer {
 
 fn read_chat_template(dir: &Path) -> Result<Option<ChatTemplate>, TokenizerError> {
     let path = dir.join("tokenizer_config.json");
-    let config = if path.exists() {
-        let text = read_text(&path, MAX_CONFIG_BYTES)?;
-        serde_json::from_str(&text)
-            .map_err(|error| TokenizerError::Config { path: path.clone(), reason: error.to_string() })?
-    } else {
-        Value::Null
-    };
+    let config = read_json(&path)?;
     let file = dir.join("chat_template.jinja");
     let source = if file.exists() {
         Some(read_text(&file, MAX_CONFIG_BYTES)?)
@@ -145,12 +143,24 @@ fn read_chat_template(dir: &Path) -> Result<Option<ChatTemplate>, TokenizerError
         }
     };
     let Some(source) = source else { return Ok(None) };
+    // Older folders name the tokens only there.
+    let map = read_json(&dir.join("special_tokens_map.json"))?;
     let tokens = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
         .into_iter()
         .filter_map(|name| {
+            let token = config.get(name).or_else(|| map.get(name))?;
             // A string, or an object of the token's properties.
-            let text = config[name].as_str().or_else(|| config[name]["content"].as_str())?;
+            let text = token.as_str().or_else(|| token["content"].as_str())?;
             Some((name, text.to_owned()))
         });
     Ok(Some(ChatTemplate::new(&source, tokens)?))
+}
+
+/// `Null` if the file is absent.
+fn read_json(path: &Path) -> Result<Value, TokenizerError> {
+    if !path.exists() {
+        return Ok(Value::Null);
+    }
+    serde_json::from_str(&read_text(path, MAX_CONFIG_BYTES)?)
+        .map_err(|error| TokenizerError::Config { path: path.to_owned(), reason: error.to_string() })
 }

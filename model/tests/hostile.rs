@@ -5,7 +5,9 @@ mod common;
 use std::path::Path;
 
 use common::{Golden, Local, bits, fixture};
-use hanse_model::{Checkpoint, CheckpointError, ConfigError, Expert, LoadError, known_families};
+use hanse_model::{
+    Checkpoint, CheckpointError, ConfigError, Expert, LoadError, Tokenizer, known_families, weight_map_of_headers,
+};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -323,9 +325,57 @@ fn overlapping_and_repeated_tensors_are_named() {
             || matches!(&error, CheckpointError::Header { .. }),
         "{error}"
     );
-    let huge = json!({"a": {"dtype": "F32", "shape": [u64::MAX, 16], "data_offsets": [0, 8]}});
-    write(huge.to_string());
-    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
+    for shape in [json!([u64::MAX, 16]), json!([1u64 << 40]), json!([3])] {
+        let b = json!({"dtype": "F32", "shape": shape, "data_offsets": [4, 8]});
+        write(format!(r#"{{"a": {}, "b": {b}}}"#, info(0, 4)));
+        let error = open_error(dir.path());
+        assert!(matches!(&error, CheckpointError::WrongSize { tensor, .. } if tensor == "b"), "{shape}: {error}");
+    }
+}
+
+#[test]
+fn a_tensor_of_a_wrong_size_is_named_when_only_headers_are_at_hand() {
+    let config = std::fs::read_to_string(fixture("olmoe").join("config.json")).unwrap();
+    let header = json!({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).to_string();
+    let error = weight_map_of_headers(&config, vec![("m".into(), raw_file(header, &[], aligned))]).unwrap_err();
+    assert!(matches!(&error, CheckpointError::WrongSize { tensor, .. } if tensor == "a"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_regular_file_is_refused_unopened_and_named() {
+    let names = ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors", "tokenizer.json"];
+    for name in names {
+        let dir = copy("mixtral");
+        let path = dir.path().join(name);
+        let open = || match name {
+            "tokenizer.json" => Tokenizer::load(dir.path()).expect_err(name).to_string(),
+            _ => open_error(dir.path()).to_string(),
+        };
+        let _ = std::fs::remove_file(&path);
+        std::fs::create_dir(&path).unwrap();
+        assert_eq!(open(), format!("{} is a directory, not a regular file", path.display()));
+        std::fs::remove_dir(&path).unwrap();
+        let expected = format!("{} is a pipe, a socket or a device, not a regular file", path.display());
+        // Nobody writes to it: opening it would wait for ever.
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        assert_eq!(open(), expected);
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert_eq!(open(), expected);
+    }
+    let dir = copy("olmoe");
+    let path = dir.path().join("model.safetensors");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    assert!(matches!(open_error(dir.path()), CheckpointError::NotAFile { found: "a directory", .. }));
+}
+
+#[test]
+fn an_error_leaves_its_cause_to_the_chain() {
+    let error = open_error(Path::new("/nonexistent"));
+    let cause = std::error::Error::source(&error).expect("the system's reason").to_string();
+    assert!(!error.to_string().contains(&cause), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use common::{fixture, json, tiny_moe};
 use hanse_model::{ChatMessage, GenerationDefaults, GenerationDefaultsError, Tokenizer, TokenizerError};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -34,7 +35,8 @@ fn render(config: &Value) -> Result<String, String> {
     let dir = folder(config);
     let tokenizer = Tokenizer::load(dir.path()).map_err(|error| error.to_string())?;
     let user = ChatMessage { role: "user".into(), content: "a <b> \"c\"".into() };
-    tokenizer.chat_template().unwrap().render(&[user], true).map_err(|error| error.to_string())
+    let template = tokenizer.chat_template().map_err(|error| error.to_string())?.unwrap();
+    template.render(&[user], true).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -74,20 +76,45 @@ fn streamed_pieces_are_prefixes_that_end_with_whole_characters_and_add_up_to_the
 }
 
 #[test]
-fn streaming_bytes_that_are_no_text_gives_what_decoding_gives() {
-    let tokenizer = Tokenizer::load(&fixture("olmoe")).unwrap();
-    let mut state = 1u32;
-    for _ in 0..200 {
-        let tokens: Vec<u32> = (0..40)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) % 440
-            })
-            .collect();
+fn text_that_a_decoder_rewrites_is_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let vocab = json!({"<0x41>": 0, "<0xE2>": 1, "<0x82>": 2, "<0xAC>": 3, "x": 4, "y": 5});
+    let decoders = json!([{"type": "ByteFallback"}, {"type": "Fuse"}]);
+    let tokenizer = json!({
+        "version": "1.0",
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "added_tokens": [],
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let streamed = |tokens: &[u32]| {
         let mut stream = tokenizer.stream(true);
         let mut text: String = tokens.iter().map(|token| stream.push(*token).unwrap()).collect();
         text.push_str(&stream.finish().unwrap());
-        assert_eq!(text, tokenizer.decode(&tokens, true).unwrap());
+        text
+    };
+    assert_eq!(streamed(&[4, 1, 2, 3, 5]), "x€y");
+    // A byte that was a letter by itself is none beside half a character.
+    assert_eq!(tokenizer.decode(&[0, 1, 4, 5], true).unwrap(), "\u{FFFD}\u{FFFD}xy");
+    assert_eq!(streamed(&[0, 1, 4, 5]), "A\u{FFFD}\u{FFFD}xy");
+    assert_eq!(streamed(&[0, 1]), "A\u{FFFD}\u{FFFD}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn streamed_pieces_of_any_tokens_add_up_to_their_text(
+        tokens in prop::collection::vec(0u32..460, 0..60),
+        name in prop_oneof![Just("olmoe"), Just("qwen3_moe")],
+        skip_special_tokens in any::<bool>(),
+    ) {
+        let tokenizer = Tokenizer::load(&fixture(name)).unwrap();
+        let mut stream = tokenizer.stream(skip_special_tokens);
+        let mut text: String = tokens.iter().map(|token| stream.push(*token).unwrap()).collect();
+        text.push_str(&stream.finish().unwrap());
+        prop_assert_eq!(text, tokenizer.decode(&tokens, skip_special_tokens).unwrap());
     }
 }
 
@@ -95,7 +122,7 @@ fn streaming_bytes_that_are_no_text_gives_what_decoding_gives() {
 fn conversations_render_and_encode_as_in_the_reference() {
     for (tokenizer, golden) in cases() {
         for case in golden["chat"].as_array().unwrap() {
-            let template = tokenizer.chat_template().unwrap();
+            let template = tokenizer.chat_template().unwrap().unwrap();
             let generate = case["add_generation_prompt"].as_bool().unwrap();
             let rendered = template.render(&messages(&case["messages"]), generate).unwrap();
             assert_eq!(rendered, case["rendered"]);
@@ -124,7 +151,7 @@ fn a_template_may_be_a_file_or_one_of_a_list_and_tokens_may_be_objects() {
     let dir = folder(&json!({"eos_token": "<e>", "chat_template": "not this one"}));
     std::fs::write(dir.path().join("chat_template.jinja"), "{{ eos_token }}!\n").unwrap();
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    assert_eq!(tokenizer.chat_template().unwrap().render(&[], false).unwrap(), "<e>!");
+    assert_eq!(tokenizer.chat_template().unwrap().unwrap().render(&[], false).unwrap(), "<e>!");
 }
 
 #[test]
@@ -145,6 +172,102 @@ fn templates_have_what_transformers_gives_them() {
 }
 
 #[test]
+fn templates_keep_the_order_of_keys() {
+    let render = |source: &str| render(&json!({"chat_template": source}));
+    let message = r#"[{"role": "user", "content": "a <b> \"c\""}]"#;
+    assert_eq!(render("{{ messages | tojson }}"), Ok(message.into()));
+    assert_eq!(render("{% for k, v in messages[0].items() %}{{ k }},{% endfor %}"), Ok("role,content,".into()));
+    let dict = "{% set d = {'z': 1, 'a': 2, 'm': 3} %}";
+    let each = "{% for k in d %}{{ k }}{% endfor %}{{ d.keys() | join }}{{ d.values() | join }}{{ d | tojson }}";
+    assert_eq!(render(&format!("{dict}{each}")), Ok(r#"zamzam123{"z": 1, "a": 2, "m": 3}"#.into()));
+    assert_eq!(render(&format!("{dict}{{{{ d }}}}")), Ok("{'z': 1, 'a': 2, 'm': 3}".into()));
+    let user = ChatMessage { role: "user".into(), content: "x".into() };
+    assert_eq!(serde_json::to_string(&user).unwrap(), r#"{"role":"user","content":"x"}"#);
+}
+
+#[test]
+fn marks_of_what_was_generated_are_accepted_and_ignored() {
+    let render = |source: &str| render(&json!({"chat_template": source}));
+    let marked = |open: &str, close: &str| {
+        format!("{{% for m in messages %}}<\n  {open}\n{{{{ m.role }}}} \n{close}\n>{{% endfor %}}")
+    };
+    let plain = |open: &str, close: &str| {
+        marked(&open.replace("generation", "if true"), &close.replace("endgeneration", "endif"))
+    };
+    for (open, close) in [
+        ("{% generation %}", "{% endgeneration %}"),
+        ("{%- generation -%}", "{%- endgeneration -%}"),
+        ("{%generation%}", "{%+ endgeneration %}"),
+    ] {
+        let rendered = render(&marked(open, close));
+        assert!(rendered.is_ok() && rendered == render(&plain(open, close)), "{open}: {rendered:?}");
+    }
+    assert_eq!(render("{{ '{% x' }}{% set generation = 1 %}{{ generation }}"), Ok("{% x1".into()));
+}
+
+#[test]
+fn a_malformed_template_fails_only_who_asks_for_it() {
+    let dir = folder(&json!({"chat_template": "{% if %}"}));
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    assert!(!tokenizer.encode("a", true).unwrap().is_empty());
+    assert!(matches!(tokenizer.chat_template(), Err(TokenizerError::ChatTemplate(_))));
+}
+
+#[test]
+fn tokens_that_only_special_tokens_map_names_are_rendered() {
+    let template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}";
+    let dir = folder(&json!({"eos_token": "<e>", "pad_token": null, "chat_template": template}));
+    let map = json!({"bos_token": {"content": "<b>"}, "eos_token": "<other>", "pad_token": "<p>"});
+    std::fs::write(dir.path().join("special_tokens_map.json"), map.to_string()).unwrap();
+    let template = Tokenizer::load(dir.path()).unwrap().chat_template().unwrap().unwrap();
+    assert_eq!(template.render(&[], false).unwrap(), "<b>|<e>|");
+}
+
+#[test]
+fn templates_call_what_python_and_jinja_have() {
+    let render = |source: &str| render(&json!({"chat_template": source}));
+    let cases = [
+        ("{{ 'a,b,c'.rsplit(',', 1) | tojson }}", r#"["a,b", "c"]"#),
+        ("{{ ' a  b c '.rsplit(None, 1) | tojson }}{{ ''.rsplit() | tojson }}", r#"["a  b", "c"][]"#),
+        ("{{ 'a=b=c'.partition('=') | tojson }}", r#"["a", "=", "b=c"]"#),
+        ("{{ 'abc'.rpartition('=') | tojson }}", r#"["", "", "abc"]"#),
+        ("{{ 'user: x'.removeprefix('user: ') }}{{ 'x.y'.removesuffix('.z') }}", "xx.y"),
+        ("{{ '-7'.zfill(4) }}{{ 'abc'.zfill(2) }}", "-007abc"),
+        ("{{ 'äbc'.index('c') }}{{ 'abab'.rindex('a') }}", "22"),
+        ("{{ 'STRAßE'.casefold() }}", "strasse"),
+        ("{{ '%s-%03d' | format('a', 7) }}", "a-007"),
+        ("{{ 'one two three' | wordcount }}", "3"),
+        ("{{ 'one two three' | truncate(length=9, leeway=0) }}", "one..."),
+        ("{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}", "aba"),
+        ("{% set j = joiner('/') %}{{ j() }}x{{ j() }}y", "x/y"),
+    ];
+    for (source, expected) in cases {
+        assert_eq!(render(source), Ok(expected.into()), "{source}");
+    }
+    assert!(render("{{ 'abc'.index('z') }}").unwrap_err().contains("substring not found"));
+    assert!(render("{{ 'abc'.rsplit('') }}").unwrap_err().contains("empty separator"));
+    assert!(render("{{ '7'.zfill(99999999999) }}").is_err());
+    assert!(render("{{ 'abc'.nothing() }}").is_err());
+}
+
+#[test]
+fn tojson_takes_the_arguments_that_transformers_gives_it() {
+    let render = |source: &str| render(&json!({"chat_template": source}));
+    let cases = [
+        ("{{ {'b': [1, {}], 'a': []} | tojson(indent=2) }}", "{\n  \"b\": [\n    1,\n    {}\n  ],\n  \"a\": []\n}"),
+        ("{{ [1] | tojson(indent=0) }}{{ [1] | tojson(indent='\t') }}", "[\n1\n][\n\t1\n]"),
+        ("{{ {'b': 1, 'a': {'d': 1, 'c': 2}} | tojson(sort_keys=true) }}", r#"{"a": {"c": 2, "d": 1}, "b": 1}"#),
+        ("{{ {'b': [1, 2]} | tojson(separators=(',', ':')) }}", r#"{"b":[1,2]}"#),
+        ("{{ 'ü😀<\n' | tojson }}{{ 'ü😀<\n' | tojson(ensure_ascii=true) }}", r#""ü😀<\n""\u00fc\ud83d\ude00<\n""#),
+        ("{{ [true, none, 1.5] | tojson(false, 1) }}", "[\n true,\n null,\n 1.5\n]"),
+    ];
+    for (source, expected) in cases {
+        assert_eq!(render(source), Ok(expected.into()), "{source}");
+    }
+    assert!(render("{{ 1 | tojson(nothing=1) }}").is_err());
+}
+
+#[test]
 fn a_template_that_never_ends_or_eats_memory_is_stopped() {
     let render = |source: &str| render(&json!({"chat_template": source}));
     let loops = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
@@ -157,9 +280,15 @@ fn a_template_that_never_ends_or_eats_memory_is_stopped() {
 #[test]
 fn malformed_tokenizer_files_are_refused_by_name() {
     let dir = folder(&json!({"chat_template": 5}));
-    assert!(matches!(Tokenizer::load(dir.path()), Err(TokenizerError::Config { .. })));
+    let template = || Tokenizer::load(dir.path()).unwrap().chat_template();
+    assert!(matches!(template(), Err(TokenizerError::Config { .. })));
+    std::fs::write(dir.path().join("special_tokens_map.json"), "[").unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), json!({"chat_template": ""}).to_string()).unwrap();
+    assert!(
+        matches!(template(), Err(TokenizerError::Config { path, .. }) if path.ends_with("special_tokens_map.json"))
+    );
     std::fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
-    assert!(matches!(Tokenizer::load(dir.path()), Err(TokenizerError::Config { .. })));
+    assert!(matches!(template(), Err(TokenizerError::Config { .. })));
     std::fs::write(dir.path().join("tokenizer.json"), "{\"model\": 3}").unwrap();
     assert!(matches!(Tokenizer::load(dir.path()), Err(TokenizerError::Malformed { .. })));
     assert!(matches!(Tokenizer::load(Path::new("/nonexistent")), Err(TokenizerError::Read(_))));

@@ -23,7 +23,7 @@ pub struct Identity {
 #[non_exhaustive]
 pub enum IdentityError {
     /// The file or its folder cannot be read or written.
-    #[error("cannot {action} the identity file {}: {source}", path.display())]
+    #[error("cannot {action} the identity file {}", path.display())]
     Io {
         /// What was tried.
         action: &'static str,

@@ -45,7 +45,7 @@ pub struct DataEndpoint {
 #[non_exhaustive]
 pub enum BindError {
     /// The address is taken, or not one of this machine.
-    #[error("cannot bind UDP address {address}: {source}")]
+    #[error("cannot bind UDP address {address}")]
     Socket {
         /// The address asked for.
         address: SocketAddr,

@@ -33,11 +33,17 @@ impl LocalFallback {
 
 impl Fallback for LocalFallback {
     fn compute(&self, layer: u32, expert: u32, hidden: &[f32]) -> Result<Vec<f32>, String> {
-        let expert = Expert::load(&self.checkpoint, layer as usize, expert as usize).map_err(|e| e.to_string())?;
+        let expert = Expert::load(&self.checkpoint, layer as usize, expert as usize).map_err(|e| with_causes(&e))?;
         let mut output = vec![0.0; hidden.len()];
         run_experts(&mut [ExpertJob { expert: &expert, hidden, output: &mut output }], &self.pool);
         Ok(output)
     }
+}
+
+/// An error's text with those of its causes.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Experts that were waited for in vain: when they have no peer again, nobody waits a second time. An expert that has found a

@@ -12,12 +12,20 @@ pub enum CheckpointError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A file could not be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// The system's reason.
         source: std::io::Error,
+    },
+    /// What should be a file is something else. It is not opened: opening a pipe could wait for ever.
+    #[error("{} is {found}, not a regular file", path.display())]
+    NotAFile {
+        /// What is there.
+        path: PathBuf,
+        /// Which kind of thing it is.
+        found: &'static str,
     },
     /// A file is larger than it may be.
     #[error("{} is larger than {limit} bytes", path.display())]
@@ -89,6 +97,14 @@ pub enum CheckpointError {
         /// The tensor whose offsets are wrong.
         tensor: String,
     },
+    /// A tensor's place in the file has another size than its shape and dtype call for.
+    #[error("{}: the bytes of `{tensor}` are not as many as its shape and dtype call for", path.display())]
+    WrongSize {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// A safetensors header is malformed.
     #[error("{} is not a valid safetensors file: {reason}", path.display())]
     Header {
@@ -142,7 +158,7 @@ pub enum CheckpointError {
         layer: usize,
     },
     /// A tensor or an expert could not be had from where it should come. A retry may help.
-    #[error("{part} cannot be had: {source}")]
+    #[error("{part} cannot be had")]
     Part {
         /// The tensor or the expert.
         part: String,
@@ -175,6 +191,6 @@ pub enum LoadError {
         expert: usize,
     },
     /// The compute library refused to prepare the trunk.
-    #[error("cannot prepare the trunk: {0}")]
+    #[error("cannot prepare the trunk")]
     Compute(#[from] candle_core::Error),
 }

@@ -2,20 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::tensor::{Dtype, Metadata};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::Value;
 
 use super::error::CheckpointError;
 use super::mapping::Mapping;
 use super::parts::{Part, PartSource, TrunkPart, Verifier};
-use super::read_text;
+use super::{open_file, read_text};
 use crate::linear::Matrix;
 
 const SINGLE: &str = "model.safetensors";
@@ -83,9 +83,9 @@ impl TensorFiles {
         let mut this = Self::none();
         for (name, bytes) in headers {
             let path = PathBuf::from(name);
-            let header = |reason: String| CheckpointError::Header { path: path.clone(), reason };
             let text = bytes.get(PREFIX..).unwrap_or_default();
-            let metadata: Metadata = serde_json::from_slice(text).map_err(|error| header(error.to_string()))?;
+            let metadata: Metadata =
+                serde_json::from_slice(text).map_err(|error| malformed(&path, text, error.to_string()))?;
             this.insert(path, bytes.len(), &metadata, None)?;
         }
         Ok(this)
@@ -229,7 +229,7 @@ struct Index {
 
 fn map(path: &Path) -> Result<Mapping, CheckpointError> {
     let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
+    let file = open_file(path)?;
     let len = file.metadata().map_err(failed)?.len();
     if len < PREFIX as u64 {
         return Err(CheckpointError::Truncated { path: path.to_owned(), expected: PREFIX as u64, found: len });
@@ -265,7 +265,10 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), Checkpoin
             found,
         },
         SafeTensorError::MetadataIncompleteBuffer => incomplete(path, bytes),
-        other => header(other.to_string()),
+        other => {
+            let end = usize::try_from(header_length(bytes).saturating_add(PREFIX as u64)).unwrap_or(usize::MAX);
+            malformed(path, bytes.get(PREFIX..end).unwrap_or_default(), other.to_string())
+        }
     })?;
     let text = bytes.get(PREFIX..PREFIX + length).unwrap_or_default();
     let names: Names = serde_json::from_slice(text).map_err(|error| header(error.to_string()))?;
@@ -273,6 +276,21 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), Checkpoin
         return Err(CheckpointError::Duplicate { tensor, first: path.to_owned(), second: path.to_owned() });
     }
     Ok((PREFIX + length, metadata))
+}
+
+/// The error for a header that the safetensors library refuses, saying `reason`. Where a tensor's size is at fault, the
+/// library does not say which tensor's.
+fn malformed(path: &Path, header: &[u8], reason: String) -> CheckpointError {
+    let entries: BTreeMap<String, Value> = serde_json::from_slice(header).unwrap_or_default();
+    let wrong = entries.into_iter().find_map(|(name, entry)| {
+        let TensorInfo { dtype, shape, data_offsets: (start, end) } = TensorInfo::deserialize(entry).ok()?;
+        let bits = byte_count(&shape, dtype.bitsize());
+        (bits.is_none() || bits != end.checked_sub(start)?.checked_mul(8)).then_some(name)
+    });
+    match wrong {
+        Some(tensor) => CheckpointError::WrongSize { path: path.to_owned(), tensor },
+        None => CheckpointError::Header { path: path.to_owned(), reason },
+    }
 }
 
 fn header_length(bytes: &[u8]) -> u64 {

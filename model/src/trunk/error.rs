@@ -29,7 +29,7 @@ pub enum ForwardError {
     #[error("the cache belongs to another model")]
     OtherModelsCache,
     /// The routed experts could not be computed. Whether a retry makes sense is the source's to say.
-    #[error("the experts of layer {layer} failed: {source}")]
+    #[error("the experts of layer {layer} failed")]
     Experts {
         /// The layer.
         layer: usize,
@@ -47,6 +47,6 @@ pub enum ForwardError {
         found: usize,
     },
     /// The compute library refused an operation.
-    #[error("cannot compute: {0}")]
+    #[error("cannot compute")]
     Compute(#[from] candle_core::Error),
 }

@@ -20,7 +20,7 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
     }
     let client = client::open(&args.client, args.client.local).await?;
     let tokenizer = client.tokenizer().context("the model folder has no tokenizer.json")?;
-    let template = tokenizer.chat_template().context("the model has no chat template: use `hanse generate`")?;
+    let template = tokenizer.chat_template()?.context("the model has no chat template: use `hanse generate`")?;
     let beginning = || -> Vec<ChatMessage> {
         args.system.iter().map(|text| ChatMessage { role: "system".to_owned(), content: text.clone() }).collect()
     };

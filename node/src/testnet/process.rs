@@ -35,7 +35,7 @@ pub enum TestnetError {
     #[error("cannot open a socket for a shaper: {0}")]
     Shaper(std::io::Error),
     /// The program cannot be run.
-    #[error("cannot start volunteer {index}: {source}")]
+    #[error("cannot start volunteer {index}")]
     Spawn {
         /// Which volunteer.
         index: usize,
@@ -79,7 +79,7 @@ pub enum TestnetError {
         index: usize,
     },
     /// The system did not deliver a signal.
-    #[error("cannot signal volunteer {index}: {source}")]
+    #[error("cannot signal volunteer {index}")]
     Signal {
         /// Which volunteer.
         index: usize,

@@ -73,7 +73,7 @@ impl Load {
                             results.network.hedged += network.hedged;
                             results.network.retries += network.retries;
                         }
-                        Err(error) => results.failures.push(error.to_string()),
+                        Err(error) => results.failures.push(format!("{:#}", anyhow::Error::from(error))),
                     }
                 }
             });
