@@ -135,6 +135,8 @@ pub struct ChaosReport {
     pub hung: Quantiles,
     /// How often what was done.
     pub disturbances: Tally,
+    /// What was done, one after the other.
+    pub events: Vec<Event>,
     /// Latest time after its death or hang that a volunteer was still sent a call.
     pub longest_in_routes_ms: f64,
     /// Time from a volunteer's return until it answered a call.
@@ -145,6 +147,19 @@ pub struct ChaosReport {
     pub hedged: [u64; 2],
     /// Of which because another one failed.
     pub retries: [u64; 2],
+}
+
+/// Something that was done to a volunteer.
+#[derive(Debug, Clone, Serialize)]
+pub struct Event {
+    /// Seconds after the peace ended.
+    pub after_s: f64,
+    /// Which volunteer.
+    pub node: usize,
+    /// What.
+    pub what: String,
+    /// The longest time from token to token within a second of it.
+    pub longest_ms: f64,
 }
 
 impl ChaosReport {
@@ -214,7 +229,7 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
     let peace = results.gaps.in_time(peaceful, began).quantiles();
     let usual = peace.p50_ms;
     let aftermath = |kind| {
-        let times = noted.begun.iter().filter(|(_, k)| *k == kind).map(|(at, _)| *at);
+        let times = noted.begun.iter().filter(|(_, _, k)| *k == kind).map(|(at, ..)| *at);
         Quantiles::of(
             times.flat_map(|at| results.gaps.longest_per_stream(at, at + AFTERMATH)).map(|ms| (ms - usual).max(0.0)),
         )
@@ -232,6 +247,16 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
         killed: aftermath(Kind::Kill),
         hung: aftermath(Kind::Hang),
         disturbances: noted.tally,
+        events: noted
+            .begun
+            .iter()
+            .map(|(at, node, kind)| Event {
+                after_s: (*at - began).as_secs_f64(),
+                node: *node,
+                what: kind.to_string(),
+                longest_ms: Quantiles::of(results.gaps.longest_per_stream(*at, *at + AFTERMATH)).max_ms,
+            })
+            .collect(),
         longest_in_routes_ms: noted.longest_in_routes.as_secs_f64() * 1e3,
         return_ms: Quantiles::of(noted.returns.iter().map(|took| took.as_secs_f64() * 1e3)),
         frames: both(before.frames, results.network.frames),
@@ -244,7 +269,7 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
 #[derive(Debug, Default)]
 struct Noted {
     tally: Tally,
-    begun: Vec<(Instant, Kind)>,
+    begun: Vec<(Instant, usize, Kind)>,
     longest_in_routes: Duration,
     returns: Vec<Duration>,
 }
@@ -373,7 +398,7 @@ impl Breaker {
             Kind::Mute => self.net.cut(index, false, true)?,
         }
         self.noted.tally.count(kind);
-        self.noted.begun.push((since, kind));
+        self.noted.begun.push((since, index, kind));
         self.health[index] = Health::Ill(Trouble { kind, since, until: since + lasts });
         Ok(true)
     }

@@ -106,7 +106,11 @@ impl Carrier {
 
     pub(super) fn path(&self) -> Path {
         match self {
-            Self::Quic(connection) => Path::Data(connection.remote_address()),
+            // A socket for both versions of IP names an IPv4 address in IPv6 form; adverts do not.
+            Self::Quic(connection) => {
+                let address = connection.remote_address();
+                Path::Data(SocketAddr::new(address.ip().to_canonical(), address.port()))
+            }
             Self::Lane { lane, .. } => lane.path(),
         }
     }

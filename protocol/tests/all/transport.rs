@@ -7,8 +7,8 @@ use std::time::Duration;
 use futures::FutureExt;
 use hanse_protocol::{
     ALPN, CallError, Combine, ConnectError, DataConnection, DataEndpoint, EstablishError, ExpertAnswer, ExpertCall,
-    Frame, FrameError, FrameLimits, FrameStream, Hello, Identity, PeerId, Refusal, RefusalCode, Welcome, WireDtype,
-    read_frame,
+    Frame, FrameError, FrameLimits, FrameStream, Hello, Identity, Path, PeerId, Refusal, RefusalCode, Welcome,
+    WireDtype, read_frame,
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use tokio::sync::mpsc;
@@ -121,6 +121,18 @@ async fn hello_is_answered_over_ipv4_and_ipv6() {
         let answer = pair.client.call(&hello, PATIENCE).await.expect("an answer");
         assert!(matches!(answer, Frame::Welcome(welcome) if welcome.model == model()));
     }
+}
+
+#[tokio::test]
+async fn a_path_over_ipv4_reads_as_the_address_that_was_dialled_whatever_the_socket() {
+    // Both versions of IP, as a client binds it, where the system has both.
+    let Ok(near) = DataEndpoint::bind(&Identity::generate(), "[::]:0".parse().unwrap()) else { return };
+    let identity = Identity::generate();
+    let far = DataEndpoint::bind(&identity, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = far.local_addr().unwrap();
+    let accept = async { far.accept().await.unwrap().establish(PATIENCE).await.unwrap() };
+    let (client, _server) = tokio::join!(near.connect(identity.peer_id(), address, PATIENCE), accept);
+    assert_eq!(client.unwrap().path(), Path::Data(address));
 }
 
 #[tokio::test]
