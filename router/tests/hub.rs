@@ -186,7 +186,8 @@ fn a_server_that_is_busy_broken_or_cut_off_is_asked_again() {
         ] {
             let again = trouble.clone();
             // Every fifth request goes wrong, from the first on.
-            let script = move |number: usize, _: &Seen| if number.is_multiple_of(5) { again.clone() } else { Reply::File };
+            let script =
+                move |number: usize, _: &Seen| if number.is_multiple_of(5) { again.clone() } else { Reply::File };
             let server = Server::start(tiny_moe(), script).await;
             let source = server.hub().find(signed.manifest().clone()).await;
             let source = Arc::new(source.unwrap_or_else(|error| panic!("{trouble:?}: {error}")));

@@ -42,7 +42,7 @@ pub struct Opened {
 #[non_exhaustive]
 pub enum CacheError {
     /// A file or folder cannot be used.
-    #[error("cannot use {} in the cache: {source}", path.display())]
+    #[error("cannot use {} in the cache", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,

@@ -14,8 +14,13 @@ use hanse_protocol::{
 use rayon::prelude::*;
 
 /// The small files of a folder that belong to the model, beside `config.json`.
-pub const FILES: [&str; 4] =
-    ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+pub const FILES: [&str; 5] = [
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
 /// The largest of them that is taken.
 const MAX_FILE_BYTES: u64 = 512 << 20;
 /// Bytes read at a time.
@@ -46,7 +51,7 @@ pub enum DescribeError {
         reason: ManifestError,
     },
     /// A file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -52,7 +52,7 @@ pub enum ShelfError {
     #[error("the bytes here are damaged")]
     Damaged,
     /// The system's fault.
-    #[error("cannot read: {0}")]
+    #[error("cannot read the weights")]
     Io(#[from] std::io::Error),
 }
 
