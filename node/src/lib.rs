@@ -13,6 +13,7 @@ mod giving;
 pub mod owner;
 pub mod placement;
 mod server;
+pub mod simulation;
 mod store;
 pub mod testnet;
 mod volunteer;
