@@ -45,8 +45,6 @@ const DEMAND_HALF_LIFE: Duration = Duration::from_secs(600);
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How long calls in progress may take to end once no new ones are accepted.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a volunteer that is ready waits for its records to reach other members.
-const PUBLISH_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Which experts to host.
 #[derive(Debug, Clone)]
@@ -162,8 +160,6 @@ pub struct Volunteer {
     announcer: Arc<Announcer>,
     moves: Arc<MoveCounts>,
     loaded: Option<oneshot::Receiver<Result<(), VolunteerError>>>,
-    /// Whether there are others to join.
-    joins: bool,
     serving: CancellationToken,
     announcing: CancellationToken,
     tasks: Vec<AbortOnDropHandle<()>>,
@@ -255,7 +251,6 @@ impl Volunteer {
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };
-        let joins = !config.bootstrap.is_empty() || config.mdns;
         let announcer =
             Arc::new(Announcer::new(identity.clone(), discovery.clone(), server.clone(), shard, layers, data));
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
@@ -280,7 +275,6 @@ impl Volunteer {
             announcer,
             moves,
             loaded: Some(loaded),
-            joins,
             serving,
             announcing,
             tasks: [tokio::spawn(serve), tokio::spawn(announce), tokio::spawn(host)].map(AbortOnDropHandle::new).into(),
@@ -295,12 +289,7 @@ impl Volunteer {
         let Some(loaded) = &mut self.loaded else { return Ok(()) };
         let outcome = loaded.await.unwrap_or_else(|_| Err(VolunteerError::Compute("loading was cut off".into())));
         self.loaded = None;
-        outcome?;
-        if self.joins {
-            // Whoever looks after this finds it; a network that does not answer is joined later.
-            self.discovery.wait_published(PUBLISH_TIMEOUT).await;
-        }
-        Ok(())
+        outcome
     }
 
     /// Ends at once, without telling anyone.

@@ -57,12 +57,20 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     tokio::pin!(leaving);
     let control = Control::listen(&data_dir);
     let control = control.map_err(|error| tracing::warn!(%error, "hanse pause will not reach this node")).ok();
-    let model = open(&args).await?;
+    // Reading or fetching a large model takes a while, in which the node may be asked to leave as well.
+    let opened = async {
+        let model = open(&args).await?;
+        if args.keep_trunk {
+            model.fetch_trunk().await?;
+        }
+        anyhow::Ok(model)
+    };
+    let model = tokio::select! {
+        opened = opened => opened?,
+        _ = &mut leaving => return Ok(()),
+    };
     let (checkpoint, id) = (model.checkpoint(), model.id());
     let mut config = config(&args, checkpoint)?;
-    if args.keep_trunk {
-        model.fetch_trunk().await?;
-    }
     if !args.give_no_weights {
         config.shelf = Some(model.shelf()?);
         config.give_bytes_per_second = args.give_rate.map(|rate| rate.as_u64());

@@ -18,6 +18,9 @@ pub(super) const LOOK_AROUND: Duration = Duration::from_secs(10);
 /// How long a member that joins waits for others who join at the same time.
 pub(super) const SETTLE: Duration = Duration::from_secs(1);
 
+/// How long a volunteer that is ready waits for its records to reach other members.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// How many experts were moved since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moves {
@@ -80,12 +83,22 @@ impl Host {
         };
         let shard = &self.announcer.shard;
         shard.load(&wanted, &|done| progress(done, wanted.len())).await?;
-        self.announcer.announce().await
+        self.announcer.announce().await?;
+        if self.joins() {
+            // Whoever looks after this finds it; a network that does not answer is joined later.
+            self.neighbours.wait_published(PUBLISH_TIMEOUT).await;
+        }
+        Ok(())
+    }
+
+    /// Whether there are others to join.
+    fn joins(&self) -> bool {
+        !self.config.bootstrap.is_empty() || self.config.mdns
     }
 
     /// Looks, says what it is about to take, looks again in case another one chooses at the same time, and decides.
     async fn choose(&mut self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
-        let joins = !self.config.bootstrap.is_empty() || self.config.mdns;
+        let joins = self.joins();
         // Alone in the network there is nothing to look at, and every expert is equally rare.
         let connected = joins && self.neighbours.wait_connected(LOOK_AROUND).await;
         if joins && !connected {

@@ -126,6 +126,11 @@ impl Neighbours {
         self.discovery.wait_connected(timeout).await.is_ok()
     }
 
+    /// Waits until this member's records have reached others, or the time is over.
+    pub(super) async fn wait_published(&self, timeout: Duration) {
+        self.discovery.wait_published(timeout).await;
+    }
+
     /// A number of this member's own, from its peer id.
     pub(super) fn seed(&self) -> u64 {
         let bytes = self.discovery.peer_id().to_bytes();
