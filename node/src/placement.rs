@@ -30,8 +30,8 @@ const WHOLE_LAYER_BONUS: f64 = 0.5;
 
 /// What one more replica of an expert is worth that has `replicas`, at `demand` times the average expert's demand.
 ///
-/// Each replica bears `demand / replicas` of the load, and `demand` rows meet it: the cost is `demand^2 / replicas`, and this is
-/// what one more replica saves of it. Below the target, safety counts far more than load.
+/// Each replica bears `demand / replicas` of the load: this is what one more replica saves of it. Below the target, safety
+/// counts far more than load.
 #[must_use]
 pub fn value(replicas: u32, demand: f64) -> f64 {
     let safety = match replicas {
@@ -40,7 +40,7 @@ pub fn value(replicas: u32, demand: f64) -> f64 {
         _ => 0.0,
     };
     let saved = f64::from(replicas.max(1)) * f64::from(replicas + 1);
-    safety + demand * demand / saved
+    safety + demand / saved
 }
 
 /// A number in 0..1 that depends on all of `parts` and on nothing else.

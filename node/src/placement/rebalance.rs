@@ -5,9 +5,12 @@ use hanse_protocol::HostedExperts;
 use super::table::{Layer, previous_power_of_two};
 use super::{ExpertTable, View, WHOLE_LAYER_BONUS, lot, value};
 
-/// What is taken must be worth this many times what is given up for it. Less, and rounding and measured demand would move
-/// experts to and fro; much more, and the network would stay uneven.
-pub const HYSTERESIS: f64 = 2.0;
+/// What is taken must be worth this many times what is given up for it.
+///
+/// Adverts say demand in steps of a factor 2, so what they say together is between 0.75 and 1.5 times the truth, and jumps within these
+/// bounds when replicas come and go. Four times in adverts therefore is at least twice in truth: every move makes the network
+/// truly better, and moves come to an end.
+pub const HYSTERESIS: f64 = 4.0;
 /// Of the blocks most worth taking, so many are weighed against what would be given up.
 const WEIGHED: usize = 8;
 /// What an expert is worth less than if it has enough replicas: see [`value`].
