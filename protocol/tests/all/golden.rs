@@ -167,7 +167,7 @@ pub(crate) fn examples(begin: &str) -> Vec<Vec<u8>> {
 #[test]
 fn the_examples_of_the_specification_are_frames() {
     let examples = examples("484e5345");
-    assert_eq!(examples.len(), 5, "one for each kind");
+    assert_eq!(examples.len(), 7, "one for each kind");
     for example in examples {
         let frame = decode(&example).expect("a proper frame");
         assert_eq!(encode(&frame).expect("a proper frame"), example);
