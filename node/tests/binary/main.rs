@@ -4,6 +4,7 @@ mod commands;
 mod demo;
 mod errors;
 mod members;
+mod owner;
 #[cfg(unix)]
 mod testnet;
 
