@@ -1,7 +1,7 @@
 //! A model's manifest and weights: made, found, fetched, kept and given out.
 //!
 //! A model is named by the hash of its [`Manifest`](hanse_protocol::Manifest), which lists every tensor of the trunk, every
-//! expert and the tokenizer's files by content hash. So it does not matter where bytes come from: [`describe`] makes the
+//! expert and the tokenizer's files by content hash. So it does not matter where bytes come from: [`mod@describe`] makes the
 //! manifest of a folder, [`fetch`] gets blobs from any [`source`] (peers, an HTTP endpoint), [`cache`] keeps them on disk,
 //! [`remote`] is a checkpoint made of them, and [`shelf`] is what a member gives out.
 
