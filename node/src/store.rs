@@ -9,7 +9,7 @@ use hanse_protocol::{HostedError, HostedExperts};
 /// Experts by layer and number.
 type Experts = BTreeMap<(u32, u32), Arc<Expert>>;
 
-/// Loaded experts by layer and number. They may change while it serves: whoever computes works on a [`Snapshot`].
+/// Loaded experts by layer and number. They may change while it serves: whoever computes works on a `Snapshot`.
 #[derive(Debug)]
 pub struct ExpertStore {
     experts: RwLock<Arc<Experts>>,
