@@ -1,7 +1,7 @@
 //! Who hosts what: the live list of peers with their adverts, connections and measured speed, shared by all requests.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, Path, PeerId, Welcome};
@@ -16,6 +16,9 @@ const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 const RELAY_PENALTY: Duration = Duration::from_millis(20);
 /// The longest time a failing peer is set aside before it is tried again.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
+
+/// A client whose last call was sent no longer ago is at work.
+const ACTIVE: Duration = Duration::from_secs(2);
 
 /// The experts of a model, as far as a router needs to know them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,12 +120,14 @@ impl Member {
 pub struct Directory {
     layout: ExpertLayout,
     members: RwLock<HashMap<PeerId, Member>>,
+    /// When the last call was sent, to whomever.
+    last_call: Mutex<Option<Instant>>,
     changes: watch::Sender<u64>,
 }
 
 impl Directory {
     pub(crate) fn new(layout: ExpertLayout) -> Self {
-        Self { layout, members: RwLock::default(), changes: watch::channel(0).0 }
+        Self { layout, members: RwLock::default(), last_call: Mutex::default(), changes: watch::channel(0).0 }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, HashMap<PeerId, Member>> {
@@ -210,6 +215,7 @@ impl Directory {
     }
 
     pub(crate) fn sent(&self, peer: &PeerId, now: Instant) {
+        *self.last_call.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         if let Some(member) = self.write().get_mut(peer) {
             member.stats.last_sent = Some(now);
         }
@@ -235,6 +241,16 @@ impl Directory {
             member.probe_at.get_or_insert(now + back_off.min(LONGEST_BACK_OFF));
         }
         self.changed();
+    }
+
+    /// Whether requests run, and `peer` might be called for them but has answered no call for `silent`.
+    pub(crate) fn is_owed_a_heartbeat(&self, peer: &PeerId, now: Instant, silent: Duration) -> bool {
+        let last_call = *self.last_call.lock().unwrap_or_else(PoisonError::into_inner);
+        let elapsed = |at: Instant| now.saturating_duration_since(at);
+        last_call.is_some_and(|at| elapsed(at) < ACTIVE)
+            && self.read().get(peer).is_some_and(|member| {
+                member.probe_at.is_none() && member.stats.last_answer.is_none_or(|at| elapsed(at) >= silent)
+            })
     }
 
     /// Completes when the peer is set aside or gone.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::Either;
 use hanse_protocol::discovery::keys::ProviderKey;
@@ -31,7 +31,12 @@ const ADVERT_TIMEOUT: Duration = Duration::from_secs(4);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long one attempt to find a peer where it was may take.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
+/// While requests run, a peer that was not heard of for so long is asked whether it is there: it may be the next one to be called,
+/// and a dead one is out of every route within 2 s. An idle client asks nobody; a connection's keep-alive is enough for it.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// It answers within this beyond two round trips, or is not called before it has answered a probe.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the direct way is tried alone, where the peer says that there is one, before the control plane's connection is tried beside it.
 const HEAD_START: Duration = Duration::from_secs(1);
 /// How often a relayed peer is looked at for a hole-punched connection.
@@ -204,6 +209,7 @@ impl Membership {
         let mut changes = self.directory.subscribe();
         let better = self.better_link(peer, link, ways);
         tokio::pin!(better);
+        let mut silence = std::pin::pin!(self.silence(peer, link));
         loop {
             let probe_at = self.directory.probe_at(&peer).map(tokio::time::Instant::from_std);
             let probe = async {
@@ -218,7 +224,12 @@ impl Membership {
                     self.directory.disconnected(&peer);
                     return None;
                 }
-                () = probe => match hello(&link.connection, &self.network, self.model).await {
+                () = &mut silence => {
+                    tracing::debug!("no heartbeat");
+                    self.directory.failed(&peer, Instant::now());
+                    silence.set(self.silence(peer, link));
+                }
+                () = probe => match hello(&link.connection, &self.network, self.model, HELLO_TIMEOUT).await {
                     Ok(_) => self.directory.recovered(&peer),
                     Err(reason) => {
                         tracing::debug!(%reason, "probe failed");
@@ -232,6 +243,20 @@ impl Membership {
                 }
                 read = &mut read => return Some(read),
                 Ok(()) = changes.changed() => {}
+            }
+        }
+    }
+
+    /// Completes when a peer that is trusted gives no sign of life while requests run.
+    async fn silence(&self, peer: PeerId, link: &Link) {
+        loop {
+            tokio::time::sleep(HEARTBEAT).await;
+            if !self.directory.is_owed_a_heartbeat(&peer, Instant::now(), HEARTBEAT) {
+                continue;
+            }
+            let timeout = HEARTBEAT_TIMEOUT + 2 * link.connection.round_trip();
+            if hello(&link.connection, &self.network, self.model, timeout).await.is_err() {
+                return;
             }
         }
     }
@@ -286,7 +311,7 @@ impl Membership {
     }
 
     async fn greet(&self, connection: DataConnection) -> Result<Link, String> {
-        let welcome = hello(&connection, &self.network, self.model).await?;
+        let welcome = hello(&connection, &self.network, self.model, HELLO_TIMEOUT).await?;
         Ok(Link { path: connection.path(), connection, welcome })
     }
 
@@ -362,9 +387,14 @@ impl Ways {
 }
 
 /// Opens a data-plane conversation: says which network and model are meant and reads the peer's welcome.
-pub(crate) async fn hello(connection: &DataConnection, network: &str, model: ModelId) -> Result<Welcome, String> {
+pub(crate) async fn hello(
+    connection: &DataConnection,
+    network: &str,
+    model: ModelId,
+    timeout: Duration,
+) -> Result<Welcome, String> {
     let hello = Frame::Hello(Hello { network: network.to_owned(), model });
-    match connection.call(&hello, HELLO_TIMEOUT).await {
+    match connection.call(&hello, timeout).await {
         Ok(Frame::Welcome(welcome)) if welcome.model == model => Ok(welcome),
         Ok(Frame::Refusal(refusal)) => Err(format!("refused ({:?}): {}", refusal.code, refusal.message)),
         Ok(_) => Err("answered a hello with another kind of frame".into()),

@@ -47,7 +47,7 @@ pub struct PeerStats {
     smoothed_latency: Option<f64>,
     smoothed_per_assignment: Option<f64>,
     queued_rows: u32,
-    last_answer: Option<Instant>,
+    pub(crate) last_answer: Option<Instant>,
     last_failure: Option<Instant>,
     /// Share of the latest calls that failed, 0 to 1.
     error_rate: f64,

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::source::{Item, Source, SourceError, What};
-use crate::membership::hello;
+use crate::membership::{HELLO_TIMEOUT, hello};
 use crate::network::{JoinError, NetworkConfig, bind_any, join_control_plane};
 
 /// Look-ups follow each other this fast until somebody is found, and then this slowly.
@@ -217,13 +217,13 @@ impl Shared {
         for address in &advert.data_addresses {
             let connected = self.endpoint.connect(id, *address, CONNECT_TIMEOUT).await;
             let Ok(connection) = connected else { continue };
-            if hello(&connection, &self.network, self.model).await.is_ok() {
+            if hello(&connection, &self.network, self.model, HELLO_TIMEOUT).await.is_ok() {
                 return Some(connection);
             }
         }
         // Behind a home router, or from behind one: over the control plane.
         let connection = self.discovery.connect_data(id, advert.circuits.clone(), CONNECT_TIMEOUT).await.ok()?;
-        hello(&connection, &self.network, self.model).await.ok()?;
+        hello(&connection, &self.network, self.model, HELLO_TIMEOUT).await.ok()?;
         Some(connection)
     }
 }
