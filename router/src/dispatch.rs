@@ -1,5 +1,6 @@
 //! One layer over the network: group by peer, call all peers at once, retry and hedge, add up.
 
+mod combine;
 mod hedge;
 mod pieces;
 
@@ -7,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hanse_model::{Routing, add_weighted};
+use hanse_model::Routing;
 use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLimits, PeerId, RefusalCode};
 
 use crate::network::ExpertNetwork;
@@ -229,12 +230,4 @@ async fn call(
 
 fn failure_text(peer: PeerId, error: &CallError) -> String {
     format!("{peer} did not answer: {error}")
-}
-
-/// Adds one answer to the layer's output when the peer has added its own experts up.
-fn add_partial_sums(output: &mut [f32], width: usize, rows: &[u32], sums: &[f32]) {
-    for (&row, sum) in rows.iter().zip(sums.chunks_exact(width)) {
-        let start = row as usize * width;
-        add_weighted(&mut output[start..start + width], sum, 1.0);
-    }
 }

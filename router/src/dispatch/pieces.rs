@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::future::{AbortHandle, Abortable};
 use futures::stream::FuturesUnordered;
-use hanse_model::add_weighted;
-use hanse_protocol::{Combine, ExpertRows, PeerId};
+use hanse_protocol::{ExpertRows, PeerId};
 
-use super::{CallFailure, DispatchError, Outgoing, Usage, add_partial_sums, call, outgoing, rows_of};
+use super::combine::{add_answers, as_answer};
+use super::{CallFailure, DispatchError, Outgoing, Usage, call, outgoing};
 use crate::fallback::Fallback;
 use crate::network::ExpertNetwork;
 use crate::plan::{Share, plan};
@@ -341,10 +341,7 @@ impl<'a> Layer<'a> {
         let computing = tokio::task::spawn_blocking(move || {
             let outputs = assignments.iter().zip(&inputs).map(|(a, input)| fallback.compute(layer, a.expert, input));
             let outputs = outputs.collect::<Result<Vec<Vec<f32>>, String>>()?;
-            Ok(match combine {
-                Combine::Client => (Vec::new(), outputs.concat()),
-                Combine::Peer => partial_sums(&assignments, &outputs, width),
-            })
+            Ok(as_answer(combine, width, &assignments, &outputs))
         });
         self.events.push(Box::pin(async move {
             let result = computing.await.unwrap_or_else(|e| Err(format!("the fallback failed: {e}")));
@@ -435,45 +432,14 @@ impl<'a> Layer<'a> {
         let mut output = vec![0.0; self.hidden.len()];
         let mut answers = Vec::new();
         self.answers(ROOT, &mut answers);
-        let mut by_expert: Vec<(&ExpertRows, &[f32])> = Vec::new();
-        for piece in answers {
-            let at = &self.pieces[piece];
-            let Some((rows, values)) = &at.answer else { continue };
-            match self.network.combine() {
-                Combine::Peer => add_partial_sums(&mut output, width, rows, values),
-                Combine::Client => {
-                    let mut rest = values.as_slice();
-                    for assigned in &at.assignments {
-                        let (own, others) = rest.split_at(assigned.rows.len() * width);
-                        by_expert.push((assigned, own));
-                        rest = others;
-                    }
-                }
-            }
-        }
-        // In ascending expert number, as one process that holds everything adds: the same bits.
-        by_expert.sort_unstable_by_key(|(assigned, _)| assigned.expert);
-        for (assigned, values) in by_expert {
-            for ((&row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width))
-            {
-                let start = row as usize * width;
-                add_weighted(&mut output[start..start + width], value, weight);
-            }
-        }
+        let answers = answers.into_iter().filter_map(|piece| {
+            let piece = &self.pieces[piece];
+            piece
+                .answer
+                .as_ref()
+                .map(|(rows, values)| (piece.assignments.as_slice(), rows.as_slice(), values.as_slice()))
+        });
+        add_answers(self.network.combine(), width, answers, &mut output);
         output
     }
-}
-
-/// The rows that `assignments` name, ascending, and for each the weighted sum of its experts' outputs.
-fn partial_sums(assignments: &[ExpertRows], outputs: &[Vec<f32>], width: usize) -> (Vec<u32>, Vec<f32>) {
-    let rows = rows_of(assignments);
-    let mut sums = vec![0.0; rows.len() * width];
-    for (assigned, values) in assignments.iter().zip(outputs) {
-        for ((row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width)) {
-            if let Ok(index) = rows.binary_search(row) {
-                add_weighted(&mut sums[index * width..(index + 1) * width], value, weight);
-            }
-        }
-    }
-    (rows, sums)
 }
