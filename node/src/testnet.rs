@@ -21,6 +21,7 @@ use std::path::PathBuf;
 
 use hanse_protocol::{Multiaddr, PeerId};
 
+use crate::owner::control::{Command, ask};
 use process::{Launch, Process, launch};
 pub use process::{State, TestnetError, die_with_parent};
 pub use shape::{Counts, Lane, Shape};
@@ -85,6 +86,9 @@ impl Testnet {
         let data = tempfile::tempdir().map_err(TestnetError::Folder)?;
         let mut net = Self { config, nodes: Vec::new(), data };
         let specs = net.config.specs.clone();
+        if let Some(index) = specs.iter().position(String::is_empty) {
+            return Err(TestnetError::NothingToHost { index });
+        }
         let (first, others) = specs.split_first().ok_or(TestnetError::Empty)?;
         let first = net.first_start(0, first).await?;
         net.nodes.push(first);
@@ -193,6 +197,42 @@ impl Testnet {
     /// As [`Testnet::pause`].
     pub async fn resume(&mut self, index: usize) -> Result<(), TestnetError> {
         self.process(index)?.resume().await
+    }
+
+    /// Has a volunteer take no calls until it is woken, as `hanse pause` does for its owner.
+    ///
+    /// # Errors
+    /// There is no such volunteer, or it does not do as it is told.
+    pub async fn rest(&mut self, index: usize) -> Result<(), TestnetError> {
+        self.tell(index, Command::Pause).await
+    }
+
+    /// Has it take calls again, as `hanse resume` does.
+    ///
+    /// # Errors
+    /// As [`Testnet::rest`].
+    pub async fn wake(&mut self, index: usize) -> Result<(), TestnetError> {
+        self.tell(index, Command::Resume).await
+    }
+
+    async fn tell(&mut self, index: usize, command: Command) -> Result<(), TestnetError> {
+        let answer = ask(&self.node(index)?.data_dir, command).await;
+        let answer = answer.map_err(|e| TestnetError::Owner { index, reason: e.to_string() })?;
+        match answer.strip_prefix("error: ") {
+            Some(reason) => Err(TestnetError::Owner { index, reason: reason.to_owned() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a volunteer politely: it withdraws its advert and finishes what is in flight. Nothing to do for one that does not run.
+    ///
+    /// # Errors
+    /// There is no such volunteer.
+    pub async fn leave(&mut self, index: usize) -> Result<(), TestnetError> {
+        if let Some(process) = self.node(index)?.process.take() {
+            process.stop().await;
+        }
+        Ok(())
     }
 
     /// Has a volunteer run only one part in `times` of the time, until it is resumed.

@@ -85,9 +85,6 @@ async fn serve(args: &UpArgs, control: &Control, state: &Path) -> anyhow::Result
         Some(seed) => split_unequally(&layout, &weights(seed, nodes), replicas),
         None => split(&layout, nodes, replicas),
     };
-    if specs.iter().any(String::is_empty) {
-        bail!("the model has too few experts for {nodes} volunteers: give a smaller --nodes");
-    }
     let bar = output::count_bar("starting volunteers");
     bar.set_length(nodes as u64);
     let mut config = TestnetConfig::new(std::env::current_exe()?, &dir, specs);
@@ -266,8 +263,8 @@ fn print_chaos(report: &ChaosReport) {
     println!("seed {}, experts per volunteer {:?}", report.seed, report.experts);
     println!("{generations} generations: {failed} failed, {different} gave other tokens than one process");
     println!(
-        "{} killed, {} restarted, {} hung, {} cut off one way, {} slowed down\n",
-        done.killed, done.restarted, done.hung, done.cut, done.slowed
+        "{} killed, {} restarted, {} hung, {} cut off one way, {} left, {} paused by the owner, {} slowed down\n",
+        done.killed, done.restarted, done.hung, done.cut, done.left, done.rested, done.slowed
     );
     let mut table = output::table(&["milliseconds", "count", "p50", "p99", "max"]);
     let mut row = |name: &str, of: &Quantiles| {
@@ -278,6 +275,7 @@ fn print_chaos(report: &ChaosReport) {
     row("token to token, in chaos", &report.chaos);
     row("added when one is killed", &report.killed);
     row("added when one hangs", &report.hung);
+    row("added when one leaves", &report.left);
     row("return until called", &report.return_ms);
     println!("{table}\n");
     println!("a silent volunteer was sent a call at most {:.0} ms after it fell silent", report.longest_in_routes_ms);

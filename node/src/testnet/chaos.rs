@@ -133,6 +133,8 @@ pub struct ChaosReport {
     pub killed: Quantiles,
     /// The same when one hung.
     pub hung: Quantiles,
+    /// The same when one left politely or was paused by its owner.
+    pub left: Quantiles,
     /// How often what was done.
     pub disturbances: Tally,
     /// What was done, one after the other.
@@ -228,8 +230,8 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
 
     let peace = results.gaps.in_time(peaceful, began).quantiles();
     let usual = peace.p50_ms;
-    let aftermath = |kind| {
-        let times = noted.begun.iter().filter(|(_, _, k)| *k == kind).map(|(at, ..)| *at);
+    let aftermath = |kinds: &[Kind]| {
+        let times = noted.begun.iter().filter(|(_, _, kind)| kinds.contains(kind)).map(|(at, ..)| *at);
         Quantiles::of(
             times.flat_map(|at| results.gaps.longest_per_stream(at, at + AFTERMATH)).map(|ms| (ms - usual).max(0.0)),
         )
@@ -244,8 +246,9 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
         failures: results.failures.iter().take(5).cloned().collect(),
         peace,
         chaos: results.gaps.in_time(began, ended).quantiles(),
-        killed: aftermath(Kind::Kill),
-        hung: aftermath(Kind::Hang),
+        killed: aftermath(&[Kind::Kill]),
+        hung: aftermath(&[Kind::Hang]),
+        left: aftermath(&[Kind::Leave, Kind::Rest]),
         disturbances: noted.tally,
         events: noted
             .begun
@@ -396,6 +399,8 @@ impl Breaker {
             Kind::Hang => self.net.pause(index).await?,
             Kind::Deaf => self.net.cut(index, true, false)?,
             Kind::Mute => self.net.cut(index, false, true)?,
+            Kind::Leave => self.net.leave(index).await?,
+            Kind::Rest => self.net.rest(index).await?,
         }
         self.noted.tally.count(kind);
         self.noted.begun.push((since, index, kind));
@@ -406,7 +411,8 @@ impl Breaker {
     async fn end(&mut self, index: usize, trouble: Trouble, say: &impl Fn(&str)) -> Result<(), TestnetError> {
         let calls = self.calls(index);
         match trouble.kind {
-            Kind::Kill | Kind::Restart => self.net.restart(index).await?,
+            Kind::Kill | Kind::Restart | Kind::Leave => self.net.restart(index).await?,
+            Kind::Rest => self.net.wake(index).await?,
             Kind::Hang => self.net.resume(index).await?,
             Kind::Deaf | Kind::Mute => self.net.cut(index, false, false)?,
         }

@@ -28,6 +28,12 @@ pub enum TestnetError {
     /// There is nothing to start.
     #[error("a network needs at least one volunteer")]
     Empty,
+    /// The model has too few experts for so many volunteers. Start fewer, or more replicas.
+    #[error("nothing is left for volunteer {index}: the model has too few experts for so many volunteers")]
+    NothingToHost {
+        /// Which volunteer.
+        index: usize,
+    },
     /// The volunteers' identities have no place.
     #[error("cannot make a folder for the volunteers: {0}")]
     Folder(std::io::Error),
@@ -77,6 +83,14 @@ pub enum TestnetError {
     NotRunning {
         /// Which volunteer.
         index: usize,
+    },
+    /// It did not do as its owner asked.
+    #[error("volunteer {index} does not listen to its owner: {reason}")]
+    Owner {
+        /// Which volunteer.
+        index: usize,
+        /// What went wrong.
+        reason: String,
     },
     /// The system did not deliver a signal.
     #[error("cannot signal volunteer {index}")]

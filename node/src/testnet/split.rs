@@ -7,8 +7,9 @@ use rand::{Rng, SeedableRng};
 /// The largest part over the smallest, in [`weights`].
 const UNEQUAL: u32 = 4;
 
-/// `--experts` specs for `nodes` volunteers such that every expert has `replicas` hosts and, unless `replicas` equals
-/// `nodes`, no volunteer has a whole layer. Each gets contiguous runs of experts, so that a token meets few of them.
+/// `--experts` specs for `nodes` volunteers such that every expert has `replicas` hosts and, unless `replicas` equals `nodes` or a
+/// layer has few experts, no volunteer has a whole layer. Each gets contiguous runs of experts, so that a token meets few of them. A
+/// spec is empty only where there are more volunteers than replicas of all experts together.
 #[must_use]
 pub fn split(layout: &ExpertLayout, nodes: usize, replicas: usize) -> Vec<String> {
     split_unequally(layout, &vec![1; nodes], replicas)
@@ -21,18 +22,22 @@ pub fn split_unequally(layout: &ExpertLayout, weights: &[u32], replicas: usize) 
     let nodes = weights.len();
     let total = weights.iter().map(|&weight| u64::from(weight)).sum::<u64>().max(1);
     let mut specs = vec![Vec::new(); nodes];
+    let mut next = 0;
     for (&layer, &experts) in &layout.layers {
         let mut before = 0;
-        for (part, &weight) in weights.iter().enumerate() {
+        let parts = weights.iter().map(|&weight| {
             let first = u64::from(experts) * before / total;
             before += u64::from(weight);
-            let end = u64::from(experts) * before / total;
-            if first == end {
-                continue;
-            }
+            first..u64::from(experts) * before / total
+        });
+        let parts: Vec<_> = parts.filter(|part| !part.is_empty()).collect();
+        // Where there are fewer parts than volunteers, the next layer goes on with those that got none.
+        let start = if parts.len() < nodes { next } else { 0 };
+        next = start + parts.len();
+        for (at, part) in parts.into_iter().enumerate() {
             for replica in 0..replicas.min(nodes) {
-                if let Some(spec) = specs.get_mut((part + replica) % nodes) {
-                    spec.push(format!("{layer}:{first}-{}", end - 1));
+                if let Some(spec) = specs.get_mut((start + at + replica) % nodes) {
+                    spec.push(format!("{layer}:{}-{}", part.start, part.end - 1));
                 }
             }
         }
@@ -73,6 +78,16 @@ mod tests {
         let specs = split(&layout, 3, 1);
         assert_eq!(specs.iter().filter(|spec| !spec.is_empty()).count(), 2);
         assert_eq!(hosts(&layout, &specs).concat().len(), 2, "every expert once");
+    }
+
+    #[test]
+    fn more_volunteers_than_experts_in_a_layer_share_the_layers() {
+        let layout = ExpertLayout { hidden_size: 8, layers: (0..6).map(|layer| (layer, 4)).collect() };
+        for (nodes, replicas) in [(5, 1), (10, 2), (24, 1), (24, 2)] {
+            let held = hosts(&layout, &split(&layout, nodes, replicas));
+            assert_eq!((held.len(), held.concat().len()), (nodes, 24 * replicas), "everybody has some");
+        }
+        assert_eq!(hosts(&layout, &split(&layout, 30, 1)).len(), 24);
     }
 
     #[test]

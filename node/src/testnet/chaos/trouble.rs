@@ -26,10 +26,14 @@ pub(super) enum Kind {
     Deaf,
     /// Nothing comes through from it.
     Mute,
+    /// It leaves as it should, and comes back after a while.
+    Leave,
+    /// Its owner pauses it for a while.
+    Rest,
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Kill, Self::Hang, Self::Restart, Self::Mute, Self::Deaf];
+    const ALL: [Self; 7] = [Self::Kill, Self::Hang, Self::Restart, Self::Mute, Self::Leave, Self::Rest, Self::Deaf];
 
     /// Whether it answers nothing until its trouble is over. One whose data plane is cut off one way can still be reached
     /// through the control plane.
@@ -46,6 +50,8 @@ impl std::fmt::Display for Kind {
             Self::Hang => "hangs",
             Self::Deaf => "hears nothing",
             Self::Mute => "is not heard",
+            Self::Leave => "leaves",
+            Self::Rest => "is paused by its owner",
         })
     }
 }
@@ -67,6 +73,10 @@ pub struct Tally {
     pub restarted: usize,
     /// Stopped in its tracks for a while.
     pub hung: usize,
+    /// Left politely, and started again later.
+    pub left: usize,
+    /// Paused by its owner for a while.
+    pub rested: usize,
     /// Path cut one way for a while.
     pub cut: usize,
     /// Slowed down for the rest of the time.
@@ -80,6 +90,8 @@ impl Tally {
             Kind::Restart => self.restarted += 1,
             Kind::Hang => self.hung += 1,
             Kind::Deaf | Kind::Mute => self.cut += 1,
+            Kind::Leave => self.left += 1,
+            Kind::Rest => self.rested += 1,
         }
     }
 }
@@ -162,13 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_trouble_comes_within_the_first_five() {
+    fn every_kind_of_trouble_comes_within_the_first_seven() {
         let mut schedule = Schedule::new(StdRng::seed_from_u64(1), Duration::from_secs(1));
-        let kinds: Vec<Kind> = (0..5).map(|_| schedule.trouble().0).collect();
+        let kinds: Vec<Kind> = (0..7).map(|_| schedule.trouble().0).collect();
         assert!(Kind::ALL.iter().all(|kind| kinds.contains(kind)));
         let mut tally = Tally::default();
         kinds.into_iter().for_each(|kind| tally.count(kind));
-        assert_eq!(tally, Tally { killed: 1, restarted: 1, hung: 1, cut: 2, slowed: 0 });
+        assert_eq!(tally, Tally { killed: 1, restarted: 1, hung: 1, left: 1, rested: 1, cut: 2, slowed: 0 });
     }
 
     #[test]
