@@ -16,7 +16,7 @@ use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
 use hanse_router::client::layout_of;
-use hanse_router::weights::Shelf;
+use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -82,6 +82,9 @@ pub struct VolunteerConfig {
     pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
+    /// What fetches the checkpoint's experts; `None` if it is a folder. Then they are fetched several at a time, ahead of being
+    /// loaded.
+    pub remote: Option<RemoteModel>,
     /// The model's manifest and weights, to be given to those who ask for them; `None` gives out nothing.
     pub shelf: Option<Arc<Shelf>>,
     /// Bytes of weights given out per second; `None` for half of `max_bandwidth`.
@@ -108,6 +111,7 @@ impl Default for VolunteerConfig {
             pace: Pace::default(),
             max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
+            remote: None,
             shelf: None,
             give_bytes_per_second: None,
         }
@@ -138,6 +142,9 @@ pub enum VolunteerError {
     /// An expert's weights cannot be read.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Some experts that nobody gives, or a cache that cannot take them. Those that could be fetched are hosted.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     /// The model has more layers or experts than an advert can say.
     #[error(transparent)]
     Hosted(#[from] HostedError),
@@ -234,7 +241,7 @@ impl Volunteer {
         let endpoint =
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
-        let shard = Arc::new(Shard::new(checkpoint.clone()));
+        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone()));
         // Answers always have the other half of the line.
         let give_rate = config.give_bytes_per_second.or(config.max_bandwidth.map(|rate| rate / 2));
         let server = Arc::new(Server {

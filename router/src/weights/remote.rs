@@ -153,6 +153,27 @@ impl RemoteModel {
         &self.fetcher
     }
 
+    /// Fetches an expert unless it is in the cache, and says that it is in use; then loading it from [`Self::checkpoint`] does not
+    /// wait. `None` if the manifest does not list it.
+    ///
+    /// A dropped future leaves what has been fetched for another time.
+    ///
+    /// # Errors
+    /// [`FetchError`], as its variants say.
+    pub async fn fetch_expert(&self, layer: u32, expert: u32) -> Result<Option<Pin>, FetchError> {
+        match Item::find(self.signed.manifest(), What::Expert { layer, expert }) {
+            Some(item) => self.fetcher.fetch_pinned(&item).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether an expert is in the cache.
+    #[must_use]
+    pub fn has_expert(&self, layer: u32, expert: u32) -> bool {
+        let item = Item::find(self.signed.manifest(), What::Expert { layer, expert });
+        item.is_some_and(|item| self.fetcher.cache().has(&item.blob))
+    }
+
     /// Fetches what a client keeps: the trunk and the tokenizer. `progress` is told bytes done and bytes in all.
     ///
     /// # Errors
