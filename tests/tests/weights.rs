@@ -2,24 +2,31 @@
 
 use hanse_model::Checkpoint;
 use hanse_node::{Hosting, Volunteer, VolunteerConfig};
-use hanse_protocol::{Identity, ModelId, SignedManifest};
+use hanse_protocol::{Frame, Identity, ModelId, Multiaddr, SignedManifest};
 use hanse_router::weights::describe::{open_described, read_manifest};
 use hanse_router::weights::{Cache, DescribeError, RemoteModel, Shelf, describe};
 use hanse_router::{Client, NetworkConfig};
-use hanse_tests::net::{PATIENCE, changed_copy, eventually, greedy, model_config, runtime, tokens};
+use hanse_tests::net::{PACE, PATIENCE, changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
+use hanse_tests::stranger::{Stranger, bytes_of, call_of};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 const PROMPT: [u32; 3] = [317, 577, 745];
 
 /// A volunteer with the bundled model's folder that hosts `experts` and gives out everything.
 async fn founder(experts: &str) -> (Volunteer, ModelId) {
+    member(Hosting::Experts(experts.parse().unwrap()), Vec::new()).await
+}
+
+/// The same, with others to join.
+async fn member(hosting: Hosting, bootstrap: Vec<Multiaddr>) -> (Volunteer, ModelId) {
     let checkpoint = Checkpoint::open(&tiny_moe()).unwrap();
     let described = describe(&checkpoint, &mut |_, _| {}).unwrap();
     let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
     let shelf = Shelf::of_folder(signed.clone(), &described.locations, &tiny_moe()).unwrap();
-    let hosting = Hosting::Experts(experts.parse().unwrap());
-    let config = VolunteerConfig { hosting, threads: 1, shelf: Some(Arc::new(shelf)), ..VolunteerConfig::default() };
+    let shelf = Some(Arc::new(shelf));
+    let config = VolunteerConfig { hosting, bootstrap, threads: 1, pace: PACE, shelf, ..VolunteerConfig::default() };
     let identity = Identity::generate();
     (Volunteer::start(&identity, &checkpoint, signed.id(), config, |_, _| ()).await.unwrap(), signed.id())
 }
@@ -31,6 +38,26 @@ fn joins(volunteer: &Volunteer) -> NetworkConfig {
 
 async fn find(model: ModelId, dir: &std::path::Path, network: &NetworkConfig) -> RemoteModel {
     RemoteModel::find(model, Cache::new(dir, u64::MAX).unwrap(), network, &[]).await.unwrap()
+}
+
+/// A volunteer of a model that is not here; it gives out what it has fetched. It may still be loading.
+async fn newcomer(model: &RemoteModel, network: &NetworkConfig, hosting: Hosting) -> Volunteer {
+    let shelf = Shelf::of_cache(model.manifest().clone(), model.fetcher().cache().clone());
+    let config = VolunteerConfig {
+        bootstrap: network.bootstrap.clone(),
+        hosting,
+        threads: 1,
+        pace: PACE,
+        remote: Some(model.clone()),
+        shelf: Some(Arc::new(shelf)),
+        ..VolunteerConfig::default()
+    };
+    Volunteer::join(&Identity::generate(), model.checkpoint(), model.id(), config, |_, _| ()).await.unwrap()
+}
+
+/// Room for so many experts of the bundled model.
+fn room_for(experts: u64) -> Hosting {
+    Hosting::MemoryBytes(experts * Checkpoint::open(&tiny_moe()).unwrap().sizes().bytes_per_expert[0])
 }
 
 #[test]
@@ -62,16 +89,8 @@ fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
         let (first, id) = founder("0-2:0-15").await;
         let (network, cache) = (joins(&first), tempfile::tempdir().unwrap());
         let model = find(id, cache.path(), &network).await;
-        let shelf = Shelf::of_cache(model.manifest().clone(), model.fetcher().cache().clone());
-        let config = VolunteerConfig {
-            bootstrap: network.bootstrap.clone(),
-            hosting: Hosting::Experts("3-5:0-15".parse().unwrap()),
-            threads: 1,
-            shelf: Some(Arc::new(shelf)),
-            ..VolunteerConfig::default()
-        };
-        let identity = Identity::generate();
-        let second = Volunteer::start(&identity, model.checkpoint(), id, config, |_, _| ()).await.unwrap();
+        let mut second = newcomer(&model, &network, Hosting::Experts("3-5:0-15".parse().unwrap())).await;
+        second.loaded().await.unwrap();
         let (read, hosts) = (model.fetcher().bytes(), second.store().bytes());
         assert!(read >= hosts && read <= hosts + hosts / 20, "{read} bytes read to host {hosts}");
 
@@ -92,6 +111,81 @@ fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
         first.shutdown().await;
         other.fetcher().fetch(&item).await.unwrap();
         assert!(other.fetcher().cache().has(&item.blob));
+    });
+}
+
+#[test]
+fn a_volunteer_with_an_empty_cache_serves_its_first_expert_within_ten_seconds() {
+    runtime().block_on(async {
+        let (first, id) = founder("0-5:0-7").await;
+        let network = joins(&first);
+        let mut others = Vec::new();
+        for experts in ["0-5:8-15", "0-2:0-15"] {
+            others.push(member(Hosting::Experts(experts.parse().unwrap()), network.bootstrap.clone()).await.0);
+        }
+        let cache = tempfile::tempdir().unwrap();
+        let began = Instant::now();
+        let model = find(id, cache.path(), &network).await;
+        let mut joined = newcomer(&model, &network, room_for(32)).await;
+        eventually("it holds an expert", || !joined.store().is_empty()).await;
+        let held = began.elapsed();
+        let (layer, expert) = joined.store().hosted().unwrap().iter().next().unwrap();
+        let stranger = Stranger::dial(joined.peer_id(), joined.data_addresses()[0]).await;
+        let answer =
+            stranger.send(&bytes_of(&Frame::Call(call_of(&tiny_moe(), id, layer, expert))).await).await.unwrap();
+        let served = began.elapsed();
+        assert!(matches!(answer, Frame::Answer(_)), "{answer:?}");
+        joined.loaded().await.unwrap();
+        println!("holds an expert after {held:?}, serves it after {served:?}, all 32 after {:?}", began.elapsed());
+        assert!(served < Duration::from_secs(10), "{served:?}");
+        let (read, hosts) = (model.fetcher().bytes(), joined.store().bytes());
+        let manifest = model.manifest().encode().len() as u64;
+        println!(
+            "{read} bytes read to host {hosts}, of a manifest of {manifest}: {:?}",
+            model.fetcher().bytes_by_source()
+        );
+        assert_eq!(joined.store().len(), 32);
+        assert!(read >= hosts && read <= hosts + manifest + hosts / 20, "{read} bytes read to host {hosts}");
+    });
+}
+
+#[test]
+fn after_one_of_four_has_left_those_without_a_folder_fetch_what_two_replicas_need() {
+    runtime().block_on(async {
+        // Four times 64 places for 96 experts; three times 64 are exactly two replicas of each.
+        let (founder, id) = member(room_for(64), Vec::new()).await;
+        let network = joins(&founder);
+        let caches = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let (mut models, mut volunteers) = (Vec::new(), vec![founder]);
+        for cache in &caches {
+            let model = find(id, cache.path(), &network).await;
+            let mut joined = newcomer(&model, &network, room_for(64)).await;
+            joined.loaded().await.unwrap();
+            models.push(model);
+            volunteers.push(joined);
+        }
+        eventually("two replicas of each", || replicas(&tiny_moe(), &volunteers).0 >= 2).await;
+        let fetched = || models.iter().map(|model| model.fetcher().bytes()).sum::<u64>();
+        let cached = || caches.iter().map(|cache| std::fs::read_dir(cache.path().join("blobs")).unwrap().count()).sum();
+        let moved = |volunteers: &[Volunteer]| volunteers.iter().map(|v| v.moves().taken).sum::<u64>();
+        let one = volunteers[0].store().bytes() / 64;
+        // The first of those that joined: with the last one gone everything would be as before it came.
+        let leaves = volunteers.remove(1);
+        let (moves_before, bytes_before, cached_before): (u64, u64, usize) = (moved(&volunteers), fetched(), cached());
+        leaves.shutdown().await;
+        let left = Instant::now();
+        eventually("two replicas of each again", || replicas(&tiny_moe(), &volunteers) == (2, 2)).await;
+        let took = left.elapsed();
+        let moves = moved(&volunteers) - moves_before;
+        let (bytes, new) = (fetched() - bytes_before, cached() - cached_before);
+        println!(
+            "again two replicas of each after {took:?}: {moves} experts moved, {new} of them fetched, {bytes} bytes"
+        );
+        assert!(took < Duration::from_secs(45), "{took:?}");
+        assert!(moves <= 96, "{moves} experts moved where 64 were lost");
+        // What the founder moves lies in its folder, and what somebody hosted before may still lie in its cache.
+        assert!(new as u64 <= moves, "{new} fetched, {moves} moved");
+        assert!(bytes >= new as u64 * one && bytes <= new as u64 * one * 105 / 100, "{bytes} bytes for {new} of {one}");
     });
 }
 

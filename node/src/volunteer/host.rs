@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use hanse_router::weights::FetchError;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -82,7 +83,13 @@ impl Host {
             Hosting::MemoryBytes(bytes) => self.choose(*bytes).await?,
         };
         let shard = &self.announcer.shard;
-        shard.load(&wanted, &|done| progress(done, wanted.len())).await?;
+        let loaded = shard.load(&wanted, &|done| progress(done, wanted.len())).await;
+        match (loaded, &self.config.hosting) {
+            // Who chose by itself serves what it could get, and chooses again later.
+            (Err(VolunteerError::Fetch(FetchError::NoSource { .. })), Hosting::MemoryBytes(_))
+                if !shard.store().is_empty() => {}
+            (loaded, _) => loaded?,
+        }
         self.announcer.announce().await?;
         if self.joins() {
             // Whoever looks after this finds it; a network that does not answer is joined later.
@@ -172,12 +179,21 @@ impl Host {
         }
     }
 
-    /// Gives up first what must go, once others have heard of it and still host it, then loads what comes instead.
+    /// Fetches what comes, gives up what must go once others have heard of it and still host it, and loads what comes instead.
     async fn carry_out(&mut self, found: &Move) -> Result<(), VolunteerError> {
         let shard = self.announcer.shard.clone();
         let (take, give) = (found.take.len(), found.give.len());
         tracing::info!(take, give, gain = found.gain, loss = found.loss, "moving experts");
         shard.claim(&found.take)?;
+        // Everything here is served until what comes instead has been fetched, and nothing goes for what nobody gives.
+        let at_hand = shard.fetch(&found.take).await;
+        let _at_hand = match at_hand {
+            Ok(at_hand) => at_hand,
+            Err(error) => {
+                shard.claim(&[])?;
+                return Err(error);
+            }
+        };
         if !found.give.is_empty() {
             shard.retire(&found.give)?;
             self.announcer.announce().await?;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use hanse_model::Checkpoint;
 use hanse_protocol::HostedExperts;
 use hanse_router::weights::cache::Pin;
@@ -97,20 +97,29 @@ impl Shard {
         self.changed.notify_one();
     }
 
+    /// Brings experts to where they can be loaded from without a wait, as long as what is returned lives.
+    ///
+    /// # Errors
+    /// The first that cannot be fetched.
+    pub(super) async fn fetch(&self, experts: &[(u32, u32)]) -> Result<Vec<Fetched>, VolunteerError> {
+        Ok(fetches(self.remote.as_ref(), experts).try_collect().await?)
+    }
+
     /// Loads experts; each is served as soon as it is there. Those that have to be fetched are, several at a time, while those
     /// that have come are loaded. `progress` is told how many are loaded.
     ///
     /// Dropped, it ends fetching; what has come stays in the cache.
     ///
     /// # Errors
-    /// An expert that cannot be loaded ends it; one that nobody gives does not keep the others from being loaded.
+    /// An expert that cannot be loaded ends it, and so does a cache that takes no more. One that nobody gives does not keep the
+    /// others from being loaded.
     pub(super) async fn load(
         &self,
         experts: &[(u32, u32)],
         progress: &(dyn Fn(usize) + Sync),
     ) -> Result<(), VolunteerError> {
         let (send, mut fetched) = mpsc::channel(STEP);
-        let _fetching = AbortOnDropHandle::new(tokio::spawn(fetch(self.remote.clone(), experts.to_vec(), send)));
+        let _fetching = AbortOnDropHandle::new(tokio::spawn(fetch_ahead(self.remote.clone(), experts.to_vec(), send)));
         let (mut done, mut step, mut refused) = (0, Vec::with_capacity(STEP), None);
         while fetched.recv_many(&mut step, STEP).await > 0 {
             let (mut wanted, mut pins) = (Vec::with_capacity(STEP), Vec::with_capacity(STEP));
@@ -144,18 +153,24 @@ impl Shard {
 }
 
 /// An expert that is at hand, and what keeps it there until it is loaded.
-type Fetched = ((u32, u32), Option<Pin>);
+pub(super) type Fetched = ((u32, u32), Option<Pin>);
 
-/// Fetches experts and sends them on as they come; from a folder they are at hand.
-async fn fetch(remote: Option<RemoteModel>, experts: Vec<(u32, u32)>, to: mpsc::Sender<Result<Fetched, FetchError>>) {
-    let fetches = experts.into_iter().map(|(layer, expert)| {
-        let remote = &remote;
-        async move {
-            let Some(remote) = remote else { return Ok(((layer, expert), None)) };
-            remote.fetch_expert(layer, expert).await.map(|pin| ((layer, expert), pin))
-        }
+/// Experts as they come, several being fetched at a time; from a folder they are at hand.
+fn fetches(remote: Option<&RemoteModel>, experts: &[(u32, u32)]) -> impl Stream<Item = Result<Fetched, FetchError>> {
+    let fetches = experts.iter().map(move |&(layer, expert)| async move {
+        let Some(remote) = remote else { return Ok(((layer, expert), None)) };
+        remote.fetch_expert(layer, expert).await.map(|pin| ((layer, expert), pin))
     });
-    let mut fetches = futures::stream::iter(fetches).buffer_unordered(BLOBS_AT_ONCE);
+    futures::stream::iter(fetches).buffer_unordered(BLOBS_AT_ONCE)
+}
+
+/// Fetches while somebody else loads.
+async fn fetch_ahead(
+    remote: Option<RemoteModel>,
+    experts: Vec<(u32, u32)>,
+    to: mpsc::Sender<Result<Fetched, FetchError>>,
+) {
+    let mut fetches = std::pin::pin!(fetches(remote.as_ref(), &experts));
     while let Some(fetched) = fetches.next().await {
         // Whoever waited for them has gone.
         if to.send(fetched).await.is_err() {

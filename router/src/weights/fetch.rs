@@ -119,9 +119,9 @@ impl Fetcher {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The source has given so many bytes.
-    fn count(&self, source: &dyn Source, bytes: usize) {
-        self.records().entry(source.name()).or_default().bytes += bytes as u64;
+    /// The source of this name has given so many bytes.
+    pub(super) fn count(&self, source: String, bytes: usize) {
+        self.records().entry(source).or_default().bytes += bytes as u64;
     }
 
     /// Fetches what is not in the cache yet, and says that it is in use. `progress` is told bytes done and bytes in all.
@@ -282,7 +282,7 @@ impl Fetcher {
             match answer {
                 Ok(None) => {}
                 Ok(Some(list)) => {
-                    self.count(&*source, list.len());
+                    self.count(source.name(), list.len());
                     let Some(tree) = GroupTree::verified(item.blob.hash, item.blob.bytes, &list) else {
                         self.lied(&*source, item, reasons);
                         continue;
@@ -319,7 +319,7 @@ impl Fetcher {
             while let Some((start, read)) = reads.next().await {
                 match read {
                     Ok(data) => {
-                        self.count(&**source, data.len());
+                        self.count(source.name(), data.len());
                         goes_on = true;
                         write(part, start, data).await?;
                     }

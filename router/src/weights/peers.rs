@@ -131,11 +131,11 @@ impl Peers {
         open.into_iter().map(|peer| peer as Arc<dyn Source>).collect()
     }
 
-    /// Fetches the model's manifest from whoever gives it first. It is believed because its hash is the model's id.
+    /// Fetches the model's manifest from whoever gives it first, whose name comes with it. It is believed because its hash is the model's id.
     ///
     /// # Errors
     /// `Nobody` after `patience`.
-    pub async fn manifest(&self, patience: Duration) -> Result<SignedManifest, ManifestSearchError> {
+    pub async fn manifest(&self, patience: Duration) -> Result<(String, SignedManifest), ManifestSearchError> {
         let deadline = tokio::time::Instant::now() + patience;
         let mut found = self.shared.found.subscribe();
         let mut reasons = HashMap::new();
@@ -146,7 +146,7 @@ impl Peers {
             };
             for peer in peers {
                 match peer.manifest().await {
-                    Ok(manifest) => return Ok(manifest),
+                    Ok(manifest) => return Ok((peer.name(), manifest)),
                     Err(reason) => {
                         tracing::debug!(peer = %peer.id, %reason, "no manifest");
                         reasons.insert(peer.id, reason);

@@ -71,16 +71,19 @@ impl RemoteModel {
     ) -> Result<Self, RemoteError> {
         let peers = Arc::new(Peers::join(model, network).await?);
         let kept = cached_manifest(&cache, model);
-        let signed = match kept {
-            Some(signed) => signed,
+        let (giver, signed) = match kept {
+            Some(signed) => (None, signed),
             None => {
-                let signed = peers.manifest(network.join_timeout.max(Duration::from_secs(1))).await?;
+                let (giver, signed) = peers.manifest(network.join_timeout.max(Duration::from_secs(1))).await?;
                 keep_manifest(&cache, &signed)?;
-                signed
+                (Some(giver), signed)
             }
         };
         let sources = sources(hubs, signed.manifest()).await?;
         let fetcher = Fetcher::new(cache, sources, Some(peers), PATIENCE);
+        if let Some(giver) = giver {
+            fetcher.count(giver, signed.encode().len());
+        }
         Self::new(signed, Arc::new(fetcher))
     }
 

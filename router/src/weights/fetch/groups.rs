@@ -140,7 +140,7 @@ impl Round<'_> {
         let start = group * GROUP_BYTES;
         let end = (start + GROUP_BYTES).min(self.item.blob.bytes);
         let data = timed(source.read(self.item, start..end)).await.map_err(End::Failed)?;
-        self.fetcher.count(source, data.len());
+        self.fetcher.count(source.name(), data.len());
         let (part, tree) = (self.part.clone(), self.tree.clone());
         let kept = blocking(move || {
             let right = tree.fits(group, &data);
