@@ -133,7 +133,8 @@ impl Host {
     fn chosen(&self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
         let table = self.announcer.shard.table();
         let view = self.neighbours.view_for_choice(table);
-        let chosen = placement::choose(&view, budget_bytes, self.neighbours.seed());
+        let at_hand = self.announcer.shard.at_hand()?;
+        let chosen = placement::choose(&view, &at_hand, budget_bytes, self.neighbours.seed());
         if chosen.is_empty() {
             return Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes: table.smallest() });
         }

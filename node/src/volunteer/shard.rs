@@ -55,6 +55,14 @@ impl Shard {
         &self.table
     }
 
+    /// The experts that can be loaded without fetching them, if others must be fetched. Looks for each on the disk.
+    pub(super) fn at_hand(&self) -> Result<HostedExperts, VolunteerError> {
+        match &self.remote {
+            Some(remote) => Ok(set(&remote.cached_experts())?),
+            None => Ok(HostedExperts::new()),
+        }
+    }
+
     /// Completes when more or fewer experts are served than before, or others should hear of a plan.
     pub(super) async fn changed(&self) {
         self.changed.notified().await;

@@ -170,11 +170,19 @@ impl RemoteModel {
         }
     }
 
-    /// Whether an expert is in the cache.
+    /// The experts that are in the cache, as (layer, expert), ascending. Asks the file system for each of the model's experts.
     #[must_use]
-    pub fn has_expert(&self, layer: u32, expert: u32) -> bool {
-        let item = Item::find(self.signed.manifest(), What::Expert { layer, expert });
-        item.is_some_and(|item| self.fetcher.cache().has(&item.blob))
+    pub fn cached_experts(&self) -> Vec<(u32, u32)> {
+        let manifest = self.signed.manifest();
+        let all = manifest
+            .experts
+            .iter()
+            .flat_map(|layer| (0u32..).zip(&layer.hashes).map(|(expert, _)| (layer.layer, expert)));
+        let is_here = |(layer, expert): &(u32, u32)| {
+            let blob = manifest.expert_blob(*layer, *expert);
+            blob.is_some_and(|blob| self.fetcher.cache().has(&blob))
+        };
+        all.filter(is_here).collect()
     }
 
     /// Fetches what a client keeps: the trunk and the tokenizer. `progress` is told bytes done and bytes in all.
