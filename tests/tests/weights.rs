@@ -1,64 +1,18 @@
 //! A model that is nowhere but on the network: manifest, trunk and experts come from volunteers.
 
 use hanse_model::Checkpoint;
-use hanse_node::{Hosting, Volunteer, VolunteerConfig};
-use hanse_protocol::{Frame, Identity, ModelId, Multiaddr, SignedManifest};
+use hanse_node::{Hosting, Volunteer};
+use hanse_protocol::{Frame, Identity, ModelId, SignedManifest};
 use hanse_router::weights::describe::{open_described, read_manifest};
-use hanse_router::weights::{Cache, DescribeError, RemoteModel, Shelf, describe};
+use hanse_router::weights::{Cache, DescribeError, RemoteModel, describe};
 use hanse_router::{Client, NetworkConfig};
-use hanse_tests::net::{PACE, PATIENCE, changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
+use hanse_tests::givers::{find, founder, joins, member, newcomer, room_for};
+use hanse_tests::net::{changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
 use hanse_tests::stranger::{Stranger, bytes_of, call_of};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PROMPT: [u32; 3] = [317, 577, 745];
-
-/// A volunteer with the bundled model's folder that hosts `experts` and gives out everything.
-async fn founder(experts: &str) -> (Volunteer, ModelId) {
-    member(Hosting::Experts(experts.parse().unwrap()), Vec::new()).await
-}
-
-/// The same, with others to join.
-async fn member(hosting: Hosting, bootstrap: Vec<Multiaddr>) -> (Volunteer, ModelId) {
-    let checkpoint = Checkpoint::open(&tiny_moe()).unwrap();
-    let described = describe(&checkpoint, &mut |_, _| {}).unwrap();
-    let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
-    let shelf = Shelf::of_folder(signed.clone(), &described.locations, &tiny_moe()).unwrap();
-    let shelf = Some(Arc::new(shelf));
-    let config = VolunteerConfig { hosting, bootstrap, threads: 1, pace: PACE, shelf, ..VolunteerConfig::default() };
-    let identity = Identity::generate();
-    (Volunteer::start(&identity, &checkpoint, signed.id(), config, |_, _| ()).await.unwrap(), signed.id())
-}
-
-fn joins(volunteer: &Volunteer) -> NetworkConfig {
-    let bootstrap = vec![volunteer.addresses()[0].clone()];
-    NetworkConfig { bootstrap, join_timeout: PATIENCE, ..NetworkConfig::default() }
-}
-
-async fn find(model: ModelId, dir: &std::path::Path, network: &NetworkConfig) -> RemoteModel {
-    RemoteModel::find(model, Cache::new(dir, u64::MAX).unwrap(), network, &[]).await.unwrap()
-}
-
-/// A volunteer of a model that is not here; it gives out what it has fetched. It may still be loading.
-async fn newcomer(model: &RemoteModel, network: &NetworkConfig, hosting: Hosting) -> Volunteer {
-    let shelf = Shelf::of_cache(model.manifest().clone(), model.fetcher().cache().clone());
-    let config = VolunteerConfig {
-        bootstrap: network.bootstrap.clone(),
-        hosting,
-        threads: 1,
-        pace: PACE,
-        remote: Some(model.clone()),
-        shelf: Some(Arc::new(shelf)),
-        ..VolunteerConfig::default()
-    };
-    Volunteer::join(&Identity::generate(), model.checkpoint(), model.id(), config, |_, _| ()).await.unwrap()
-}
-
-/// Room for so many experts of the bundled model.
-fn room_for(experts: u64) -> Hosting {
-    Hosting::MemoryBytes(experts * Checkpoint::open(&tiny_moe()).unwrap().sizes().bytes_per_expert[0])
-}
 
 #[test]
 fn a_client_with_an_empty_cache_gives_the_tokens_of_one_process() {

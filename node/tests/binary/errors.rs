@@ -219,6 +219,7 @@ fn a_key_that_others_may_read_is_refused() {
 fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
     let model = tiny_moe();
     let model = model.to_str().unwrap();
+    let id = "7".repeat(64);
     let cases: &[(&[&str], &str)] = &[
         (&[], "Usage"),
         (&["nonsense"], "nonsense"),
@@ -242,6 +243,11 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
             &["generate", "--model", model, "--mdns", "--prompt", "x", "--join-timeout", "18446744073709551615"],
             "--join",
         ),
+        (
+            &["generate", "--model", &id, "--bootstrap", LOOPBACK, "--fallback", "local", "--prompt", "x"],
+            "--fallback fetch",
+        ),
+        (&["generate", "--model", model, "--mdns", "--prompt", "x", "--fallback", "nobody"], "nobody"),
         (&["chat", "--model", model], "--bootstrap"),
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),
