@@ -32,17 +32,17 @@ pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Clien
             let pool = Arc::new(compute_pool(args.threads)?);
             network.fallback = Some(Arc::new(LocalFallback::new(checkpoint.clone(), pool)));
         }
-        FallbackKind::None => {
-            if let Some(remote) = model.remote() {
-                remote.close().await;
-            }
-        }
+        FallbackKind::None => {}
     }
     // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
     let identity = Identity::generate();
     let spinner = output::spinner("looking for peers");
     let client = Client::connect_with(&checkpoint, threads, model.id(), &identity, network).await;
     spinner.finish_and_clear();
+    // Not before all of the trunk is loaded: what is damaged in the cache is fetched again.
+    if let (FallbackKind::None, Some(remote)) = (args.fallback, model.remote()) {
+        remote.close().await;
+    }
     Ok(client?)
 }
 

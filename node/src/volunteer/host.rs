@@ -86,8 +86,11 @@ impl Host {
         let loaded = shard.load(&wanted, &|done| progress(done, wanted.len())).await;
         match (loaded, &self.config.hosting) {
             // Who chose by itself serves what it could get, and chooses again later.
-            (Err(VolunteerError::Fetch(FetchError::NoSource { .. })), Hosting::MemoryBytes(_))
-                if !shard.store().is_empty() => {}
+            (Err(VolunteerError::Fetch(error @ FetchError::NoSource { .. })), Hosting::MemoryBytes(_))
+                if !shard.store().is_empty() =>
+            {
+                tracing::warn!(%error, "hosting {} of {} experts", shard.store().len(), wanted.len());
+            }
             (loaded, _) => loaded?,
         }
         self.announcer.announce().await?;

@@ -138,7 +138,7 @@ impl Shard {
                         pins.push(pin);
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "not hosted");
+                        tracing::debug!(%error, "not fetched");
                         refused.get_or_insert(error);
                     }
                 }

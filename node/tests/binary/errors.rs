@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::{LOOPBACK, Node, hanse, home, run, text, tiny_moe};
 
 /// The one line on standard error of a command that fails with status 1.
-fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
+pub(crate) fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
     let output = run(args);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -20,14 +20,14 @@ fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String
     lines[0].strip_prefix("error: ").expect("it says that it is an error").to_owned()
 }
 
-fn contains(message: &str, parts: &[&str]) {
+pub(crate) fn contains(message: &str, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "{message:?} names {part:?}");
     }
 }
 
 /// A copy of the bundled model that a test may spoil.
-fn copy() -> TempDir {
+pub(crate) fn copy() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in
         ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]

@@ -8,10 +8,11 @@
 mod part;
 mod users;
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use hanse_protocol::{Blob, BlobHash};
@@ -26,7 +27,11 @@ pub struct Cache {
     dir: PathBuf,
     limit_bytes: u64,
     users: Arc<Users>,
+    promised: Promised,
 }
+
+/// Bytes that the parts will have which this process fetches at present.
+type Promised = Arc<Mutex<HashMap<BlobHash, u64>>>;
 
 /// A blob in the cache. It stays there as long as `pin` lives.
 #[derive(Debug)]
@@ -98,7 +103,7 @@ impl Cache {
         let (blobs, users) = (dir.join("blobs"), dir.join("users"));
         std::fs::create_dir_all(&blobs).map_err(|source| CacheError::Io { path: blobs, source })?;
         let users = Users::new(&users).map_err(|source| CacheError::Io { path: users, source })?;
-        Ok(Self { dir: dir.to_owned(), limit_bytes, users })
+        Ok(Self { dir: dir.to_owned(), limit_bytes, users, promised: Promised::default() })
     }
 
     /// The folder.
@@ -171,21 +176,33 @@ impl Cache {
             if !is_at(&file, &path) {
                 continue;
             }
-            if let Err(error) = self.make_room(&blob, &path) {
+            // Held until the promise is made: those who begin at the same time count each other.
+            let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = self.make_room(&blob, &path, &promised) {
                 // Nothing of it is there yet, or what is there is kept for another time.
                 if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
                     let _ = std::fs::remove_file(&path);
                 }
                 return Err(error);
             }
-            return Ok(Begin::Ours(PartFile::new(file, path, self.path(blob.hash), blob)));
+            promised.insert(blob.hash, blob.bytes);
+            drop(promised);
+            return Ok(Begin::Ours(PartFile::new(file, path, self.path(blob.hash), blob, self.promised.clone())));
         }
     }
 
     /// Removes blobs that nobody uses, the longest unused first, until `blob` fits.
-    fn make_room(&self, blob: &Blob, except: &Path) -> Result<(), CacheError> {
+    fn make_room(&self, blob: &Blob, except: &Path, promised: &HashMap<BlobHash, u64>) -> Result<(), CacheError> {
+        if self.limit_bytes == u64::MAX {
+            return Ok(());
+        }
         let mut entries = self.entries()?;
         entries.retain(|entry| entry.path != except);
+        let promised_of = |entry: &Entry| {
+            let is_part = entry.path.extension().is_some_and(|extension| extension == "part");
+            hash_of(entry).filter(|_| is_part).and_then(|hash| promised.get(&hash)).copied().unwrap_or(0)
+        };
+        entries.iter_mut().for_each(|entry| entry.bytes = entry.bytes.max(promised_of(entry)));
         let mut used_bytes: u64 = entries.iter().map(|entry| entry.bytes).sum();
         if used_bytes.saturating_add(blob.bytes) <= self.limit_bytes {
             return Ok(());
@@ -197,8 +214,7 @@ impl Cache {
             if used_bytes.saturating_add(blob.bytes) <= self.limit_bytes {
                 break;
             }
-            let name = entry.path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.parse().is_ok_and(|hash| in_use.contains(&hash)) {
+            if hash_of(&entry).is_some_and(|hash| in_use.contains(&hash)) {
                 continue;
             }
             let Ok(file) = File::open(&entry.path) else { continue };
@@ -239,6 +255,11 @@ impl Cache {
     pub fn used_bytes(&self) -> Result<u64, CacheError> {
         Ok(self.entries()?.iter().map(|entry| entry.bytes).sum())
     }
+}
+
+/// The blob that a file of the cache belongs to.
+fn hash_of(entry: &Entry) -> Option<BlobHash> {
+    entry.path.file_stem()?.to_str()?.parse().ok()
 }
 
 /// Whether `file` is what the name stands for now.

@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::PoisonError;
 
 use hanse_protocol::{Blob, GROUP_BYTES, GroupTree, TreeBuilder, group_count};
 
-use super::CacheError;
+use super::{CacheError, Promised};
 
 /// A blob that is being fetched, locked for this process. Dropped, it stays for another time.
 #[derive(Debug)]
@@ -16,11 +17,18 @@ pub struct PartFile {
     path: PathBuf,
     whole: PathBuf,
     blob: Blob,
+    promised: Promised,
+}
+
+impl Drop for PartFile {
+    fn drop(&mut self) {
+        self.promised.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.blob.hash);
+    }
 }
 
 impl PartFile {
-    pub(super) fn new(file: File, path: PathBuf, whole: PathBuf, blob: Blob) -> Self {
-        Self { file, path, whole, blob }
+    pub(super) fn new(file: File, path: PathBuf, whole: PathBuf, blob: Blob, promised: Promised) -> Self {
+        Self { file, path, whole, blob, promised }
     }
 
     /// What is fetched.
