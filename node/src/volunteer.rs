@@ -87,7 +87,7 @@ pub struct VolunteerConfig {
     pub remote: Option<RemoteModel>,
     /// The model's manifest and weights, to be given to those who ask for them; `None` gives out nothing.
     pub shelf: Option<Arc<Shelf>>,
-    /// Bytes of weights given out per second; `None` for half of `max_bandwidth`.
+    /// Bytes of weights given out per second; `None` for as many as answers leave of `max_bandwidth`.
     pub give_bytes_per_second: Option<u64>,
 }
 
@@ -242,8 +242,6 @@ impl Volunteer {
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
         let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone()));
-        // Answers always have the other half of the line.
-        let give_rate = config.give_bytes_per_second.or(config.max_bandwidth.map(|rate| rate / 2));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
@@ -254,7 +252,7 @@ impl Volunteer {
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
-            giving: config.shelf.clone().map(|shelf| Giving::new(shelf, give_rate)),
+            giving: config.shelf.clone().map(|shelf| Giving::new(shelf, config.give_bytes_per_second)),
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };

@@ -299,3 +299,31 @@ fn a_giver_with_other_bytes_than_it_says_is_found_out_and_another_is_asked() {
     assert_eq!(node.ready["experts"], EXPERTS);
     assert_eq!(generated(&honest, home().path()), expected());
 }
+
+#[test]
+fn answers_and_weights_share_one_limit_and_answers_go_first() {
+    const RATE: u64 = 2 << 20;
+    let founder = Node::with(&tiny_moe(), ["--experts", "all", "--max-bandwidth", "2MiB"]);
+    let cache = home();
+    let (tokens, model) = (expected(), tiny_moe());
+    let client = ["--model", model.to_str().unwrap(), "--bootstrap", &founder.address()].map(str::to_owned);
+    std::thread::scope(|scope| {
+        let fetching = scope.spawn(|| {
+            let began = Instant::now();
+            let node = Node::with(id(&founder).as_ref(), joins(&founder, cache.path(), &["--experts", "all"]));
+            (fetched(&node), began.elapsed())
+        });
+        let mut slowest = 0.0f64;
+        while !fetching.is_finished() {
+            let found = document(GREEDY.into_iter().map(str::to_owned).chain(client.clone()));
+            assert_eq!(found["tokens"], tokens);
+            slowest = slowest.max(found["timings"]["decode_ms"].as_f64().unwrap());
+        }
+        let (bytes, took) = fetching.join().unwrap();
+        println!("{bytes} bytes of weights in {took:?}; 12 tokens took up to {slowest:.0} ms meanwhile");
+        // A second's worth may go at once.
+        assert!(took.as_secs_f64() >= bytes as f64 / RATE as f64 - 1.5, "faster than the limit");
+        assert!(took < Duration::from_secs(30), "weights have what answers leave, which is nearly all");
+        assert!(slowest < 4000.0, "answers do not wait for weights");
+    });
+}
