@@ -327,6 +327,21 @@ fn a_blob_that_nobody_has_is_given_up_though_others_still_come() {
 }
 
 #[test]
+fn many_blobs_that_nobody_has_are_waited_for_once() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let fetcher = Fetcher::new(Cache::new(dir.path(), u64::MAX).unwrap(), Vec::new(), None, Duration::from_secs(1));
+        let began = std::time::Instant::now();
+        for seed in 0..40 {
+            let outcome = fetcher.fetch(&item(&noise(1000, seed))).await;
+            assert!(matches!(outcome, Err(FetchError::NoSource { .. })), "{outcome:?}");
+        }
+        // Each for itself they would take 40 seconds.
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    });
+}
+
+#[test]
 fn a_plain_source_that_lies_is_replaced_by_another() {
     run(async {
         let (dir, content) = (tempfile::tempdir().unwrap(), noise(3 * GROUP, 6));

@@ -4,12 +4,13 @@ use hanse_model::Checkpoint;
 use hanse_node::{Hosting, Volunteer};
 use hanse_protocol::{Frame, Identity, ModelId, SignedManifest};
 use hanse_router::weights::describe::{open_described, read_manifest};
-use hanse_router::weights::{Cache, DescribeError, RemoteModel, describe};
+use hanse_router::weights::{Cache, DescribeError, Fetcher, Peers, RemoteModel, describe};
 use hanse_router::{Client, NetworkConfig};
 use hanse_tests::givers::{find, founder, joins, member, newcomer, room_for};
 use hanse_tests::net::{changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
 use hanse_tests::stranger::{Stranger, bytes_of, call_of};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PROMPT: [u32; 3] = [317, 577, 745];
@@ -140,6 +141,32 @@ fn after_one_of_four_has_left_those_without_a_folder_fetch_what_two_replicas_nee
         // What the founder moves lies in its folder, and what somebody hosted before may still lie in its cache.
         assert!(new as u64 <= moves, "{new} fetched, {moves} moved");
         assert!(bytes >= new as u64 * one && bytes <= new as u64 * one * 105 / 100, "{bytes} bytes for {new} of {one}");
+    });
+}
+
+#[test]
+fn a_volunteer_that_cannot_get_all_that_it_chose_serves_the_rest() {
+    runtime().block_on(async {
+        let (founder, id) = founder("0:0").await;
+        let caches = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let first = find(id, caches[0].path(), &joins(&founder)).await;
+        let mut half = newcomer(&first, &joins(&founder), Hosting::Experts("0-2:0-15".parse().unwrap())).await;
+        half.loaded().await.unwrap();
+        founder.shutdown().await;
+
+        let network = joins(&half);
+        let peers = Arc::new(Peers::join(id, &network).await.unwrap());
+        let cache = Cache::new(caches[1].path(), u64::MAX).unwrap();
+        let fetcher = Fetcher::new(cache, Vec::new(), Some(peers), Duration::from_secs(2));
+        let model = RemoteModel::new(first.manifest().clone(), Arc::new(fetcher)).unwrap();
+        let mut chooses = newcomer(&model, &network, room_for(96)).await;
+        chooses.loaded().await.unwrap();
+        assert_eq!(chooses.store().hosted().unwrap(), half.store().hosted().unwrap());
+
+        // What was asked for by name and is not to be had is an error.
+        let mut named = newcomer(&model, &network, Hosting::Experts("2-3:0-15".parse().unwrap())).await;
+        let error = named.loaded().await.unwrap_err().to_string();
+        assert!(error.contains("of layer 3 cannot be fetched: no source has it"), "{error}");
     });
 }
 

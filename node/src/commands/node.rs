@@ -79,7 +79,7 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
         config.shelf = Some(model.shelf()?);
         config.give_bytes_per_second = args.give_rate.map(|rate| rate.as_u64());
     }
-    let bar = output::count_bar("loading experts");
+    let bar = output::count_bar(if model.remote().is_some() { "fetching experts" } else { "loading experts" });
     let shown = bar.clone();
     let progress = move |done, count| {
         shown.set_length(count as u64);

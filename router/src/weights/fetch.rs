@@ -27,6 +27,8 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// A source that has not told a blob's chaining values after this is not waited for any longer: the next one is asked too.
 const TREE_LATE: Duration = Duration::from_secs(1);
+/// After a blob has been waited for in vain, others are not for at least so long.
+const LEAST_IN_VAIN: Duration = Duration::from_secs(10);
 /// The longest that one read may take.
 pub(super) const LONGEST_READ: Duration = Duration::from_secs(20);
 
@@ -76,15 +78,26 @@ pub struct Fetcher {
     peers: Option<Arc<Peers>>,
     patience: Duration,
     records: Mutex<HashMap<String, Record>>,
+    /// When a blob was last waited for in vain, with nobody who might have it.
+    in_vain: Mutex<Option<Instant>>,
     /// How long a read of one group usually takes, over all blobs.
     usual: Mutex<Option<Duration>>,
 }
 
 impl Fetcher {
-    /// Into `cache`, from `fixed` sources and from `peers`. A blob that nobody has is waited for as long as `patience`.
+    /// Into `cache`, from `fixed` sources and from `peers`. A blob that nobody has is waited for as long as `patience`; if that was
+    /// in vain, others that nobody has are not waited for as well.
     #[must_use]
     pub fn new(cache: Cache, fixed: Vec<Arc<dyn Source>>, peers: Option<Arc<Peers>>, patience: Duration) -> Self {
-        Self { cache, fixed, peers, patience, records: Mutex::default(), usual: Mutex::default() }
+        Self {
+            cache,
+            fixed,
+            peers,
+            patience,
+            records: Mutex::default(),
+            in_vain: Mutex::default(),
+            usual: Mutex::default(),
+        }
     }
 
     /// Where blobs are kept.
@@ -218,7 +231,12 @@ impl Fetcher {
             if goes_on {
                 // With whomever.
                 given_up_at = Instant::now() + self.patience;
-            } else if Instant::now() >= given_up_at {
+            } else if Instant::now() >= given_up_at
+                || (sources.is_empty() && reasons.is_empty() && self.waited_in_vain())
+            {
+                if sources.is_empty() && reasons.is_empty() {
+                    self.in_vain.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+                }
                 let mut reasons: Vec<String> =
                     reasons.into_iter().map(|(name, why)| format!("{name}: {why}")).collect();
                 reasons.sort();
@@ -377,6 +395,13 @@ impl Fetcher {
             }
         };
         record.until = Some(Instant::now() + pause.min(LONGEST_BACK_OFF));
+    }
+
+    /// Whether blobs that nobody has were waited for not long ago, and nobody came.
+    fn waited_in_vain(&self) -> bool {
+        let mut in_vain = self.in_vain.lock().unwrap_or_else(PoisonError::into_inner);
+        *in_vain = in_vain.filter(|since| since.elapsed() < self.patience.max(LEAST_IN_VAIN));
+        in_vain.is_some()
     }
 
     /// Another source was asked later and was faster.
