@@ -412,6 +412,37 @@ fn the_longest_unused_goes_first_and_what_is_in_use_stays() {
 }
 
 #[test]
+fn the_limit_holds_while_many_blobs_are_fetched_at_once() {
+    const LIMIT: u64 = 500_000;
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let contents: Vec<Bytes> = (0..60).map(|seed| noise(50_000, seed)).collect();
+        let library = Library::of("library", &contents, false) as Arc<dyn Source>;
+        let cache = Cache::new(dir.path(), LIMIT).unwrap();
+        let fetcher = Fetcher::new(cache.clone(), vec![library], None, PATIENCE);
+        let items: Vec<Item> = contents.iter().map(item).collect();
+        let fetches = futures::future::try_join_all(items.chunks(8).map(|items| fetcher.fetch_all(items, &|_, _| ())));
+        // What one has is free as soon as the others do not hold it.
+        let watched = async {
+            loop {
+                let used = cache.used_bytes().unwrap();
+                assert!(used <= LIMIT, "{used} bytes");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::select! {
+            fetched = fetches => assert!(matches!(fetched, Err(FetchError::Cache(_)))),
+            () = watched => {}
+        }
+        // One after another they all come.
+        for item in &items {
+            fetcher.fetch(item).await.unwrap();
+            assert!(cache.used_bytes().unwrap() <= LIMIT);
+        }
+    });
+}
+
+#[test]
 fn what_a_dead_process_was_fetching_or_using_is_free() {
     run(async {
         let (dir, content) = (tempfile::tempdir().unwrap(), noise(2 * GROUP, 8));

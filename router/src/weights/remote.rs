@@ -112,7 +112,7 @@ impl RemoteModel {
         let manifest = signed.manifest();
         let model = signed.id();
         let dir = folder_of(fetcher.cache(), model);
-        std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+        std::fs::create_dir_all(&dir).map_err(|source| CacheError::of(dir.clone(), source))?;
         write_file(&dir.join("config.json"), manifest.config.as_bytes())?;
         let source = Arc::new(OnDemand {
             signed: signed.clone(),
@@ -201,7 +201,7 @@ impl RemoteModel {
                 continue;
             }
             let cache = self.fetcher.cache();
-            let failed = |source| CacheError::Io { path: path.clone(), source };
+            let failed = |source| CacheError::of(path.clone(), source);
             if let Some(mut blob) = cache.open(&file.blob)? {
                 let mut content = Vec::new();
                 std::io::Read::read_to_end(&mut blob.file, &mut content).map_err(failed)?;
@@ -244,13 +244,13 @@ fn cached_manifest(cache: &Cache, model: ModelId) -> Option<SignedManifest> {
 
 fn keep_manifest(cache: &Cache, signed: &SignedManifest) -> Result<(), CacheError> {
     let dir = folder_of(cache, signed.id());
-    std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+    std::fs::create_dir_all(&dir).map_err(|source| CacheError::of(dir.clone(), source))?;
     write_file(&dir.join("manifest"), &signed.encode())
 }
 
 /// Another process may read the file meanwhile: it appears whole or not at all.
 fn write_file(path: &Path, content: &[u8]) -> Result<(), CacheError> {
-    let failed = |source| CacheError::Io { path: path.to_owned(), source };
+    let failed = |source| CacheError::of(path.to_owned(), source);
     if std::fs::read(path).is_ok_and(|found| found == content) {
         return Ok(());
     }
