@@ -268,6 +268,7 @@ impl Volunteer {
             moves: moves.clone(),
             layers: checkpoint.spec().layers.len() as u32,
             config,
+            missed: None,
         };
         let (report, loaded) = oneshot::channel();
         let host = hosting.run(progress, report, announcing.clone());

@@ -145,7 +145,7 @@ fn after_one_of_four_has_left_those_without_a_folder_fetch_what_two_replicas_nee
 }
 
 #[test]
-fn a_volunteer_that_cannot_get_all_that_it_chose_serves_the_rest() {
+fn a_volunteer_that_cannot_get_all_that_it_chose_serves_the_rest_and_takes_others() {
     runtime().block_on(async {
         let (founder, id) = founder("0:0").await;
         let caches = [(); 2].map(|()| tempfile::tempdir().unwrap());
@@ -159,9 +159,13 @@ fn a_volunteer_that_cannot_get_all_that_it_chose_serves_the_rest() {
         let cache = Cache::new(caches[1].path(), u64::MAX).unwrap();
         let fetcher = Fetcher::new(cache, Vec::new(), Some(peers), Duration::from_secs(2));
         let model = RemoteModel::new(first.manifest().clone(), Arc::new(fetcher)).unwrap();
-        let mut chooses = newcomer(&model, &network, room_for(96)).await;
+        // Of 56 it chooses the 48 that nobody hosts first, and gets none of them.
+        let mut chooses = newcomer(&model, &network, room_for(56)).await;
         chooses.loaded().await.unwrap();
-        assert_eq!(chooses.store().hosted().unwrap(), half.store().hosted().unwrap());
+        assert_eq!(chooses.store().len(), 8);
+        // It does not go on to wish for what is not to be had, but takes what is.
+        eventually("it takes others", || chooses.moves().taken >= 4).await;
+        assert!(chooses.store().hosted().unwrap().iter().all(|(layer, _)| layer < 3));
 
         // What was asked for by name and is not to be had is an error.
         let mut named = newcomer(&model, &network, Hosting::Experts("2-3:0-15".parse().unwrap())).await;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use hanse_protocol::HostedExperts;
 use hanse_router::weights::FetchError;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -12,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::announcer::Announcer;
 use super::neighbours::Neighbours;
 use super::{Hosting, VolunteerConfig, VolunteerError};
-use crate::placement::{self, Move, Step, Turns};
+use crate::placement::{self, Move, Step, TARGET_REPLICAS, Turns};
 
 /// How long to wait for the network before choosing experts for a given memory.
 pub(super) const LOOK_AROUND: Duration = Duration::from_secs(10);
@@ -21,6 +22,9 @@ pub(super) const SETTLE: Duration = Duration::from_secs(1);
 
 /// How long a volunteer that is ready waits for its records to reach other members.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Experts that nobody gave are not tried again for so many looks.
+const MISSED_FOR: u32 = 10;
 
 /// How many experts were moved since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -52,6 +56,8 @@ pub(super) struct Host {
     /// Layers of the model, dense ones included.
     pub(super) layers: u32,
     pub(super) config: VolunteerConfig,
+    /// Experts that nobody gave when they were wanted, and since when that is known.
+    pub(super) missed: Option<(Instant, HostedExperts)>,
 }
 
 impl Host {
@@ -172,11 +178,20 @@ impl Host {
         let interval = self.config.pace.interval;
         self.neighbours.look(interval).await;
         let own = self.announcer.advert()?;
-        let view = self.neighbours.view(self.announcer.shard.table(), Some(&own));
+        let mut view = self.neighbours.view(self.announcer.shard.table(), Some(&own));
+        self.missed = self.missed.take().filter(|(since, _)| since.elapsed() < interval * MISSED_FOR);
+        if let Some((_, missed)) = &self.missed {
+            // As if there were enough of them: others that can be had are taken in their place.
+            (0..=TARGET_REPLICAS).for_each(|_| view.add(missed, &[], &HostedExperts::new()));
+        }
         match turns.step(&view, &own.hosted, budget_bytes, started.elapsed()) {
             Step::LookAt(at) => Ok(at),
             Step::Move(found) => {
-                self.carry_out(&found).await?;
+                let carried_out = self.carry_out(&found).await;
+                if let Err(VolunteerError::Fetch(FetchError::NoSource { .. })) = &carried_out {
+                    self.missed = Some((Instant::now(), self.announcer.shard.unobtainable()?));
+                }
+                carried_out?;
                 // Where there was something to gain there often is more.
                 Ok(started.elapsed() + interval / 8)
             }

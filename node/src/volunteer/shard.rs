@@ -63,6 +63,14 @@ impl Shard {
         }
     }
 
+    /// Experts that cannot be had at present.
+    pub(super) fn unobtainable(&self) -> Result<HostedExperts, VolunteerError> {
+        match &self.remote {
+            Some(remote) => Ok(set(&remote.unobtainable_experts())?),
+            None => Ok(HostedExperts::new()),
+        }
+    }
+
     /// Completes when more or fewer experts are served than before, or others should hear of a plan.
     pub(super) async fn changed(&self) {
         self.changed.notified().await;

@@ -10,7 +10,7 @@ use hanse_router::weights::describe;
 use serde_json::Value;
 
 use crate::errors::{contains, copy, error};
-use crate::{LOOPBACK, Node, document, document_of, hanse, home, run, text, tiny_moe, waits_for};
+use crate::{LOOPBACK, Node, document, document_of, hanse, home, run, signal, text, tiny_moe, waits_for};
 
 /// An expert of the bundled model, and how many there are.
 const EXPERT_BYTES: u64 = 3 * 128 * 192 * 2;
@@ -155,6 +155,25 @@ fn a_node_that_is_killed_while_it_fetches_goes_on_where_it_was() {
     let model = tiny_moe();
     let place = ["--model", model.to_str().unwrap(), "--bootstrap", &node.address()].map(str::to_owned);
     assert_eq!(document(GREEDY.into_iter().map(str::to_owned).chain(place))["tokens"], expected());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_node_that_still_fetches_leaves_when_asked_to() {
+    let founder = Node::with(&tiny_moe(), ["--experts", "0:0", "--give-rate", "512KiB"]);
+    let (cache, home) = (home(), home());
+    let mut command = hanse(&home);
+    command.args(["node", "--json", "--threads", "1", "--listen", LOOPBACK, "--model", &id(&founder)]);
+    command.args(joins(&founder, cache.path(), &["--experts", "all"]));
+    let mut child = Killed(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    waits_for("something is fetched", || !blobs(cache.path()).is_empty());
+    let asked = Instant::now();
+    signal(child.0.id(), "TERM");
+    waits_for("it leaves", || child.0.try_wait().unwrap().is_some());
+    println!("left after {:?}, with {} experts fetched", asked.elapsed(), blobs(cache.path()).len());
+    assert_eq!(child.0.wait().unwrap().code(), Some(0));
+    // All of it takes half a minute.
+    assert!((blobs(cache.path()).len() as u64) < EXPERTS);
 }
 
 #[test]

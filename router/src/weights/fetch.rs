@@ -137,6 +137,12 @@ impl Fetcher {
         self.records().entry(source).or_default().bytes += bytes as u64;
     }
 
+    /// Whether somebody is at hand who may have it.
+    #[must_use]
+    pub fn has_source(&self, item: &Item) -> bool {
+        !self.sources(item, &mut HashMap::new()).is_empty()
+    }
+
     /// Fetches what is not in the cache yet, and says that it is in use. `progress` is told bytes done and bytes in all.
     ///
     /// A dropped future leaves what has been fetched for another time.

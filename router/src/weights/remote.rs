@@ -173,16 +173,25 @@ impl RemoteModel {
     /// The experts that are in the cache, as (layer, expert), ascending. Asks the file system for each of the model's experts.
     #[must_use]
     pub fn cached_experts(&self) -> Vec<(u32, u32)> {
+        self.experts(|item| self.fetcher.cache().has(&item.blob))
+    }
+
+    /// The experts that are not in the cache and that nobody at hand may have, as (layer, expert), ascending.
+    #[must_use]
+    pub fn unobtainable_experts(&self) -> Vec<(u32, u32)> {
+        self.experts(|item| !self.fetcher.cache().has(&item.blob) && !self.fetcher.has_source(item))
+    }
+
+    fn experts(&self, is_wanted: impl Fn(&Item) -> bool) -> Vec<(u32, u32)> {
         let manifest = self.signed.manifest();
         let all = manifest
             .experts
             .iter()
             .flat_map(|layer| (0u32..).zip(&layer.hashes).map(|(expert, _)| (layer.layer, expert)));
-        let is_here = |(layer, expert): &(u32, u32)| {
-            let blob = manifest.expert_blob(*layer, *expert);
-            blob.is_some_and(|blob| self.fetcher.cache().has(&blob))
+        let wanted = |&(layer, expert): &(u32, u32)| {
+            Item::find(manifest, What::Expert { layer, expert }).is_some_and(|item| is_wanted(&item))
         };
-        all.filter(is_here).collect()
+        all.filter(wanted).collect()
     }
 
     /// Fetches what a client keeps: the trunk and the tokenizer. `progress` is told bytes done and bytes in all.
