@@ -86,7 +86,8 @@ pub(crate) struct ClientArgs {
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = threads)]
     pub(crate) threads: usize,
     /// What happens to an expert that has had no host for --patience: `none` fails and names it, `local` computes it here from
-    /// the model folder.
+    /// the model folder, `fetch` computes it here too and fetches its weights, where there is no folder, from whoever gives
+    /// them: members that do not compute it, or a --source.
     #[arg(long, value_enum, default_value_t = FallbackKind::None, value_name = "KIND")]
     pub(crate) fallback: FallbackKind,
     /// Seconds to wait for a host of an expert to come back.
@@ -102,6 +103,7 @@ pub(crate) struct ClientArgs {
 pub(crate) enum FallbackKind {
     None,
     Local,
+    Fetch,
 }
 
 /// Where fetched weights are kept.

@@ -7,6 +7,8 @@ use hanse_protocol::{Chunk, Fetch, Frame, Refusal, RefusalCode};
 use hanse_router::weights::{Shelf, ShelfError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::owner::Bandwidth;
+
 /// Chunks held in memory at a time, over all connections.
 const MAX_CHUNKS: usize = 32;
 /// Of these, for one connection.
@@ -14,7 +16,7 @@ pub(crate) const MAX_CHUNKS_OF_ONE: usize = 4;
 /// Whoever would have to wait longer is told to come back.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
-/// What a member gives out and how fast. It has a budget of its own, so that no expert call waits for it.
+/// What a member gives out and how fast. No expert call waits for it.
 #[derive(Debug)]
 pub(crate) struct Giving {
     shelf: Arc<Shelf>,
@@ -35,8 +37,9 @@ impl Giving {
         &self.shelf
     }
 
-    /// The chunk, or why there is none. `own` are the places of the connection.
-    pub(crate) async fn answer(&self, fetch: &Fetch, own: Arc<Semaphore>) -> Held {
+    /// The chunk, or why there is none. `own` are the places of the connection, `bandwidth` is the owner's limit on all that is
+    /// sent.
+    pub(crate) async fn answer(&self, fetch: &Fetch, own: Arc<Semaphore>, bandwidth: Option<&Bandwidth>) -> Held {
         let refused = |code, text: String, retry_after: Duration| {
             let retry_after_ms = retry_after.as_millis() as u32;
             (Frame::Refusal(Refusal { retry_after_ms, ..Refusal::new(fetch.request_id, code, text) }), None)
@@ -51,16 +54,13 @@ impl Giving {
             Some((own, self.places.clone().acquire_owned().await.ok()?))
         };
         let Ok(Some(places)) = tokio::time::timeout(LONGEST_WAIT, take).await else { return busy(LONGEST_WAIT) };
-        if let Some(pace) = &self.pace {
-            match pace.wait(u64::from(fetch.length), Instant::now()) {
-                Ok(wait) => tokio::time::sleep(wait).await,
-                Err(wait) => return busy(wait),
-            }
-        }
         let (shelf, wanted, offset, length) = (self.shelf.clone(), fetch.wanted, fetch.offset, fetch.length);
         let read = tokio::task::spawn_blocking(move || shelf.read(wanted, offset, length)).await;
         match read {
             Ok(Ok((total, body))) => {
+                if let Err(wait) = self.wait(body.len(), bandwidth).await {
+                    return busy(wait);
+                }
                 let chunk = Chunk { request_id: fetch.request_id, total, offset, body };
                 (Frame::Chunk(chunk), Some(places))
             }
@@ -76,6 +76,19 @@ impl Giving {
                 refused(code, error.to_string(), Duration::ZERO)
             }
             Err(error) => refused(RefusalCode::Internal, error.to_string(), Duration::ZERO),
+        }
+    }
+}
+
+impl Giving {
+    /// Waits until so many bytes may go; an error if that takes too long, with the time after which to ask again.
+    async fn wait(&self, bytes: usize, bandwidth: Option<&Bandwidth>) -> Result<(), Duration> {
+        if let Some(pace) = &self.pace {
+            tokio::time::sleep(pace.wait(bytes as u64, Instant::now())?).await;
+        }
+        match bandwidth {
+            Some(bandwidth) => bandwidth.wait_spare(bytes, LONGEST_WAIT).await,
+            None => Ok(()),
         }
     }
 }

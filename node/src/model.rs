@@ -125,6 +125,14 @@ impl Model {
         }
     }
 
+    /// What fetches it, unless it is a folder.
+    pub(crate) fn remote(&self) -> Option<&RemoteModel> {
+        match self {
+            Self::Folder(_) => None,
+            Self::Remote(remote) => Some(remote),
+        }
+    }
+
     /// Fetches trunk and tokenizer unless they are here, with a progress bar.
     pub(crate) async fn fetch_trunk(&self) -> anyhow::Result<()> {
         let Self::Remote(remote) = self else { return Ok(()) };

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
-    Chunk, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits, FrameStream,
-    Hello, ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
+    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits, FrameStream, Hello,
+    ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
 };
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -155,9 +155,8 @@ impl Server {
                     return;
                 }
             };
-            if let (Some(bandwidth), Frame::Answer(ExpertAnswer { body, .. }) | Frame::Chunk(Chunk { body, .. })) =
-                (&self.bandwidth, &answer)
-            {
+            // Chunks have waited already, behind answers.
+            if let (Some(bandwidth), Frame::Answer(ExpertAnswer { body, .. })) = (&self.bandwidth, &answer) {
                 bandwidth.wait(body.len()).await;
             }
             if let Err(error) = stream.write(&answer).await {
@@ -238,7 +237,7 @@ impl Server {
         let refused = |code, text: &str| (Frame::Refusal(Refusal::new(fetch.request_id, code, text)), None);
         match &self.giving {
             Some(_) if self.draining.load(Ordering::Relaxed) => refused(RefusalCode::Draining, "this peer is leaving"),
-            Some(giving) => giving.answer(fetch, chunks).await,
+            Some(giving) => giving.answer(fetch, chunks, self.bandwidth.as_ref()).await,
             None => refused(RefusalCode::NotHosted, "this peer gives out no weights"),
         }
     }

@@ -16,7 +16,7 @@ use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
 use hanse_router::client::layout_of;
-use hanse_router::weights::Shelf;
+use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -82,9 +82,12 @@ pub struct VolunteerConfig {
     pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
+    /// What fetches the checkpoint's experts; `None` if it is a folder. Then they are fetched several at a time, ahead of being
+    /// loaded.
+    pub remote: Option<RemoteModel>,
     /// The model's manifest and weights, to be given to those who ask for them; `None` gives out nothing.
     pub shelf: Option<Arc<Shelf>>,
-    /// Bytes of weights given out per second; `None` for half of `max_bandwidth`.
+    /// Bytes of weights given out per second; `None` for as many as answers leave of `max_bandwidth`.
     pub give_bytes_per_second: Option<u64>,
 }
 
@@ -108,6 +111,7 @@ impl Default for VolunteerConfig {
             pace: Pace::default(),
             max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
+            remote: None,
             shelf: None,
             give_bytes_per_second: None,
         }
@@ -138,6 +142,9 @@ pub enum VolunteerError {
     /// An expert's weights cannot be read.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// Some experts that nobody gives, or a cache that cannot take them. Those that could be fetched are hosted.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     /// The model has more layers or experts than an advert can say.
     #[error(transparent)]
     Hosted(#[from] HostedError),
@@ -234,9 +241,7 @@ impl Volunteer {
         let endpoint =
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
-        let shard = Arc::new(Shard::new(checkpoint.clone()));
-        // Answers always have the other half of the line.
-        let give_rate = config.give_bytes_per_second.or(config.max_bandwidth.map(|rate| rate / 2));
+        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone()));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
@@ -247,7 +252,7 @@ impl Volunteer {
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
-            giving: config.shelf.clone().map(|shelf| Giving::new(shelf, give_rate)),
+            giving: config.shelf.clone().map(|shelf| Giving::new(shelf, config.give_bytes_per_second)),
         });
         let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };
@@ -263,6 +268,7 @@ impl Volunteer {
             moves: moves.clone(),
             layers: checkpoint.spec().layers.len() as u32,
             config,
+            missed: None,
         };
         let (report, loaded) = oneshot::channel();
         let host = hosting.run(progress, report, announcing.clone());

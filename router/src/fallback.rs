@@ -1,6 +1,6 @@
 //! Experts that no peer can compute, computed by the client itself: the last resort, when the client may.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hanse_model::{Checkpoint, Expert, ExpertJob, run_experts};
@@ -16,24 +16,53 @@ pub trait Fallback: std::fmt::Debug + Send + Sync {
     fn compute(&self, layer: u32, expert: u32, hidden: &[f32]) -> Result<Vec<f32>, String>;
 }
 
-/// The client's own copy of the model's folder.
+/// Experts kept ready for the next token. What is not kept is mapped again, and compared with its hash again if it was fetched.
+const MAX_KEPT: usize = 256;
+
+/// The client's own copy of the model: its folder, or a checkpoint that fetches each expert when it is first needed.
 #[derive(Debug)]
 pub struct LocalFallback {
     checkpoint: Checkpoint,
     pool: Arc<rayon::ThreadPool>,
+    kept: Mutex<HashMap<(u32, u32), Arc<Expert>>>,
 }
 
 impl LocalFallback {
     /// Experts are mapped from `checkpoint` when they are needed and computed on `pool`.
     #[must_use]
     pub fn new(checkpoint: Checkpoint, pool: Arc<rayon::ThreadPool>) -> Self {
-        Self { checkpoint, pool }
+        Self { checkpoint, pool, kept: Mutex::default() }
+    }
+
+    fn expert(&self, layer: u32, expert: u32) -> Result<Arc<Expert>, String> {
+        let kept = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(expert) = kept().get(&(layer, expert)) {
+            return Ok(expert.clone());
+        }
+        let load = || Expert::load(&self.checkpoint, layer as usize, expert as usize);
+        // What is kept may be what fills a small cache.
+        let loaded = load().or_else(|error| if self.forget() { load() } else { Err(error) });
+        let loaded = Arc::new(loaded.map_err(|e| with_causes(&e))?);
+        let mut kept = kept();
+        if kept.len() >= MAX_KEPT {
+            kept.clear();
+        }
+        kept.insert((layer, expert), loaded.clone());
+        Ok(loaded)
+    }
+
+    /// Whether there was anything to forget.
+    fn forget(&self) -> bool {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let forgotten = !kept.is_empty();
+        kept.clear();
+        forgotten
     }
 }
 
 impl Fallback for LocalFallback {
     fn compute(&self, layer: u32, expert: u32, hidden: &[f32]) -> Result<Vec<f32>, String> {
-        let expert = Expert::load(&self.checkpoint, layer as usize, expert as usize).map_err(|e| with_causes(&e))?;
+        let expert = self.expert(layer, expert)?;
         let mut output = vec![0.0; hidden.len()];
         run_experts(&mut [ExpertJob { expert: &expert, hidden, output: &mut output }], &self.pool);
         Ok(output)

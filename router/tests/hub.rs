@@ -7,6 +7,7 @@ use std::time::Duration;
 use hanse_model::Checkpoint;
 use hanse_protocol::{Identity, SignedManifest};
 use hanse_router::weights::{Cache, Fetcher, Hub, Item, RemoteModel, Repository, Source, What, describe};
+use hanse_router::{Fallback, LocalFallback};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -259,6 +260,20 @@ fn a_repository_with_a_manifest_is_a_model() {
         assert_eq!(model.id(), signed.id());
         model.fetch_trunk(&|_, _| {}).await.unwrap();
         assert!(model.checkpoint().dir().join("tokenizer.json").exists());
+
+        // An expert without a host is computed from what is fetched, once, and no other expert is.
+        let seen = server.seen().len();
+        let pool = || Arc::new(hanse_model::compute_pool(1).unwrap());
+        let fetching = LocalFallback::new(model.checkpoint().clone(), pool());
+        let local = LocalFallback::new(Checkpoint::open(&tiny_moe()).unwrap(), pool());
+        let hidden = vec![0.25; 192];
+        let computed = tokio::task::spawn_blocking(move || [0; 3].map(|_| fetching.compute(2, 5, &hidden).unwrap()));
+        let computed = computed.await.unwrap();
+        assert_eq!(computed, [0; 3].map(|_| local.compute(2, 5, &[0.25; 192]).unwrap()));
+        assert_eq!(model.cached_experts(), [(2, 5)]);
+        let read: usize =
+            server.seen()[seen..].iter().map(|seen| seen.range.map_or(0, |(start, end)| end - start)).sum();
+        assert_eq!(read as u64, model.checkpoint().sizes().bytes_per_expert[2]);
     });
 }
 

@@ -1,5 +1,6 @@
 //! Fetching into the cache: interrupted, from sources that lie, fail and stall, beside other processes, on a full disk.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -145,20 +146,24 @@ fn blobs_of_every_kind_of_length_arrive_whole() {
 }
 
 #[test]
-fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice() {
+fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice_also_if_one_of_three_sources_lies() {
     run(async {
         let (dir, content) = (tempfile::tempdir().unwrap(), noise(120 * GROUP / 2 + 5, 9));
         let item = item(&content);
-        let (mut random, mut read) = (17u32, 0);
+        let (mut random, mut read, mut lies) = (17u32, 0, 0);
         for round in 0..50 {
-            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let source = memory("a", Habit::Honest, &content);
-            // At a random point, often within two groups that are being read.
-            source.stop_after.store((random >> 16) as usize % 3, Ordering::SeqCst);
-            let fetcher = fetcher(dir.path(), std::slice::from_ref(&source), PATIENCE);
+            let honest = ["a", "b"].map(|name| memory(name, Habit::Honest, &content));
+            for source in &honest {
+                random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                // At a random point, often within groups that are being read.
+                source.stop_after.store((random >> 16) as usize % 2, Ordering::SeqCst);
+            }
+            let liar = memory("liar", Habit::Corrupts, &content);
+            let sources = [liar.clone(), honest[0].clone(), honest[1].clone()];
+            let fetcher = fetcher(dir.path(), &sources, PATIENCE);
             let fetch = fetcher.fetch(&item);
             let stopped = async {
-                while !source.stopped.load(Ordering::SeqCst) {
+                while !honest.iter().all(|source| source.stopped.load(Ordering::SeqCst)) {
                     tokio::task::yield_now().await;
                 }
             };
@@ -167,6 +172,7 @@ fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice() {
                 () = stopped => {}
             }
             read += fetcher.bytes();
+            lies += liar.reads.load(Ordering::SeqCst);
             // What a crash may leave behind: rubbish in the middle of the part.
             let part = dir.path().join("blobs").join(item.blob.hash.to_string()).with_extension("part");
             if round % 10 == 9 && std::fs::metadata(&part).is_ok_and(|part| part.len() > 100) {
@@ -178,8 +184,11 @@ fn a_download_that_is_interrupted_50_times_goes_on_and_reads_little_twice() {
         fetcher.fetch(&item).await.unwrap();
         assert_eq!(cached(fetcher.cache(), &item.blob).unwrap(), content);
         read += fetcher.bytes();
+        println!("{read} bytes read for {}, {lies} groups from the liar", content.len());
+        // After a restart the liar is not known any more, and is asked for as many groups as it takes at a time.
+        assert!(lies <= 50 * 2, "{lies}");
         // Five groups were spoilt; one more may be lost where a write was cut off.
-        let most = content.len() as u64 + 12 * GROUP_BYTES;
+        let most = content.len() as u64 + (12 + lies as u64) * GROUP_BYTES;
         assert!(read <= most, "{read} of {} bytes", content.len());
     });
 }
@@ -211,6 +220,124 @@ fn a_source_that_hangs_costs_a_moment_and_no_more() {
         fetcher.fetch(&item(&content)).await.unwrap();
         assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
         assert_eq!(cached(fetcher.cache(), &item(&content).blob).unwrap(), content);
+    });
+}
+
+/// Gives many blobs, each read after a moment; or none.
+#[derive(Debug)]
+struct Library {
+    name: &'static str,
+    contents: HashMap<BlobHash, Bytes>,
+    hangs: bool,
+    reads: AtomicUsize,
+    /// Reads in progress, now and at most.
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Library {
+    fn of(name: &'static str, contents: &[Bytes], hangs: bool) -> Arc<Self> {
+        let contents = contents.iter().map(|content| (BlobHash::of(content), content.clone())).collect();
+        let [reads, now, most] = [0; 3].map(AtomicUsize::new);
+        Arc::new(Self { name, contents, hangs, reads, now, most })
+    }
+}
+
+impl Source for Library {
+    fn name(&self) -> String {
+        self.name.to_owned()
+    }
+
+    fn parallel(&self) -> usize {
+        2
+    }
+
+    fn read<'a>(&'a self, item: &'a Item, range: Range<u64>) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        async move {
+            self.reads.fetch_add(1, Ordering::SeqCst);
+            if self.hangs {
+                return std::future::pending().await;
+            }
+            let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+            self.most.fetch_max(now, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            self.now.fetch_sub(1, Ordering::SeqCst);
+            let content = self.contents.get(&item.blob.hash).ok_or(SourceError::NotHere)?;
+            Ok(content.slice(range.start as usize..range.end as usize))
+        }
+        .boxed()
+    }
+
+    fn tree<'a>(&'a self, item: &'a Item) -> BoxFuture<'a, Result<Option<Bytes>, SourceError>> {
+        async move {
+            if self.hangs {
+                return std::future::pending().await;
+            }
+            let mut builder = TreeBuilder::new();
+            builder.update(self.contents.get(&item.blob.hash).ok_or(SourceError::NotHere)?);
+            Ok(Some(Bytes::copy_from_slice(builder.finish().list())))
+        }
+        .boxed()
+    }
+}
+
+#[test]
+fn many_blobs_come_several_at_a_time_and_a_source_that_hangs_does_not_hold_them_up() {
+    run(async {
+        for bytes in [50_000, GROUP + 50_000] {
+            let contents: Vec<Bytes> = (0..40).map(|seed| noise(bytes, seed)).collect();
+            let items: Vec<Item> = contents.iter().map(item).collect();
+            let dir = tempfile::tempdir().unwrap();
+            let (hangs, honest) = (Library::of("hangs", &contents, true), Library::of("honest", &contents, false));
+            let sources: Vec<Arc<dyn Source>> = vec![hangs.clone(), honest.clone()];
+            let fetcher = Fetcher::new(Cache::new(dir.path(), u64::MAX).unwrap(), sources, None, PATIENCE);
+            let began = std::time::Instant::now();
+            let pins = fetcher.fetch_all(&items, &|_, _| ()).await.unwrap();
+            let (took, most) = (began.elapsed(), honest.most.load(Ordering::SeqCst));
+            println!("{} blobs of {bytes} bytes in {took:?}, up to {most} reads at a time", pins.len());
+            assert!((4..=16).contains(&most), "{most} reads at a time");
+            // Two times, at the beginning, until it is known; one after another they would wait 40 times.
+            assert!(took < Duration::from_secs(10), "{took:?}");
+            assert!(hangs.reads.load(Ordering::SeqCst) <= 24, "the one that hangs is left alone");
+            assert_eq!(fetcher.bytes_by_source().len(), 1);
+            assert_eq!(fetcher.bytes_by_source()[0], ("honest".to_owned(), fetcher.bytes()));
+        }
+    });
+}
+
+#[test]
+fn a_blob_that_nobody_has_is_given_up_though_others_still_come() {
+    run(async {
+        let (dir, content) = (tempfile::tempdir().unwrap(), noise(1000, 1));
+        let library = Library::of("library", std::slice::from_ref(&content), false) as Arc<dyn Source>;
+        let cache = Cache::new(dir.path(), u64::MAX).unwrap();
+        let fetcher = Fetcher::new(cache, vec![library], None, Duration::from_millis(300));
+        let others = async {
+            loop {
+                fetcher.fetch(&item(&content)).await.unwrap();
+                fetcher.cache().remove(item(&content).blob.hash);
+            }
+        };
+        let nowhere = item(&noise(1000, 2));
+        tokio::select! {
+            () = others => {}
+            outcome = fetcher.fetch(&nowhere) => assert!(matches!(outcome, Err(FetchError::NoSource { .. }))),
+        }
+    });
+}
+
+#[test]
+fn many_blobs_that_nobody_has_are_waited_for_once() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let fetcher = Fetcher::new(Cache::new(dir.path(), u64::MAX).unwrap(), Vec::new(), None, Duration::from_secs(1));
+        let began = std::time::Instant::now();
+        for seed in 0..40 {
+            let outcome = fetcher.fetch(&item(&noise(1000, seed))).await;
+            assert!(matches!(outcome, Err(FetchError::NoSource { .. })), "{outcome:?}");
+        }
+        // Each for itself they would take 40 seconds.
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     });
 }
 
@@ -281,6 +408,37 @@ fn the_longest_unused_goes_first_and_what_is_in_use_stays() {
         drop((used, also));
         fetch(&cache, &blobs[3]).await.unwrap();
         assert!(cache.used_bytes().unwrap() <= 250_000);
+    });
+}
+
+#[test]
+fn the_limit_holds_while_many_blobs_are_fetched_at_once() {
+    const LIMIT: u64 = 500_000;
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let contents: Vec<Bytes> = (0..60).map(|seed| noise(50_000, seed)).collect();
+        let library = Library::of("library", &contents, false) as Arc<dyn Source>;
+        let cache = Cache::new(dir.path(), LIMIT).unwrap();
+        let fetcher = Fetcher::new(cache.clone(), vec![library], None, PATIENCE);
+        let items: Vec<Item> = contents.iter().map(item).collect();
+        let fetches = futures::future::try_join_all(items.chunks(8).map(|items| fetcher.fetch_all(items, &|_, _| ())));
+        // What one has is free as soon as the others do not hold it.
+        let watched = async {
+            loop {
+                let used = cache.used_bytes().unwrap();
+                assert!(used <= LIMIT, "{used} bytes");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::select! {
+            fetched = fetches => assert!(matches!(fetched, Err(FetchError::Cache(_)))),
+            () = watched => {}
+        }
+        // One after another they all come.
+        for item in &items {
+            fetcher.fetch(item).await.unwrap();
+            assert!(cache.used_bytes().unwrap() <= LIMIT);
+        }
     });
 }
 

@@ -4,6 +4,7 @@
 
 pub mod cases;
 pub mod fake;
+pub mod givers;
 pub mod net;
 /// Reading the reference cases: the same code as in the tests of `hanse-model`.
 #[path = "../../model/tests/common/mod.rs"]

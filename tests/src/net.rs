@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Networks in tests rebalance thirty times as fast as others.
-const PACE: Pace = Pace { interval: Duration::from_secs(1), spacing: Duration::from_millis(300) };
+pub const PACE: Pace = Pace { interval: Duration::from_secs(1), spacing: Duration::from_millis(300) };
 
 /// The runtime of one test.
 #[must_use]
@@ -89,12 +89,7 @@ impl Net {
     /// How many volunteers hold each expert: the least and the most.
     #[must_use]
     pub fn replicas(&self) -> (usize, usize) {
-        let sets: Vec<_> = self.volunteers.iter().map(|volunteer| volunteer.store().hosted().unwrap()).collect();
-        let layers = layout_of(self.checkpoint.spec()).layers;
-        let experts = layers.iter().flat_map(|(&layer, &experts)| (0..experts).map(move |expert| (layer, expert)));
-        let counts: Vec<usize> =
-            experts.map(|(layer, expert)| sets.iter().filter(|set| set.contains(layer, expert)).count()).collect();
-        (counts.iter().copied().min().unwrap(), counts.into_iter().max().unwrap())
+        replicas(&self.dir, &self.volunteers)
     }
 
     /// The one address that clients are given.
@@ -124,6 +119,17 @@ impl Net {
     pub fn pairs(&self) -> u64 {
         self.volunteers.iter().map(|volunteer| volunteer.counts().pairs).sum()
     }
+}
+
+/// How many of the volunteers hold each expert of a model folder: the least and the most.
+#[must_use]
+pub fn replicas(dir: &Path, volunteers: &[Volunteer]) -> (usize, usize) {
+    let sets: Vec<_> = volunteers.iter().map(|volunteer| volunteer.store().hosted().unwrap()).collect();
+    let layers = layout_of(Checkpoint::open(dir).unwrap().spec()).layers;
+    let experts = layers.iter().flat_map(|(&layer, &experts)| (0..experts).map(move |expert| (layer, expert)));
+    let counts: Vec<usize> =
+        experts.map(|(layer, expert)| sets.iter().filter(|set| set.contains(layer, expert)).count()).collect();
+    (counts.iter().copied().min().unwrap(), counts.into_iter().max().unwrap())
 }
 
 /// The even and the odd experts of every layer, as `--experts` reads them.

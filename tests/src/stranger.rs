@@ -1,13 +1,14 @@
 //! A stranger on a volunteer's data plane: has an identity, as everyone can, and keeps no other rule.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_model::Checkpoint;
 use hanse_protocol::{
-    ALPN, Combine, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits, Identity, PeerId, RefusalCode, WireDtype,
-    read_frame, write_frame,
+    ALPN, Combine, ExpertCall, ExpertRows, Frame, FrameError, FrameLimits, Identity, ModelId, PeerId, RefusalCode,
+    WireDtype, read_frame, write_frame,
 };
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -67,10 +68,16 @@ impl Stranger {
 /// A good call of one row for one expert of the network's model.
 #[must_use]
 pub fn call(net: &Net, layer: u32, expert: u32) -> ExpertCall {
-    let hidden_size = Checkpoint::open(&net.dir).unwrap().spec().hidden_size as u32;
+    call_of(&net.dir, net.model, layer, expert)
+}
+
+/// The same for the model in a folder, whose id is `model`.
+#[must_use]
+pub fn call_of(dir: &Path, model: ModelId, layer: u32, expert: u32) -> ExpertCall {
+    let hidden_size = Checkpoint::open(dir).unwrap().spec().hidden_size as u32;
     ExpertCall {
         request_id: 1,
-        model: net.model,
+        model,
         layer,
         hidden_size,
         rows: 1,

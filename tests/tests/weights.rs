@@ -1,37 +1,19 @@
 //! A model that is nowhere but on the network: manifest, trunk and experts come from volunteers.
 
 use hanse_model::Checkpoint;
-use hanse_node::{Hosting, Volunteer, VolunteerConfig};
-use hanse_protocol::{Identity, ModelId, SignedManifest};
+use hanse_node::{Hosting, Volunteer};
+use hanse_protocol::{Frame, Identity, ModelId, SignedManifest};
 use hanse_router::weights::describe::{open_described, read_manifest};
-use hanse_router::weights::{Cache, DescribeError, RemoteModel, Shelf, describe};
+use hanse_router::weights::{Cache, DescribeError, Fetcher, Peers, RemoteModel, describe};
 use hanse_router::{Client, NetworkConfig};
-use hanse_tests::net::{PATIENCE, changed_copy, eventually, greedy, model_config, runtime, tokens};
+use hanse_tests::givers::{find, founder, joins, member, newcomer, room_for};
+use hanse_tests::net::{changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
+use hanse_tests::stranger::{Stranger, bytes_of, call_of};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 const PROMPT: [u32; 3] = [317, 577, 745];
-
-/// A volunteer with the bundled model's folder that hosts `experts` and gives out everything.
-async fn founder(experts: &str) -> (Volunteer, ModelId) {
-    let checkpoint = Checkpoint::open(&tiny_moe()).unwrap();
-    let described = describe(&checkpoint, &mut |_, _| {}).unwrap();
-    let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
-    let shelf = Shelf::of_folder(signed.clone(), &described.locations, &tiny_moe()).unwrap();
-    let hosting = Hosting::Experts(experts.parse().unwrap());
-    let config = VolunteerConfig { hosting, threads: 1, shelf: Some(Arc::new(shelf)), ..VolunteerConfig::default() };
-    let identity = Identity::generate();
-    (Volunteer::start(&identity, &checkpoint, signed.id(), config, |_, _| ()).await.unwrap(), signed.id())
-}
-
-fn joins(volunteer: &Volunteer) -> NetworkConfig {
-    let bootstrap = vec![volunteer.addresses()[0].clone()];
-    NetworkConfig { bootstrap, join_timeout: PATIENCE, ..NetworkConfig::default() }
-}
-
-async fn find(model: ModelId, dir: &std::path::Path, network: &NetworkConfig) -> RemoteModel {
-    RemoteModel::find(model, Cache::new(dir, u64::MAX).unwrap(), network, &[]).await.unwrap()
-}
 
 #[test]
 fn a_client_with_an_empty_cache_gives_the_tokens_of_one_process() {
@@ -62,16 +44,8 @@ fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
         let (first, id) = founder("0-2:0-15").await;
         let (network, cache) = (joins(&first), tempfile::tempdir().unwrap());
         let model = find(id, cache.path(), &network).await;
-        let shelf = Shelf::of_cache(model.manifest().clone(), model.fetcher().cache().clone());
-        let config = VolunteerConfig {
-            bootstrap: network.bootstrap.clone(),
-            hosting: Hosting::Experts("3-5:0-15".parse().unwrap()),
-            threads: 1,
-            shelf: Some(Arc::new(shelf)),
-            ..VolunteerConfig::default()
-        };
-        let identity = Identity::generate();
-        let second = Volunteer::start(&identity, model.checkpoint(), id, config, |_, _| ()).await.unwrap();
+        let mut second = newcomer(&model, &network, Hosting::Experts("3-5:0-15".parse().unwrap())).await;
+        second.loaded().await.unwrap();
         let (read, hosts) = (model.fetcher().bytes(), second.store().bytes());
         assert!(read >= hosts && read <= hosts + hosts / 20, "{read} bytes read to host {hosts}");
 
@@ -92,6 +66,111 @@ fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
         first.shutdown().await;
         other.fetcher().fetch(&item).await.unwrap();
         assert!(other.fetcher().cache().has(&item.blob));
+    });
+}
+
+#[test]
+fn a_volunteer_with_an_empty_cache_serves_its_first_expert_within_ten_seconds() {
+    runtime().block_on(async {
+        let (first, id) = founder("0-5:0-7").await;
+        let network = joins(&first);
+        let mut others = Vec::new();
+        for experts in ["0-5:8-15", "0-2:0-15"] {
+            others.push(member(Hosting::Experts(experts.parse().unwrap()), network.bootstrap.clone()).await.0);
+        }
+        let cache = tempfile::tempdir().unwrap();
+        let began = Instant::now();
+        let model = find(id, cache.path(), &network).await;
+        let mut joined = newcomer(&model, &network, room_for(32)).await;
+        eventually("it holds an expert", || !joined.store().is_empty()).await;
+        let held = began.elapsed();
+        let (layer, expert) = joined.store().hosted().unwrap().iter().next().unwrap();
+        let stranger = Stranger::dial(joined.peer_id(), joined.data_addresses()[0]).await;
+        let answer =
+            stranger.send(&bytes_of(&Frame::Call(call_of(&tiny_moe(), id, layer, expert))).await).await.unwrap();
+        let served = began.elapsed();
+        assert!(matches!(answer, Frame::Answer(_)), "{answer:?}");
+        joined.loaded().await.unwrap();
+        println!("holds an expert after {held:?}, serves it after {served:?}, all 32 after {:?}", began.elapsed());
+        assert!(served < Duration::from_secs(10), "{served:?}");
+        let (read, hosts) = (model.fetcher().bytes(), joined.store().bytes());
+        let manifest = model.manifest().encode().len() as u64;
+        println!(
+            "{read} bytes read to host {hosts}, of a manifest of {manifest}: {:?}",
+            model.fetcher().bytes_by_source()
+        );
+        assert_eq!(joined.store().len(), 32);
+        assert!(read >= hosts && read <= hosts + manifest + hosts / 20, "{read} bytes read to host {hosts}");
+    });
+}
+
+#[test]
+fn after_one_of_four_has_left_those_without_a_folder_fetch_what_two_replicas_need() {
+    runtime().block_on(async {
+        // Four times 64 places for 96 experts; three times 64 are exactly two replicas of each.
+        let (founder, id) = member(room_for(64), Vec::new()).await;
+        let network = joins(&founder);
+        let caches = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let (mut models, mut volunteers) = (Vec::new(), vec![founder]);
+        for cache in &caches {
+            let model = find(id, cache.path(), &network).await;
+            let mut joined = newcomer(&model, &network, room_for(64)).await;
+            joined.loaded().await.unwrap();
+            models.push(model);
+            volunteers.push(joined);
+        }
+        eventually("two replicas of each", || replicas(&tiny_moe(), &volunteers).0 >= 2).await;
+        let fetched = || models.iter().map(|model| model.fetcher().bytes()).sum::<u64>();
+        let cached = || caches.iter().map(|cache| std::fs::read_dir(cache.path().join("blobs")).unwrap().count()).sum();
+        let moved = |volunteers: &[Volunteer]| volunteers.iter().map(|v| v.moves().taken).sum::<u64>();
+        let one = volunteers[0].store().bytes() / 64;
+        // The first of those that joined: with the last one gone everything would be as before it came.
+        let leaves = volunteers.remove(1);
+        let (moves_before, bytes_before, cached_before): (u64, u64, usize) = (moved(&volunteers), fetched(), cached());
+        leaves.shutdown().await;
+        let left = Instant::now();
+        eventually("two replicas of each again", || replicas(&tiny_moe(), &volunteers) == (2, 2)).await;
+        let took = left.elapsed();
+        let moves = moved(&volunteers) - moves_before;
+        let (bytes, new) = (fetched() - bytes_before, cached() - cached_before);
+        println!(
+            "again two replicas of each after {took:?}: {moves} experts moved, {new} of them fetched, {bytes} bytes"
+        );
+        assert!(took < Duration::from_secs(45), "{took:?}");
+        assert!(moves <= 96, "{moves} experts moved where 64 were lost");
+        // What the founder moves lies in its folder, and what somebody hosted before may still lie in its cache.
+        assert!(new as u64 <= moves, "{new} fetched, {moves} moved");
+        assert!(bytes >= new as u64 * one && bytes <= new as u64 * one * 105 / 100, "{bytes} bytes for {new} of {one}");
+    });
+}
+
+#[test]
+fn a_volunteer_that_cannot_get_all_that_it_chose_serves_the_rest_and_takes_others() {
+    runtime().block_on(async {
+        let (founder, id) = founder("0:0").await;
+        let caches = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let first = find(id, caches[0].path(), &joins(&founder)).await;
+        let mut half = newcomer(&first, &joins(&founder), Hosting::Experts("0-2:0-15".parse().unwrap())).await;
+        half.loaded().await.unwrap();
+        founder.shutdown().await;
+
+        let network = joins(&half);
+        let peers = Arc::new(Peers::join(id, &network).await.unwrap());
+        let cache = Cache::new(caches[1].path(), u64::MAX).unwrap();
+        let fetcher = Fetcher::new(cache, Vec::new(), Some(peers), Duration::from_secs(2));
+        let model = RemoteModel::new(first.manifest().clone(), Arc::new(fetcher)).unwrap();
+        // Of 56 it chooses the 48 that nobody hosts first, and gets none of them.
+        let mut chooses = newcomer(&model, &network, room_for(56)).await;
+        chooses.loaded().await.unwrap();
+        assert_eq!(chooses.store().len(), 8);
+        // It does not go on to wish for what is not to be had, but takes what is.
+        eventually("it takes others", || chooses.moves().taken >= 4).await;
+        assert!(chooses.store().hosted().unwrap().iter().all(|(layer, _)| layer < 3));
+
+        // What was asked for by name and is not to be had is an error.
+        let mut named = newcomer(&model, &network, Hosting::Experts("2-3:0-15".parse().unwrap())).await;
+        let error = named.loaded().await.unwrap_err().to_string();
+        assert!(error.contains("of layer 3 cannot be fetched: no source has it"), "{error}");
     });
 }
 

@@ -9,11 +9,16 @@ use hanse_protocol::Identity;
 use hanse_router::{Client, LocalFallback};
 
 use crate::cli::{ClientArgs, FallbackKind};
-use crate::model::Model;
+use crate::model::{Model, ModelRef};
 use crate::output;
 
 /// A client that computes the experts here, or on the network that `args` name.
 pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Client> {
+    if args.fallback == FallbackKind::Local && !matches!(args.model, ModelRef::Folder(_)) {
+        crate::cli::usage_error(
+            "--fallback local computes from a model folder, and --model names none: give the folder, or --fallback fetch",
+        );
+    }
     let mut network = args.network_config();
     let model = Model::open(&args.model, &network, &args.cache).await?;
     let (checkpoint, threads) = (model.checkpoint().clone(), args.threads);
@@ -21,17 +26,23 @@ pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Clien
         return Ok(tokio::task::spawn_blocking(move || Client::local_with(&checkpoint, threads)).await??);
     }
     model.fetch_trunk().await?;
-    if args.fallback == FallbackKind::Local {
-        let pool = Arc::new(compute_pool(args.threads)?);
-        network.fallback = Some(Arc::new(LocalFallback::new(checkpoint.clone(), pool)));
-    } else if let Model::Remote(remote) = &model {
-        remote.close().await;
+    match args.fallback {
+        // From a folder, or from a checkpoint that fetches what is loaded from it.
+        FallbackKind::Local | FallbackKind::Fetch => {
+            let pool = Arc::new(compute_pool(args.threads)?);
+            network.fallback = Some(Arc::new(LocalFallback::new(checkpoint.clone(), pool)));
+        }
+        FallbackKind::None => {}
     }
     // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
     let identity = Identity::generate();
     let spinner = output::spinner("looking for peers");
     let client = Client::connect_with(&checkpoint, threads, model.id(), &identity, network).await;
     spinner.finish_and_clear();
+    // Not before all of the trunk is loaded: what is damaged in the cache is fetched again.
+    if let (FallbackKind::None, Some(remote)) = (args.fallback, model.remote()) {
+        remote.close().await;
+    }
     Ok(client?)
 }
 

@@ -17,6 +17,7 @@ use hanse_protocol::multiaddr::Protocol;
 use hanse_protocol::{Identity, Multiaddr};
 use hanse_router::NetworkConfig;
 use hanse_router::client::layout_of;
+use hanse_router::weights::RemoteModel;
 use serde::Serialize;
 use tokio::io::AsyncReadExt;
 
@@ -39,6 +40,8 @@ struct Ready {
     reachability: String,
     experts: usize,
     expert_bytes: u64,
+    /// Read from others since the start; nothing of it where the model is a folder.
+    fetched_bytes: u64,
     model_id: String,
 }
 
@@ -71,11 +74,12 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     };
     let (checkpoint, id) = (model.checkpoint(), model.id());
     let mut config = config(&args, checkpoint)?;
+    config.remote = model.remote().cloned();
     if !args.give_no_weights {
         config.shelf = Some(model.shelf()?);
         config.give_bytes_per_second = args.give_rate.map(|rate| rate.as_u64());
     }
-    let bar = output::count_bar("loading experts");
+    let bar = output::count_bar(if model.remote().is_some() { "fetching experts" } else { "loading experts" });
     let shown = bar.clone();
     let progress = move |done, count| {
         shown.set_length(count as u64);
@@ -83,7 +87,7 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     };
     let mut volunteer = Volunteer::join(&identity, checkpoint, id, config, progress).await?;
     let why = tokio::select! {
-        served = serve(&mut volunteer, &args, control, &bar) => match served {
+        served = serve(&mut volunteer, &args, control, &bar, model.remote()) => match served {
             Ok(never) => match never {},
             Err(error) => {
                 // A node that cannot host what it should leaves as politely as any other.
@@ -138,6 +142,7 @@ async fn serve(
     args: &NodeArgs,
     mut control: Option<Control>,
     bar: &indicatif::ProgressBar,
+    remote: Option<&RemoteModel>,
 ) -> anyhow::Result<std::convert::Infallible> {
     let mut comfort = Comfort::new(args.limits.quiet_hours, args.limits.yield_above);
     let cpu_time = || cpu_time().unwrap_or_default();
@@ -151,7 +156,7 @@ async fn serve(
                 loaded?;
                 is_loaded = true;
                 bar.finish_and_clear();
-                report(volunteer, args.json)?;
+                report(volunteer, remote, args.json)?;
                 continue;
             }
             request = next_request(&mut control) => Some(request),
@@ -246,7 +251,8 @@ fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerC
     })
 }
 
-fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {
+fn report(volunteer: &Volunteer, remote: Option<&RemoteModel>, json: bool) -> anyhow::Result<()> {
+    let by_source = remote.map(|remote| remote.fetcher().bytes_by_source()).unwrap_or_default();
     let ready = Ready {
         peer_id: volunteer.peer_id().to_string(),
         addresses: volunteer.addresses().iter().map(ToString::to_string).collect(),
@@ -255,14 +261,21 @@ fn report(volunteer: &Volunteer, json: bool) -> anyhow::Result<()> {
         reachability: volunteer.reachability().to_string(),
         experts: volunteer.store().len(),
         expert_bytes: volunteer.store().bytes(),
+        fetched_bytes: by_source.iter().map(|(_, bytes)| bytes).sum(),
         model_id: volunteer.model().to_string(),
     };
+    for (source, bytes) in &by_source {
+        tracing::info!(%source, bytes, "fetched");
+    }
     if json {
         return output::json(&ready);
     }
     say!("peer id   {}", ready.peer_id);
     say!("model     {}", ready.model_id);
     say!("hosting   {} experts, {}", ready.experts, output::bytes(ready.expert_bytes));
+    if ready.fetched_bytes > 0 {
+        say!("fetched   {} from {} sources", output::bytes(ready.fetched_bytes), by_source.len());
+    }
     say!("others join through");
     for address in &ready.addresses {
         say!("  --bootstrap {address}");

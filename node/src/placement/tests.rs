@@ -18,6 +18,10 @@ fn set(experts: impl IntoIterator<Item = (u32, u32)>) -> HostedExperts {
     set
 }
 
+fn nothing() -> HostedExperts {
+    HostedExperts::new()
+}
+
 fn view(table: &Arc<ExpertTable>, members: &[HostedExperts]) -> View {
     let mut view = View::new(table.clone());
     members.iter().for_each(|member| view.add(member, &[], &HostedExperts::new()));
@@ -32,16 +36,16 @@ fn layers(layers: std::ops::Range<u32>, experts: u32) -> HostedExperts {
 #[test]
 fn the_rarest_experts_are_taken_first() {
     let hosted = set([(0, 0), (0, 1), (0, 2), (0, 3), (1, 1)]);
-    assert_eq!(choose(&view(&table(2, 4), &[hosted]), 30, 0), [(1, 0), (1, 2), (1, 3)]);
+    assert_eq!(choose(&view(&table(2, 4), &[hosted]), &nothing(), 30, 0), [(1, 0), (1, 2), (1, 3)]);
 }
 
 #[test]
 fn the_budget_is_never_exceeded_and_everything_is_taken_when_it_fits() {
     let view = view(&table(2, 4), &[]);
-    assert_eq!(choose(&view, 39, 0).len(), 3);
-    assert_eq!(choose(&view, 1000, 1).len(), 8);
-    assert!(choose(&view, 9, 0).is_empty());
-    assert!(choose(&View::new(table_of_nothing()), 1000, 0).is_empty());
+    assert_eq!(choose(&view, &nothing(), 39, 0).len(), 3);
+    assert_eq!(choose(&view, &nothing(), 1000, 1).len(), 8);
+    assert!(choose(&view, &nothing(), 9, 0).is_empty());
+    assert!(choose(&View::new(table_of_nothing()), &nothing(), 1000, 0).is_empty());
 }
 
 fn table_of_nothing() -> Arc<ExpertTable> {
@@ -52,7 +56,7 @@ fn table_of_nothing() -> Arc<ExpertTable> {
 fn whole_layers_are_taken_where_all_experts_are_as_rare() {
     let view = view(&table(8, 64), &[]);
     for seed in 0..20 {
-        let chosen = choose(&view, 10 * 64 * 2, seed);
+        let chosen = choose(&view, &nothing(), 10 * 64 * 2, seed);
         let layers: std::collections::BTreeSet<u32> = chosen.iter().map(|(layer, _)| *layer).collect();
         assert_eq!((chosen.len(), layers.len()), (128, 2));
     }
@@ -61,9 +65,45 @@ fn whole_layers_are_taken_where_all_experts_are_as_rare() {
 #[test]
 fn members_with_different_seeds_take_different_layers() {
     let view = view(&table(16, 16), &[]);
-    let first_layers: std::collections::BTreeSet<u32> = (0..64).map(|seed| choose(&view, 10 * 16, seed)[0].0).collect();
+    let first_layers: std::collections::BTreeSet<u32> =
+        (0..64).map(|seed| choose(&view, &nothing(), 10 * 16, seed)[0].0).collect();
     assert!(first_layers.len() >= 12, "{first_layers:?}");
-    assert_eq!(choose(&view, 160, 7), choose(&view, 160, 7));
+    assert_eq!(choose(&view, &nothing(), 160, 7), choose(&view, &nothing(), 160, 7));
+}
+
+#[test]
+fn what_lies_on_the_disk_is_taken_again_whoever_chooses() {
+    let view = view(&table(16, 64), &[layers(0..16, 64)]);
+    for seed in 0..20 {
+        for experts in [1, 3, 8, 64, 100, 700] {
+            let first = choose(&view, &nothing(), 10 * experts, seed);
+            let again = choose(&view, &set(first.iter().copied()), 10 * experts, seed + 1000);
+            let fetched = again.iter().filter(|pair| !first.contains(pair)).count() as u64;
+            // The last few places may be filled in another order.
+            assert!(fetched <= experts / 100, "{fetched} of {experts} experts, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn rarer_experts_are_taken_though_others_lie_on_the_disk() {
+    let table = table(4, 16);
+    // Layers 0 and 1 have two replicas, layer 2 has one, layer 3 none.
+    let members = [layers(0..3, 16), layers(0..2, 16)];
+    let at_hand = layers(0..2, 16);
+    for seed in 0..20 {
+        let view = view(&table, &members);
+        assert!(choose(&view, &at_hand, 160, seed).iter().all(|(layer, _)| *layer == 3));
+        assert!(choose(&view, &at_hand, 320, seed).iter().all(|(layer, _)| *layer >= 2));
+        // Two replicas more, or four times the demand, also weigh more than the way to the disk.
+        let mut view = super::View::new(table.clone());
+        for _ in 0..3 {
+            let all = layers(0..4, 16);
+            let steps: Vec<u8> = all.iter().map(|(layer, _)| if layer == 3 { 8 } else { 6 }).collect();
+            view.add(&all, &steps, &nothing());
+        }
+        assert!(choose(&view, &at_hand, 160, seed).iter().all(|(layer, _)| *layer == 3));
+    }
 }
 
 #[test]
@@ -76,14 +116,14 @@ fn the_most_wanted_are_taken_where_all_have_enough_replicas() {
         let steps: Vec<u8> = all.iter().map(|(layer, _)| if layer == 2 { 10 } else { 4 }).collect();
         view.add(&all, &steps, &HostedExperts::new());
     }
-    assert!(choose(&view, 80, 3).iter().all(|(layer, _)| *layer == 2));
+    assert!(choose(&view, &nothing(), 80, 3).iter().all(|(layer, _)| *layer == 2));
 }
 
 #[test]
 fn what_others_are_loading_counts_as_a_replica() {
     let mut view = View::new(table(2, 4));
     view.add(&HostedExperts::new(), &[], &layers(0..1, 4));
-    assert_eq!(choose(&view, 40, 5), [(1, 0), (1, 1), (1, 2), (1, 3)]);
+    assert_eq!(choose(&view, &nothing(), 40, 5), [(1, 0), (1, 1), (1, 2), (1, 3)]);
 }
 
 #[test]
@@ -208,7 +248,7 @@ fn members_with_just_enough_memory_host_everything_twice_again_after_one_has_lef
     for seed in 0..10 {
         let mut members = Vec::new();
         for member in 0..4 {
-            let chosen = choose(&view(&table, &members), 640, seed * 4 + member);
+            let chosen = choose(&view(&table, &members), &nothing(), 640, seed * 4 + member);
             members.push(set(chosen));
         }
         assert!(view(&table, &members).all_replicas().iter().all(|replicas| *replicas >= 2));

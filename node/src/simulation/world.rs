@@ -205,7 +205,7 @@ impl World {
         member.session += 1;
         let session = member.session;
         let started = Instant::now();
-        let chosen = choose(&view, member.memory, member.seed);
+        let chosen = choose(&view, &set(&member.cache), member.memory, member.seed);
         self.measures.planned(started.elapsed());
         member.loading = chosen.iter().copied().collect();
         let (mut wait, first_look) = (Duration::ZERO, member.turns.next_look(Duration::ZERO));

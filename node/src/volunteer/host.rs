@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use hanse_protocol::HostedExperts;
+use hanse_router::weights::FetchError;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -11,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::announcer::Announcer;
 use super::neighbours::Neighbours;
 use super::{Hosting, VolunteerConfig, VolunteerError};
-use crate::placement::{self, Move, Step, Turns};
+use crate::placement::{self, Move, Step, TARGET_REPLICAS, Turns};
 
 /// How long to wait for the network before choosing experts for a given memory.
 pub(super) const LOOK_AROUND: Duration = Duration::from_secs(10);
@@ -20,6 +22,9 @@ pub(super) const SETTLE: Duration = Duration::from_secs(1);
 
 /// How long a volunteer that is ready waits for its records to reach other members.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Experts that nobody gave are not tried again for so many looks.
+const MISSED_FOR: u32 = 10;
 
 /// How many experts were moved since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,6 +56,8 @@ pub(super) struct Host {
     /// Layers of the model, dense ones included.
     pub(super) layers: u32,
     pub(super) config: VolunteerConfig,
+    /// Experts that nobody gave when they were wanted, and since when that is known.
+    pub(super) missed: Option<(Instant, HostedExperts)>,
 }
 
 impl Host {
@@ -82,7 +89,16 @@ impl Host {
             Hosting::MemoryBytes(bytes) => self.choose(*bytes).await?,
         };
         let shard = &self.announcer.shard;
-        shard.load(&wanted, &|done| progress(done, wanted.len())).await?;
+        let loaded = shard.load(&wanted, &|done| progress(done, wanted.len())).await;
+        match (loaded, &self.config.hosting) {
+            // Who chose by itself serves what it could get, and chooses again later.
+            (Err(VolunteerError::Fetch(error @ FetchError::NoSource { .. })), Hosting::MemoryBytes(_))
+                if !shard.store().is_empty() =>
+            {
+                tracing::warn!(%error, "hosting {} of {} experts", shard.store().len(), wanted.len());
+            }
+            (loaded, _) => loaded?,
+        }
         self.announcer.announce().await?;
         if self.joins() {
             // Whoever looks after this finds it; a network that does not answer is joined later.
@@ -126,7 +142,8 @@ impl Host {
     fn chosen(&self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
         let table = self.announcer.shard.table();
         let view = self.neighbours.view_for_choice(table);
-        let chosen = placement::choose(&view, budget_bytes, self.neighbours.seed());
+        let at_hand = self.announcer.shard.at_hand()?;
+        let chosen = placement::choose(&view, &at_hand, budget_bytes, self.neighbours.seed());
         if chosen.is_empty() {
             return Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes: table.smallest() });
         }
@@ -161,23 +178,41 @@ impl Host {
         let interval = self.config.pace.interval;
         self.neighbours.look(interval).await;
         let own = self.announcer.advert()?;
-        let view = self.neighbours.view(self.announcer.shard.table(), Some(&own));
+        let mut view = self.neighbours.view(self.announcer.shard.table(), Some(&own));
+        self.missed = self.missed.take().filter(|(since, _)| since.elapsed() < interval * MISSED_FOR);
+        if let Some((_, missed)) = &self.missed {
+            // As if there were enough of them: others that can be had are taken in their place.
+            (0..=TARGET_REPLICAS).for_each(|_| view.add(missed, &[], &HostedExperts::new()));
+        }
         match turns.step(&view, &own.hosted, budget_bytes, started.elapsed()) {
             Step::LookAt(at) => Ok(at),
             Step::Move(found) => {
-                self.carry_out(&found).await?;
+                let carried_out = self.carry_out(&found).await;
+                if let Err(VolunteerError::Fetch(FetchError::NoSource { .. })) = &carried_out {
+                    self.missed = Some((Instant::now(), self.announcer.shard.unobtainable()?));
+                }
+                carried_out?;
                 // Where there was something to gain there often is more.
                 Ok(started.elapsed() + interval / 8)
             }
         }
     }
 
-    /// Gives up first what must go, once others have heard of it and still host it, then loads what comes instead.
+    /// Fetches what comes, gives up what must go once others have heard of it and still host it, and loads what comes instead.
     async fn carry_out(&mut self, found: &Move) -> Result<(), VolunteerError> {
         let shard = self.announcer.shard.clone();
         let (take, give) = (found.take.len(), found.give.len());
         tracing::info!(take, give, gain = found.gain, loss = found.loss, "moving experts");
         shard.claim(&found.take)?;
+        // Everything here is served until what comes instead has been fetched, and nothing goes for what nobody gives.
+        let at_hand = shard.fetch(&found.take).await;
+        let _at_hand = match at_hand {
+            Ok(at_hand) => at_hand,
+            Err(error) => {
+                shard.claim(&[])?;
+                return Err(error);
+            }
+        };
         if !found.give.is_empty() {
             shard.retire(&found.give)?;
             self.announcer.announce().await?;

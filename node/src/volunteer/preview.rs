@@ -1,7 +1,5 @@
 //! What a volunteer would host, without becoming one.
 
-use std::sync::Arc;
-
 use hanse_model::Checkpoint;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
 use hanse_protocol::{Identity, ModelId};
@@ -9,8 +7,9 @@ use hanse_router::client::layout_of;
 
 use super::host::{LOOK_AROUND, SETTLE};
 use super::neighbours::Neighbours;
+use super::shard::Shard;
 use super::{Hosting, VolunteerConfig, VolunteerError};
-use crate::placement::{ExpertTable, View, choose};
+use crate::placement::{View, choose};
 
 /// A choice and what it was based on.
 #[derive(Debug, Clone)]
@@ -31,7 +30,7 @@ pub async fn preview(
     model: ModelId,
     config: &VolunteerConfig,
 ) -> Result<Preview, VolunteerError> {
-    let table = Arc::new(ExpertTable::of(checkpoint));
+    let shard = Shard::new(checkpoint.clone(), config.remote.clone());
     let joins = !config.bootstrap.is_empty() || config.mdns;
     let discovery = Discovery::start(
         identity,
@@ -48,14 +47,14 @@ pub async fn preview(
         neighbours.look(SETTLE).await;
     }
     discovery.shutdown().await;
-    let view = neighbours.view_for_choice(&table);
+    let view = neighbours.view_for_choice(shard.table());
     let chosen = match &config.hosting {
         Hosting::Experts(spec) => spec.resolve(&layout_of(checkpoint.spec()), checkpoint.spec().layers.len() as u32)?,
-        Hosting::MemoryBytes(budget) => choose(&view, *budget, neighbours.seed()),
+        Hosting::MemoryBytes(budget) => choose(&view, &shard.at_hand()?, *budget, neighbours.seed()),
     };
     match &config.hosting {
         Hosting::MemoryBytes(budget_bytes) if chosen.is_empty() => {
-            Err(VolunteerError::TooLittleMemory { budget_bytes: *budget_bytes, expert_bytes: table.smallest() })
+            Err(VolunteerError::TooLittleMemory { budget_bytes: *budget_bytes, expert_bytes: shard.table().smallest() })
         }
         _ => Ok(Preview { view, chosen }),
     }

@@ -2,15 +2,20 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures::{Stream, StreamExt, TryStreamExt};
 use hanse_model::Checkpoint;
 use hanse_protocol::HostedExperts;
-use tokio::sync::Notify;
+use hanse_router::weights::cache::Pin;
+use hanse_router::weights::fetch::BLOBS_AT_ONCE;
+use hanse_router::weights::{FetchError, RemoteModel};
+use tokio::sync::{Notify, mpsc};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::VolunteerError;
 use crate::placement::ExpertTable;
 use crate::store::ExpertStore;
 
-/// Experts loaded in one step, after which they are served.
+/// The most experts loaded in one step, after which they are served; as many may have been fetched and wait to be loaded.
 const STEP: usize = 16;
 
 #[derive(Debug, Default)]
@@ -23,6 +28,8 @@ struct Intent {
 #[derive(Debug)]
 pub(super) struct Shard {
     checkpoint: Checkpoint,
+    /// What the checkpoint's experts are fetched by, unless it is a folder.
+    remote: Option<RemoteModel>,
     store: Arc<ExpertStore>,
     table: Arc<ExpertTable>,
     intent: Mutex<Intent>,
@@ -30,10 +37,10 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    pub(super) fn new(checkpoint: Checkpoint) -> Self {
+    pub(super) fn new(checkpoint: Checkpoint, remote: Option<RemoteModel>) -> Self {
         let store = Arc::new(ExpertStore::new(checkpoint.spec().hidden_size));
         let table = Arc::new(ExpertTable::of(&checkpoint));
-        Self { checkpoint, store, table, intent: Mutex::default(), changed: Notify::new() }
+        Self { checkpoint, remote, store, table, intent: Mutex::default(), changed: Notify::new() }
     }
 
     fn intent(&self) -> MutexGuard<'_, Intent> {
@@ -46,6 +53,22 @@ impl Shard {
 
     pub(super) fn table(&self) -> &Arc<ExpertTable> {
         &self.table
+    }
+
+    /// The experts that can be loaded without fetching them, if others must be fetched. Looks for each on the disk.
+    pub(super) fn at_hand(&self) -> Result<HostedExperts, VolunteerError> {
+        match &self.remote {
+            Some(remote) => Ok(set(&remote.cached_experts())?),
+            None => Ok(HostedExperts::new()),
+        }
+    }
+
+    /// Experts that cannot be had at present.
+    pub(super) fn unobtainable(&self) -> Result<HostedExperts, VolunteerError> {
+        match &self.remote {
+            Some(remote) => Ok(set(&remote.unobtainable_experts())?),
+            None => Ok(HostedExperts::new()),
+        }
     }
 
     /// Completes when more or fewer experts are served than before, or others should hear of a plan.
@@ -90,21 +113,85 @@ impl Shard {
         self.changed.notify_one();
     }
 
-    /// Loads experts step by step; each is served as soon as it is there. `progress` is told how many are loaded.
+    /// Brings experts to where they can be loaded from without a wait, as long as what is returned lives.
+    ///
+    /// # Errors
+    /// The first that cannot be fetched.
+    pub(super) async fn fetch(&self, experts: &[(u32, u32)]) -> Result<Vec<Fetched>, VolunteerError> {
+        Ok(fetches(self.remote.as_ref(), experts).try_collect().await?)
+    }
+
+    /// Loads experts; each is served as soon as it is there. Those that have to be fetched are, several at a time, while those
+    /// that have come are loaded. `progress` is told how many are loaded.
+    ///
+    /// Dropped, it ends fetching; what has come stays in the cache.
+    ///
+    /// # Errors
+    /// An expert that cannot be loaded ends it, and so does a cache that takes no more. One that nobody gives does not keep the
+    /// others from being loaded.
     pub(super) async fn load(
         &self,
         experts: &[(u32, u32)],
         progress: &(dyn Fn(usize) + Sync),
     ) -> Result<(), VolunteerError> {
-        for (done, step) in experts.chunks(STEP).enumerate() {
-            let (checkpoint, store, wanted) = (self.checkpoint.clone(), self.store.clone(), step.to_vec());
+        let (send, mut fetched) = mpsc::channel(STEP);
+        let _fetching = AbortOnDropHandle::new(tokio::spawn(fetch_ahead(self.remote.clone(), experts.to_vec(), send)));
+        let (mut done, mut step, mut refused) = (0, Vec::with_capacity(STEP), None);
+        while fetched.recv_many(&mut step, STEP).await > 0 {
+            let (mut wanted, mut pins) = (Vec::with_capacity(STEP), Vec::with_capacity(STEP));
+            for found in step.drain(..) {
+                match found {
+                    Ok((pair, pin)) => {
+                        wanted.push(pair);
+                        pins.push(pin);
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "not fetched");
+                        refused.get_or_insert(error);
+                    }
+                }
+            }
+            done += wanted.len();
+            let (checkpoint, store) = (self.checkpoint.clone(), self.store.clone());
             let loaded = tokio::task::spawn_blocking(move || store.add(&checkpoint, &wanted)).await;
             loaded.map_err(|e| VolunteerError::Compute(e.to_string()))??;
+            // Loaded experts say themselves that they are in use.
+            drop(pins);
             self.changed.notify_one();
-            progress(done * STEP + step.len());
+            progress(done);
+            if let Some(error @ FetchError::Cache(_)) = refused {
+                return Err(error.into());
+            }
         }
         self.intent().loading = HostedExperts::new();
-        Ok(())
+        refused.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// An expert that is at hand, and what keeps it there until it is loaded.
+pub(super) type Fetched = ((u32, u32), Option<Pin>);
+
+/// Experts as they come, several being fetched at a time; from a folder they are at hand.
+fn fetches(remote: Option<&RemoteModel>, experts: &[(u32, u32)]) -> impl Stream<Item = Result<Fetched, FetchError>> {
+    let fetches = experts.iter().map(move |&(layer, expert)| async move {
+        let Some(remote) = remote else { return Ok(((layer, expert), None)) };
+        remote.fetch_expert(layer, expert).await.map(|pin| ((layer, expert), pin))
+    });
+    futures::stream::iter(fetches).buffer_unordered(BLOBS_AT_ONCE)
+}
+
+/// Fetches while somebody else loads.
+async fn fetch_ahead(
+    remote: Option<RemoteModel>,
+    experts: Vec<(u32, u32)>,
+    to: mpsc::Sender<Result<Fetched, FetchError>>,
+) {
+    let mut fetches = std::pin::pin!(fetches(remote.as_ref(), &experts));
+    while let Some(fetched) = fetches.next().await {
+        // Whoever waited for them has gone.
+        if to.send(fetched).await.is_err() {
+            return;
+        }
     }
 }
 

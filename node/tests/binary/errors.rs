@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::{LOOPBACK, Node, hanse, home, run, text, tiny_moe};
 
 /// The one line on standard error of a command that fails with status 1.
-fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
+pub(crate) fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String {
     let output = run(args);
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
@@ -20,14 +20,14 @@ fn error<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> String
     lines[0].strip_prefix("error: ").expect("it says that it is an error").to_owned()
 }
 
-fn contains(message: &str, parts: &[&str]) {
+pub(crate) fn contains(message: &str, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "{message:?} names {part:?}");
     }
 }
 
 /// A copy of the bundled model that a test may spoil.
-fn copy() -> TempDir {
+pub(crate) fn copy() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for file in
         ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -219,6 +219,7 @@ fn a_key_that_others_may_read_is_refused() {
 fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
     let model = tiny_moe();
     let model = model.to_str().unwrap();
+    let id = "7".repeat(64);
     let cases: &[(&[&str], &str)] = &[
         (&[], "Usage"),
         (&["nonsense"], "nonsense"),
@@ -242,6 +243,11 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
             &["generate", "--model", model, "--mdns", "--prompt", "x", "--join-timeout", "18446744073709551615"],
             "--join",
         ),
+        (
+            &["generate", "--model", &id, "--bootstrap", LOOPBACK, "--fallback", "local", "--prompt", "x"],
+            "--fallback fetch",
+        ),
+        (&["generate", "--model", model, "--mdns", "--prompt", "x", "--fallback", "nobody"], "nobody"),
         (&["chat", "--model", model], "--bootstrap"),
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),

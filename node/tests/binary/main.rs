@@ -7,6 +7,7 @@ mod members;
 mod owner;
 #[cfg(unix)]
 mod testnet;
+mod weights;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -6,17 +6,19 @@
 //! in `users/`, and nobody removes what is in use. Locks vanish with their process.
 
 mod part;
+mod room;
 mod users;
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use hanse_protocol::{Blob, BlobHash};
 
 pub use part::PartFile;
+use room::Promises;
 pub use users::Pin;
 use users::Users;
 
@@ -26,6 +28,7 @@ pub struct Cache {
     dir: PathBuf,
     limit_bytes: u64,
     users: Arc<Users>,
+    promises: Arc<Mutex<Promises>>,
 }
 
 /// A blob in the cache. It stays there as long as `pin` lives.
@@ -50,12 +53,10 @@ pub enum CacheError {
         source: std::io::Error,
     },
     /// No space is left on the disk. What has been fetched is kept, and fetching goes on from there.
-    #[error("the disk is full: {bytes} bytes could not be written to {}; make room and start again, what is there is kept", path.display())]
+    #[error("the disk is full: {} could not be written; make room and start again, what is there is kept", path.display())]
     DiskFull {
         /// The file that was written.
         path: PathBuf,
-        /// Bytes that did not fit.
-        bytes: u64,
     },
     /// The limit leaves no room, even with everything removed that is not in use.
     #[error(
@@ -69,6 +70,19 @@ pub enum CacheError {
         /// What should be added.
         needed_bytes: u64,
     },
+}
+
+impl CacheError {
+    /// What failed with a file or folder of the cache.
+    pub(super) fn of(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        let path = path.into();
+        if is_full(&source) { Self::DiskFull { path } } else { Self::Io { path, source } }
+    }
+}
+
+/// Whether there is no room where something was written.
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
 }
 
 /// How fetching of a blob begins.
@@ -96,9 +110,9 @@ impl Cache {
     /// `Io` if the folder cannot be created.
     pub fn new(dir: &Path, limit_bytes: u64) -> Result<Self, CacheError> {
         let (blobs, users) = (dir.join("blobs"), dir.join("users"));
-        std::fs::create_dir_all(&blobs).map_err(|source| CacheError::Io { path: blobs, source })?;
-        let users = Users::new(&users).map_err(|source| CacheError::Io { path: users, source })?;
-        Ok(Self { dir: dir.to_owned(), limit_bytes, users })
+        std::fs::create_dir_all(&blobs).map_err(|source| CacheError::of(blobs, source))?;
+        let users = Users::new(&users).map_err(|source| CacheError::of(users, source))?;
+        Ok(Self { dir: dir.to_owned(), limit_bytes, users, promises: Arc::default() })
     }
 
     /// The folder.
@@ -127,7 +141,7 @@ impl Cache {
     /// `Io`.
     pub fn open(&self, blob: &Blob) -> Result<Option<Opened>, CacheError> {
         let path = self.path(blob.hash);
-        let failed = |source| CacheError::Io { path: path.clone(), source };
+        let failed = |source| CacheError::of(path.clone(), source);
         // Said before it is opened: whoever did not hear of it removes a name, but not the file under a mapping.
         let pin = self.users.pin(blob.hash).map_err(failed)?;
         let file = match File::open(&path) {
@@ -155,7 +169,7 @@ impl Cache {
     /// `Io`, and `TooSmall`.
     pub fn begin(&self, blob: Blob) -> Result<Begin, CacheError> {
         let path = self.path(blob.hash).with_extension("part");
-        let failed = |source| CacheError::Io { path: path.clone(), source };
+        let failed = |source| CacheError::of(path.clone(), source);
         loop {
             if self.has(&blob) {
                 return Ok(Begin::Present);
@@ -171,54 +185,22 @@ impl Cache {
             if !is_at(&file, &path) {
                 continue;
             }
-            if let Err(error) = self.make_room(&blob, &path) {
+            // Held until the promise is made: those who begin at the same time count each other.
+            let mut promises = self.promises.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = self.make_room(&blob, &path, &mut promises) {
                 // Nothing of it is there yet, or what is there is kept for another time.
                 if file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
                     let _ = std::fs::remove_file(&path);
                 }
                 return Err(error);
             }
-            return Ok(Begin::Ours(PartFile::new(file, path, self.path(blob.hash), blob)));
+            let promise = promises.promise(&blob, &self.promises);
+            return Ok(Begin::Ours(PartFile::new(file, path, self.path(blob.hash), blob, promise)));
         }
-    }
-
-    /// Removes blobs that nobody uses, the longest unused first, until `blob` fits.
-    fn make_room(&self, blob: &Blob, except: &Path) -> Result<(), CacheError> {
-        let mut entries = self.entries()?;
-        entries.retain(|entry| entry.path != except);
-        let mut used_bytes: u64 = entries.iter().map(|entry| entry.bytes).sum();
-        if used_bytes.saturating_add(blob.bytes) <= self.limit_bytes {
-            return Ok(());
-        }
-        entries.sort_by_key(|entry| entry.used);
-        let users = self.dir.join("users");
-        let in_use = Users::in_use(&users).map_err(|source| CacheError::Io { path: users, source })?;
-        for entry in entries {
-            if used_bytes.saturating_add(blob.bytes) <= self.limit_bytes {
-                break;
-            }
-            let name = entry.path.file_stem().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.parse().is_ok_and(|hash| in_use.contains(&hash)) {
-                continue;
-            }
-            let Ok(file) = File::open(&entry.path) else { continue };
-            // A part that is being fetched is locked. A tree has no lock of its own: it goes with its part.
-            let is_tree = entry.path.extension().is_some_and(|extension| extension == "tree");
-            if is_tree || file.try_lock().is_err() || std::fs::remove_file(&entry.path).is_err() {
-                continue;
-            }
-            tracing::debug!(path = %entry.path.display(), "removed from the cache");
-            let _ = std::fs::remove_file(entry.path.with_extension("tree"));
-            used_bytes = used_bytes.saturating_sub(entry.bytes);
-        }
-        if used_bytes.saturating_add(blob.bytes) <= self.limit_bytes {
-            return Ok(());
-        }
-        Err(CacheError::TooSmall { limit_bytes: self.limit_bytes, used_bytes, needed_bytes: blob.bytes })
     }
 
     fn entries(&self) -> Result<Vec<Entry>, CacheError> {
-        let failed = |source| CacheError::Io { path: self.blobs(), source };
+        let failed = |source| CacheError::of(self.blobs(), source);
         let mut entries = Vec::new();
         for entry in std::fs::read_dir(self.blobs()).map_err(failed)? {
             let entry = entry.map_err(failed)?;

@@ -1,6 +1,6 @@
 //! Peers as sources: found through the DHT, asked over the data plane.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::discovery::keys::ProviderKey;
 use hanse_protocol::{
@@ -30,6 +30,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(15);
 /// Chunks asked of one peer at a time.
 const PARALLEL: usize = 3;
+/// Peers visited at a time: most of those that do not answer have left.
+const VISITS: usize = 16;
 /// The most peers kept at once.
 const MAX_PEERS: usize = 64;
 
@@ -49,6 +51,8 @@ struct Shared {
     network: String,
     model: ModelId,
     peers: RwLock<HashMap<PeerId, Arc<Peer>>>,
+    /// Those that give the trunk too.
+    trunk: RwLock<HashSet<PeerId>>,
     found: watch::Sender<usize>,
 }
 
@@ -59,7 +63,6 @@ struct Peer {
     model: ModelId,
     connection: DataConnection,
     hosted: HostedExperts,
-    trunk: bool,
     requests: AtomicU64,
 }
 
@@ -104,7 +107,15 @@ impl Peers {
     #[must_use]
     pub fn new(discovery: Discovery, endpoint: DataEndpoint, network: String, model: ModelId) -> Self {
         let found = watch::channel(0).0;
-        let shared = Arc::new(Shared { discovery, endpoint, network, model, peers: RwLock::default(), found });
+        let shared = Arc::new(Shared {
+            discovery,
+            endpoint,
+            network,
+            model,
+            peers: RwLock::default(),
+            trunk: RwLock::default(),
+            found,
+        });
         let search = AbortOnDropHandle::new(tokio::spawn(shared.clone().search()));
         Self { shared, own: None, _search: search }
     }
@@ -121,21 +132,22 @@ impl Peers {
     #[must_use]
     pub fn sources(&self, item: &Item) -> Vec<Arc<dyn Source>> {
         let peers = self.shared.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let trunk = self.shared.trunk.read().unwrap_or_else(PoisonError::into_inner);
         let says_so = |peer: &Peer| match &item.what {
             What::Expert { layer, expert } => peer.hosted.contains(*layer, *expert),
-            What::Trunk(_) | What::File(_) => peer.trunk,
+            What::Trunk(_) | What::File(_) => trunk.contains(&peer.id),
         };
         let mut open: Vec<Arc<Peer>> = peers.values().filter(|peer| !peer.connection.is_closed()).cloned().collect();
         open.sort_by_key(|peer| (!says_so(peer), peer.connection.round_trip()));
-        open.retain(|peer| says_so(peer) || peer.trunk);
+        open.retain(|peer| says_so(peer) || trunk.contains(&peer.id));
         open.into_iter().map(|peer| peer as Arc<dyn Source>).collect()
     }
 
-    /// Fetches the model's manifest from whoever gives it first. It is believed because its hash is the model's id.
+    /// Fetches the model's manifest from whoever gives it first, whose name comes with it. It is believed because its hash is the model's id.
     ///
     /// # Errors
     /// `Nobody` after `patience`.
-    pub async fn manifest(&self, patience: Duration) -> Result<SignedManifest, ManifestSearchError> {
+    pub async fn manifest(&self, patience: Duration) -> Result<(String, SignedManifest), ManifestSearchError> {
         let deadline = tokio::time::Instant::now() + patience;
         let mut found = self.shared.found.subscribe();
         let mut reasons = HashMap::new();
@@ -146,7 +158,7 @@ impl Peers {
             };
             for peer in peers {
                 match peer.manifest().await {
-                    Ok(manifest) => return Ok(manifest),
+                    Ok(manifest) => return Ok((peer.name(), manifest)),
                     Err(reason) => {
                         tracing::debug!(peer = %peer.id, %reason, "no manifest");
                         reasons.insert(peer.id, reason);
@@ -164,16 +176,7 @@ impl Peers {
 impl Shared {
     async fn search(self: Arc<Self>) {
         loop {
-            let trunk = self.providers(ProviderKey::trunk(self.model)).await;
-            let mut all = self.providers(ProviderKey::weights(self.model)).await;
-            all.extend(trunk.iter().filter(|peer| !all.contains(peer)).copied().collect::<Vec<_>>());
-            all.truncate(MAX_PEERS);
-            futures::stream::iter(all)
-                .for_each_concurrent(8, |id| {
-                    let trunk = trunk.contains(&id);
-                    self.visit(id, trunk)
-                })
-                .await;
+            self.look().await;
             let known = {
                 let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
                 peers.retain(|_, peer| !peer.connection.is_closed());
@@ -183,19 +186,35 @@ impl Shared {
         }
     }
 
-    async fn providers(&self, key: ProviderKey) -> Vec<PeerId> {
-        let mut found = Vec::new();
-        let Ok(mut providers) = self.discovery.providers(key).await else { return found };
-        while let Some(peer) = providers.recv().await {
-            if peer != self.discovery.peer_id() && found.len() < MAX_PEERS {
-                found.push(peer);
+    /// Visits peers as the DHT names them: it may go on for long about others who have left.
+    async fn look(&self) {
+        let trunk = self.providers(ProviderKey::trunk(self.model)).map(|id| (id, true));
+        let weights = self.providers(ProviderKey::weights(self.model)).map(|id| (id, false));
+        let (mut named, mut trunk_now) = (HashSet::new(), HashSet::new());
+        let new = futures::stream::select(trunk, weights).filter_map(|(id, has_trunk)| {
+            if has_trunk {
+                trunk_now.insert(id);
+                self.trunk.write().unwrap_or_else(PoisonError::into_inner).insert(id);
             }
-        }
-        found
+            let is_new = named.len() < MAX_PEERS && named.insert(id);
+            std::future::ready(is_new.then_some(id))
+        });
+        new.for_each_concurrent(VISITS, |id| self.visit(id)).await;
+        *self.trunk.write().unwrap_or_else(PoisonError::into_inner) = trunk_now;
+    }
+
+    fn providers(&self, key: ProviderKey) -> impl Stream<Item = PeerId> {
+        let asked = futures::stream::once(self.discovery.providers(key));
+        asked.filter_map(|named| std::future::ready(named.ok())).flat_map(|named| {
+            futures::stream::unfold(named, |mut named| async { named.recv().await.map(|id| (id, named)) })
+        })
     }
 
     /// Reads the peer's advert anew and connects if there is no connection.
-    async fn visit(&self, id: PeerId, trunk: bool) {
+    async fn visit(&self, id: PeerId) {
+        if id == self.discovery.peer_id() {
+            return;
+        }
         let Ok(adverts) = self.discovery.adverts(id, Some(self.model)).await else { return };
         let Some(advert) = adverts.into_iter().next() else { return };
         let known = self.peers.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
@@ -208,7 +227,7 @@ impl Shared {
         };
         let model = self.model;
         let requests = AtomicU64::new(1);
-        let peer = Peer { id, model, connection, hosted: advert.hosted, trunk, requests };
+        let peer = Peer { id, model, connection, hosted: advert.hosted, requests };
         self.peers.write().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(peer));
         self.found.send_modify(|count| *count += 1);
     }

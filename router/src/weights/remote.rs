@@ -71,16 +71,19 @@ impl RemoteModel {
     ) -> Result<Self, RemoteError> {
         let peers = Arc::new(Peers::join(model, network).await?);
         let kept = cached_manifest(&cache, model);
-        let signed = match kept {
-            Some(signed) => signed,
+        let (giver, signed) = match kept {
+            Some(signed) => (None, signed),
             None => {
-                let signed = peers.manifest(network.join_timeout.max(Duration::from_secs(1))).await?;
+                let (giver, signed) = peers.manifest(network.join_timeout.max(Duration::from_secs(1))).await?;
                 keep_manifest(&cache, &signed)?;
-                signed
+                (Some(giver), signed)
             }
         };
         let sources = sources(hubs, signed.manifest()).await?;
         let fetcher = Fetcher::new(cache, sources, Some(peers), PATIENCE);
+        if let Some(giver) = giver {
+            fetcher.count(giver, signed.encode().len());
+        }
         Self::new(signed, Arc::new(fetcher))
     }
 
@@ -109,7 +112,7 @@ impl RemoteModel {
         let manifest = signed.manifest();
         let model = signed.id();
         let dir = folder_of(fetcher.cache(), model);
-        std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+        std::fs::create_dir_all(&dir).map_err(|source| CacheError::of(dir.clone(), source))?;
         write_file(&dir.join("config.json"), manifest.config.as_bytes())?;
         let source = Arc::new(OnDemand {
             signed: signed.clone(),
@@ -153,6 +156,44 @@ impl RemoteModel {
         &self.fetcher
     }
 
+    /// Fetches an expert unless it is in the cache, and says that it is in use; then loading it from [`Self::checkpoint`] does not
+    /// wait. `None` if the manifest does not list it.
+    ///
+    /// A dropped future leaves what has been fetched for another time.
+    ///
+    /// # Errors
+    /// [`FetchError`], as its variants say.
+    pub async fn fetch_expert(&self, layer: u32, expert: u32) -> Result<Option<Pin>, FetchError> {
+        match Item::find(self.signed.manifest(), What::Expert { layer, expert }) {
+            Some(item) => self.fetcher.fetch_pinned(&item).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The experts that are in the cache, as (layer, expert), ascending. Asks the file system for each of the model's experts.
+    #[must_use]
+    pub fn cached_experts(&self) -> Vec<(u32, u32)> {
+        self.experts(|item| self.fetcher.cache().has(&item.blob))
+    }
+
+    /// The experts that are not in the cache and that nobody at hand may have, as (layer, expert), ascending.
+    #[must_use]
+    pub fn unobtainable_experts(&self) -> Vec<(u32, u32)> {
+        self.experts(|item| !self.fetcher.cache().has(&item.blob) && !self.fetcher.has_source(item))
+    }
+
+    fn experts(&self, is_wanted: impl Fn(&Item) -> bool) -> Vec<(u32, u32)> {
+        let manifest = self.signed.manifest();
+        let all = manifest
+            .experts
+            .iter()
+            .flat_map(|layer| (0u32..).zip(&layer.hashes).map(|(expert, _)| (layer.layer, expert)));
+        let wanted = |&(layer, expert): &(u32, u32)| {
+            Item::find(manifest, What::Expert { layer, expert }).is_some_and(|item| is_wanted(&item))
+        };
+        all.filter(wanted).collect()
+    }
+
     /// Fetches what a client keeps: the trunk and the tokenizer. `progress` is told bytes done and bytes in all.
     ///
     /// # Errors
@@ -169,7 +210,7 @@ impl RemoteModel {
                 continue;
             }
             let cache = self.fetcher.cache();
-            let failed = |source| CacheError::Io { path: path.clone(), source };
+            let failed = |source| CacheError::of(path.clone(), source);
             if let Some(mut blob) = cache.open(&file.blob)? {
                 let mut content = Vec::new();
                 std::io::Read::read_to_end(&mut blob.file, &mut content).map_err(failed)?;
@@ -212,13 +253,13 @@ fn cached_manifest(cache: &Cache, model: ModelId) -> Option<SignedManifest> {
 
 fn keep_manifest(cache: &Cache, signed: &SignedManifest) -> Result<(), CacheError> {
     let dir = folder_of(cache, signed.id());
-    std::fs::create_dir_all(&dir).map_err(|source| CacheError::Io { path: dir.clone(), source })?;
+    std::fs::create_dir_all(&dir).map_err(|source| CacheError::of(dir.clone(), source))?;
     write_file(&dir.join("manifest"), &signed.encode())
 }
 
 /// Another process may read the file meanwhile: it appears whole or not at all.
 fn write_file(path: &Path, content: &[u8]) -> Result<(), CacheError> {
-    let failed = |source| CacheError::Io { path: path.to_owned(), source };
+    let failed = |source| CacheError::of(path.to_owned(), source);
     if std::fs::read(path).is_ok_and(|found| found == content) {
         return Ok(());
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use hanse_node::placement::{Reason, explain};
-use hanse_node::preview;
+use hanse_node::{VolunteerConfig, preview};
 use hanse_protocol::Identity;
 use hanse_router::directory::ranges;
 use serde::Serialize;
@@ -40,7 +40,7 @@ pub(super) async fn run(args: &NodeArgs, data_dir: &Path) -> anyhow::Result<()> 
     let identity = if key.exists() { Identity::load_or_create(&key)? } else { Identity::generate() };
     let model = super::open(args).await?;
     let (checkpoint, id) = (model.checkpoint(), model.id());
-    let config = super::config(args, checkpoint)?;
+    let config = VolunteerConfig { remote: model.remote().cloned(), ..super::config(args, checkpoint)? };
     let preview = preview(&identity, checkpoint, id, &config).await?;
     let lines = explain(&preview.view, &preview.chosen).into_iter().map(|part| Line {
         layer: part.layer,

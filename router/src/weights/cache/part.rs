@@ -1,13 +1,13 @@
 //! A blob that is being fetched.
 
 use std::fs::File;
-use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use hanse_protocol::{Blob, GROUP_BYTES, GroupTree, TreeBuilder, group_count};
 
 use super::CacheError;
+use super::room::Promise;
 
 /// A blob that is being fetched, locked for this process. Dropped, it stays for another time.
 #[derive(Debug)]
@@ -16,11 +16,12 @@ pub struct PartFile {
     path: PathBuf,
     whole: PathBuf,
     blob: Blob,
+    _promise: Promise,
 }
 
 impl PartFile {
-    pub(super) fn new(file: File, path: PathBuf, whole: PathBuf, blob: Blob) -> Self {
-        Self { file, path, whole, blob }
+    pub(super) fn new(file: File, path: PathBuf, whole: PathBuf, blob: Blob, promise: Promise) -> Self {
+        Self { file, path, whole, blob, _promise: promise }
     }
 
     /// What is fetched.
@@ -29,13 +30,8 @@ impl PartFile {
         self.blob
     }
 
-    fn failed(&self, bytes: u64) -> impl Fn(std::io::Error) -> CacheError + '_ {
-        move |source| match source.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
-                CacheError::DiskFull { path: self.path.clone(), bytes }
-            }
-            _ => CacheError::Io { path: self.path.clone(), source },
-        }
+    fn failed(&self, source: std::io::Error) -> CacheError {
+        CacheError::of(&self.path, source)
     }
 
     /// Bytes there are, holes included.
@@ -43,7 +39,7 @@ impl PartFile {
     /// # Errors
     /// `Io`.
     pub fn length(&self) -> Result<u64, CacheError> {
-        Ok(self.file.metadata().map_err(self.failed(0))?.len())
+        Ok(self.file.metadata().map_err(|e| self.failed(e))?.len())
     }
 
     /// The tree that an earlier attempt left; it proves itself.
@@ -62,7 +58,7 @@ impl PartFile {
     /// `Io`, `DiskFull`.
     pub fn keep_tree(&self, tree: &GroupTree) -> Result<(), CacheError> {
         let list = tree.list();
-        std::fs::write(self.path.with_extension("tree"), list).map_err(self.failed(list.len() as u64))
+        std::fs::write(self.path.with_extension("tree"), list).map_err(|e| self.failed(e))
     }
 
     /// The groups that are not there, or not as they should be.
@@ -79,7 +75,7 @@ impl PartFile {
             let data = &mut buffer[..bytes as usize];
             let there = start + bytes <= length;
             if there {
-                self.file.read_exact_at(data, start).map_err(self.failed(0))?;
+                self.file.read_exact_at(data, start).map_err(|e| self.failed(e))?;
             }
             if !there || !tree.fits(group, data) {
                 missing.push(group);
@@ -93,7 +89,7 @@ impl PartFile {
     /// # Errors
     /// `Io`, `DiskFull`.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), CacheError> {
-        self.file.write_all_at(data, offset).map_err(self.failed(data.len() as u64))
+        self.file.write_all_at(data, offset).map_err(|e| self.failed(e))
     }
 
     /// Whether all of the file has the blob's hash.
@@ -110,7 +106,7 @@ impl PartFile {
         while at < self.blob.bytes {
             let step = (self.blob.bytes - at).min(GROUP_BYTES);
             let data = &mut buffer[..step as usize];
-            self.file.read_exact_at(data, at).map_err(self.failed(0))?;
+            self.file.read_exact_at(data, at).map_err(|e| self.failed(e))?;
             builder.update(data);
             at += step;
         }
@@ -122,15 +118,15 @@ impl PartFile {
     /// # Errors
     /// `Io`, `DiskFull`.
     pub fn finish(self) -> Result<(), CacheError> {
-        let failed = self.failed(self.blob.bytes);
+        let failed = |source| self.failed(source);
         // An earlier attempt may have written beyond the end.
-        self.file.set_len(self.blob.bytes).map_err(&failed)?;
+        self.file.set_len(self.blob.bytes).map_err(failed)?;
         // Only what is on the disk gets the name: after a power loss a blob is whole or not there.
-        self.file.sync_all().map_err(&failed)?;
-        std::fs::rename(&self.path, &self.whole).map_err(&failed)?;
+        self.file.sync_all().map_err(failed)?;
+        std::fs::rename(&self.path, &self.whole).map_err(failed)?;
         let _ = std::fs::remove_file(self.path.with_extension("tree"));
         if let Some(folder) = self.path.parent() {
-            File::open(folder).and_then(|folder| folder.sync_all()).map_err(&failed)?;
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
         }
         Ok(())
     }
@@ -140,6 +136,6 @@ impl PartFile {
     /// # Errors
     /// `Io`.
     pub fn clear(&self) -> Result<(), CacheError> {
-        self.file.set_len(0).map_err(self.failed(0))
+        self.file.set_len(0).map_err(|e| self.failed(e))
     }
 }

@@ -65,7 +65,11 @@ impl Users {
             *count += 1;
         } else {
             let line = state.free.pop().unwrap_or(state.next);
-            self.file.write_all_at(format!("{hash}\n").as_bytes(), line * LINE as u64)?;
+            match self.file.write_all_at(format!("{hash}\n").as_bytes(), line * LINE as u64) {
+                // What is there can be used on a full disk too. At worst others remove the name, but not the file under it.
+                Err(error) if !super::is_full(&error) => return Err(error),
+                _ => {}
+            }
             state.next = state.next.max(line + 1);
             state.lines.insert(hash, (line, 1));
         }

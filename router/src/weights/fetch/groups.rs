@@ -1,8 +1,7 @@
 //! The groups of one blob, shared out among sources.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -15,16 +14,22 @@ use crate::weights::cache::CacheError;
 use crate::weights::source::{Item, Source, SourceError};
 
 /// A group is asked of a second source no sooner than this.
-const LEAST_LATE: Duration = Duration::from_millis(300);
+pub(super) const LEAST_LATE: Duration = Duration::from_millis(300);
 
 /// Who fetches what.
 struct Board {
     missing: VecDeque<u64>,
-    /// Being read: since when, and by how many.
-    in_flight: BTreeMap<u64, (Instant, usize)>,
+    /// Being read.
+    in_flight: BTreeMap<u64, Reads>,
     left: usize,
-    /// How long a read usually takes.
-    usual: Option<Duration>,
+}
+
+/// Who reads one group.
+struct Reads {
+    /// When it was asked for last.
+    since: Instant,
+    /// Places in the list of sources: one, or two if the first was late.
+    by: Vec<usize>,
 }
 
 /// How a worker ended.
@@ -36,8 +41,20 @@ enum End {
     Cache(CacheError),
 }
 
+/// What all who read one blob share.
+struct Round<'a> {
+    fetcher: &'a Fetcher,
+    item: &'a Item,
+    part: &'a Arc<PartFile>,
+    tree: Arc<GroupTree>,
+    sources: &'a [Arc<dyn Source>],
+    board: Mutex<Board>,
+    changed: Notify,
+}
+
 /// Reads the groups `missing`, each from one source, as many at a time as the sources take. A source that fails is not asked
-/// for more in this round; groups that are late are asked of another one as well. Ends when all are there or no source is left.
+/// for more in this round; groups that are late are asked of another one as well. Ends when all are there or no source is left,
+/// and tells whether any has come.
 pub(super) async fn fetch(
     fetcher: &Fetcher,
     item: &Item,
@@ -46,18 +63,18 @@ pub(super) async fn fetch(
     missing: Vec<u64>,
     sources: &[Arc<dyn Source>],
     reasons: &mut HashMap<String, String>,
-) -> Result<(), FetchError> {
+) -> Result<bool, FetchError> {
     let left = missing.len();
-    let board = Mutex::new(Board { missing: missing.into(), in_flight: BTreeMap::new(), left, usual: None });
-    let changed = Notify::new();
-    let tree = Arc::new(tree.clone());
+    let board = Mutex::new(Board { missing: missing.into(), in_flight: BTreeMap::new(), left });
+    let (tree, changed) = (Arc::new(tree.clone()), Notify::new());
+    let round = Round { fetcher, item, part, tree, sources, board, changed };
     let workers = FuturesUnordered::new();
-    for source in sources {
+    for (place, source) in sources.iter().enumerate() {
         for _ in 0..source.parallel().clamp(1, left) {
-            let (board, changed, tree) = (&board, &changed, &tree);
+            let round = &round;
             workers.push(async move {
-                let end = work(fetcher, item, part, tree, &**source, board, changed).await;
-                changed.notify_waiters();
+                let end = round.work(place, &**source).await;
+                round.changed.notify_waiters();
                 (source, end)
             });
         }
@@ -66,76 +83,76 @@ pub(super) async fn fetch(
     while let Some((source, end)) = workers.next().await {
         match end {
             // What others still read is not needed any more: dropping them takes the requests back.
-            End::Done => return Ok(()),
+            End::Done => return Ok(true),
             End::Failed(error) => fetcher.failed(&**source, &error, reasons),
             End::Lied => fetcher.lied(&**source, item, reasons),
             End::Cache(error) => return Err(error.into()),
         }
     }
-    Ok(())
+    let still = round.board().left;
+    Ok(still < left)
 }
 
-async fn work(
-    fetcher: &Fetcher,
-    item: &Item,
-    part: &Arc<PartFile>,
-    tree: &Arc<GroupTree>,
-    source: &dyn Source,
-    board: &Mutex<Board>,
-    changed: &Notify,
-) -> End {
-    let lock = || board.lock().unwrap_or_else(PoisonError::into_inner);
-    loop {
-        // Made before looking, so that no change is missed.
-        let change = changed.notified();
-        // Not within the match, which would hold the lock while it waits.
-        let turn = lock().take(Instant::now());
-        let group = match turn {
-            Turn::Group(group) => group,
-            Turn::Done => return End::Done,
-            Turn::Wait(time) => {
-                // Either way it is looked again.
-                let _ = tokio::time::timeout(time, change).await;
-                continue;
-            }
-        };
-        let start = group * GROUP_BYTES;
-        let end = (start + GROUP_BYTES).min(item.blob.bytes);
-        let began = Instant::now();
-        let read = timed(source.read(item, start..end)).await;
-        let data = match read {
-            Ok(data) => data,
-            Err(error) => {
-                lock().put_back(group);
-                return End::Failed(error);
-            }
-        };
-        fetcher.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        let kept = {
-            let (part, tree) = (part.clone(), tree.clone());
-            blocking(move || {
-                let right = tree.fits(group, &data);
-                if right {
-                    part.write(start, &data)?;
+impl Round<'_> {
+    fn board(&self) -> MutexGuard<'_, Board> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads one group after another from a source, which has this place in the list.
+    async fn work(&self, place: usize, source: &dyn Source) -> End {
+        let fetcher = self.fetcher;
+        loop {
+            // Made before looking, so that no change is missed.
+            let change = self.changed.notified();
+            // Not within the match, which would hold the lock while it waits.
+            let turn = self.board().take(place, fetcher.late_after(), Instant::now());
+            let group = match turn {
+                Turn::Group(group) => group,
+                Turn::Done => return End::Done,
+                Turn::Wait(time) => {
+                    // Either way it is looked again.
+                    let _ = tokio::time::timeout(time, change).await;
+                    continue;
                 }
-                Ok(right)
-            })
-            .await
-        };
-        match kept {
-            Ok(true) => {
-                fetcher.well(source);
-                lock().done(group, began.elapsed());
-                changed.notify_waiters();
+            };
+            let began = Instant::now();
+            match self.read(group, source).await {
+                Ok(()) => {
+                    fetcher.well(source);
+                    fetcher.took(began.elapsed());
+                    let passed = self.board().done(group, place);
+                    passed
+                        .into_iter()
+                        .filter_map(|place| self.sources.get(place))
+                        .for_each(|late| fetcher.late(&**late));
+                    self.changed.notify_waiters();
+                }
+                Err(end) => {
+                    self.board().put_back(group, place);
+                    return end;
+                }
             }
-            Ok(false) => {
-                lock().put_back(group);
-                return End::Lied;
+        }
+    }
+
+    /// Reads a group and keeps it if it is right.
+    async fn read(&self, group: u64, source: &dyn Source) -> Result<(), End> {
+        let start = group * GROUP_BYTES;
+        let end = (start + GROUP_BYTES).min(self.item.blob.bytes);
+        let data = timed(source.read(self.item, start..end)).await.map_err(End::Failed)?;
+        self.fetcher.count(source.name(), data.len());
+        let (part, tree) = (self.part.clone(), self.tree.clone());
+        let kept = blocking(move || {
+            let right = tree.fits(group, &data);
+            if right {
+                part.write(start, &data)?;
             }
-            Err(error) => {
-                lock().put_back(group);
-                return End::Cache(error);
-            }
+            Ok(right)
+        });
+        match kept.await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(End::Lied),
+            Err(error) => Err(End::Cache(error)),
         }
     }
 }
@@ -147,43 +164,42 @@ enum Turn {
 }
 
 impl Board {
-    fn take(&mut self, now: Instant) -> Turn {
+    fn take(&mut self, place: usize, late: Duration, now: Instant) -> Turn {
         if self.left == 0 {
             return Turn::Done;
         }
         if let Some(group) = self.missing.pop_front() {
-            self.in_flight.insert(group, (now, 1));
+            self.in_flight.insert(group, Reads { since: now, by: vec![place] });
             return Turn::Group(group);
         }
-        // Everything is being read. What is late is read a second time, by whoever has nothing to do.
-        let late = self.usual.map_or(super::LONGEST_READ / 4, |usual| (usual * 4).max(LEAST_LATE));
-        let oldest =
-            self.in_flight.iter().filter(|(_, (_, readers))| *readers == 1).min_by_key(|(_, (since, _))| *since);
-        let Some((&group, &(since, _))) = oldest else { return Turn::Wait(late) };
-        let waited = now.saturating_duration_since(since);
+        // Everything is being read. What is late is read a second time, by another source that has nothing to do.
+        let by_another = |reads: &Reads| reads.by.len() == 1 && !reads.by.contains(&place);
+        let oldest = self.in_flight.iter_mut().filter(|(_, r)| by_another(r)).min_by_key(|(_, reads)| reads.since);
+        // What is late by may become less while it waits.
+        let Some((&group, reads)) = oldest else { return Turn::Wait(LEAST_LATE) };
+        let waited = now.saturating_duration_since(reads.since);
         if waited < late {
-            return Turn::Wait(late - waited);
+            return Turn::Wait((late - waited).min(LEAST_LATE));
         }
-        self.in_flight.insert(group, (now, 2));
+        reads.since = now;
+        reads.by.push(place);
         Turn::Group(group)
     }
 
-    fn put_back(&mut self, group: u64) {
-        match self.in_flight.get_mut(&group) {
-            Some((_, readers)) if *readers > 1 => *readers -= 1,
-            Some(_) => {
-                self.in_flight.remove(&group);
-                self.missing.push_front(group);
-            }
-            // Somebody else has brought it.
-            None => {}
+    fn put_back(&mut self, group: u64, place: usize) {
+        // If it is not being read any more, somebody else has brought it.
+        let Some(reads) = self.in_flight.get_mut(&group) else { return };
+        reads.by.retain(|by| *by != place);
+        if reads.by.is_empty() {
+            self.in_flight.remove(&group);
+            self.missing.push_front(group);
         }
     }
 
-    fn done(&mut self, group: u64, took: Duration) {
-        if self.in_flight.remove(&group).is_some() {
-            self.left -= 1;
-        }
-        self.usual = Some(self.usual.map_or(took, |usual| (usual * 7 + took) / 8));
+    /// The group has come. Gives the sources that were asked for it earlier and have not brought it.
+    fn done(&mut self, group: u64, place: usize) -> Vec<usize> {
+        let Some(reads) = self.in_flight.remove(&group) else { return Vec::new() };
+        self.left -= 1;
+        reads.by.into_iter().take_while(|by| *by != place).collect()
     }
 }
