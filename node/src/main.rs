@@ -15,7 +15,7 @@ use hanse_node::owner::control::Command as Control;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.verbose);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match runtime(&cli.command) {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start the runtime: {error}");
@@ -50,6 +50,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// As many threads as there are cores, or as a volunteer's owner allows: also for what is computed beside experts, as hashes of weights are.
+fn runtime(command: &Command) -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if let Command::Node(args) = command
+        && let Some(most) = args.limits.max_cores
+    {
+        builder.worker_threads(most.into());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(most.into());
+        pool.build_global().map_err(std::io::Error::other)?;
+    }
+    builder.enable_all().build()
 }
 
 /// Logs go to standard error; `HANSE_LOG` (such as `debug` or `hanse_node=debug`) wins over `-v`.

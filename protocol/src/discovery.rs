@@ -10,7 +10,10 @@ mod address;
 mod behaviour;
 mod bootstrap;
 pub mod exchange;
+mod in_process;
 pub mod keys;
+mod pace;
+mod providers;
 mod reach;
 mod resolve;
 mod task;
@@ -25,12 +28,13 @@ use crate::relayed::Lane;
 use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
+pub use in_process::Traffic;
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
 
 /// How many commands may wait for the swarm task before senders wait too.
 const COMMAND_QUEUE: usize = 64;
 /// How many found providers may wait for a slow reader of one look-up.
-const PROVIDER_QUEUE: usize = 256;
+const PROVIDER_QUEUE: usize = 1024;
 /// How many connections may wait for [`Discovery::accept_data`].
 const LANE_QUEUE: usize = 256;
 
@@ -48,6 +52,9 @@ pub struct DiscoveryConfig {
     pub mdns: bool,
     /// How to deal with home routers.
     pub reach: ReachConfig,
+    /// Where set, there are no sockets: addresses are `/memory/N`, only members of this process that have it set too are reached, and
+    /// bytes are counted here. For simulations.
+    pub in_process: Option<Arc<Traffic>>,
 }
 
 impl Default for DiscoveryConfig {
@@ -59,6 +66,7 @@ impl Default for DiscoveryConfig {
             bootstrap: Vec::new(),
             mdns: false,
             reach: ReachConfig::default(),
+            in_process: None,
         }
     }
 }
@@ -212,7 +220,7 @@ impl Discovery {
     }
 
     /// Sets what this member hosts: the adverts it answers with and the provider records it publishes, in place of
-    /// all earlier ones. Records are published again by themselves when new peers appear and every minute.
+    /// all earlier ones. Records are published again by themselves when new peers appear and every two minutes.
     /// An empty list withdraws: the member then answers that it hosts nothing.
     ///
     /// # Errors

@@ -53,8 +53,13 @@ pub enum IdentityError {
 impl Identity {
     /// A new random identity, kept nowhere.
     pub fn generate() -> Self {
-        let signing = SigningKey::from_bytes(&random_secret());
-        Self::from_signing_key(signing)
+        Self::from_secret(&random_secret())
+    }
+
+    /// The identity with a given secret, for instance one drawn from a simulation's seed. A secret must be as random as it is to be
+    /// kept.
+    pub fn from_secret(secret: &[u8; 32]) -> Self {
+        Self::from_signing_key(SigningKey::from_bytes(secret))
     }
 
     /// The identity in the file `path`, made anew if there is no such file.

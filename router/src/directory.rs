@@ -286,6 +286,19 @@ impl Directory {
         }
     }
 
+    /// Notes that a peer refused a call because it is leaving or paused, before its advert was read that says so.
+    pub(crate) fn draining(&self, peer: &PeerId) {
+        if let Some(member) = self.write().get_mut(peer) {
+            member.advert.draining = true;
+        }
+        self.changed();
+    }
+
+    /// Whether the peer takes no calls at present by its own word.
+    pub(crate) fn is_draining(&self, peer: &PeerId) -> bool {
+        self.read().get(peer).is_some_and(|member| member.advert.draining)
+    }
+
     /// The peers that can be called now for some of `wanted` experts of `layer`. Peers that were set aside are among
     /// them only with `also_avoided`: they are the last resort.
     pub(crate) fn candidates(
@@ -330,6 +343,11 @@ impl Directory {
         let members = self.read();
         let least = members.values().filter_map(|member| member.link.as_ref()).map(|link| link.welcome.max_rows).min();
         least.map_or(1, |rows| rows.max(1) as usize)
+    }
+
+    /// How many peers are known, connected or not.
+    pub(crate) fn peers_known(&self) -> usize {
+        self.read().len()
     }
 
     /// The experts that no connected peer hosts.

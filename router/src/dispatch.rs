@@ -209,6 +209,9 @@ async fn call(
         Ok(Frame::Refusal(refusal)) => {
             let text = format!("{peer} refused ({:?}): {}", refusal.code, refusal.message);
             let retry_after = Duration::from_millis(u64::from(refusal.retry_after_ms.clamp(10, 10_000)));
+            if refusal.code == RefusalCode::Draining {
+                network.directory.draining(&peer);
+            }
             return Err(match refusal.code {
                 RefusalCode::Busy | RefusalCode::Draining => CallFailure::Busy { retry_after, text },
                 _ => CallFailure::Failed(text),

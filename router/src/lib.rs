@@ -7,7 +7,7 @@
 //! * [`ExpertNetwork`] below it is for people who bring their own trunk: [`ExpertNetwork::join`], then
 //!   [`ExpertNetwork::forward`] for the routed experts of one layer.
 //!
-//! Inside: [`directory`] knows who hosts what, `membership` keeps it true, [`plan`] chooses replicas, [`dispatch`] calls
+//! Inside: [`directory`] knows who hosts what, `membership` keeps it true with what [`search`] finds, [`plan`] chooses replicas, [`dispatch`] calls
 //! them, retries and adds up, [`generate`] is the decoding loop.
 
 pub mod client;
@@ -19,6 +19,7 @@ mod membership;
 pub mod network;
 pub mod plan;
 mod remote;
+pub mod search;
 pub mod stats;
 pub mod weights;
 

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::Either;
-use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::discovery::{Discovery, Reachability};
+use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
     Advert, DataConnection, DataEndpoint, Frame, Hello, ModelId, Multiaddr, Path, PeerId, Welcome, WireDtype,
 };
@@ -17,17 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::directory::{Directory, Link};
+use crate::search::{ADVERT_TIMEOUT, AdvertRead, EAGER_INTERVAL, PeerSearch, advert_pause, calm_pause};
 
-/// Look-ups follow each other this fast while experts are missing.
-const EAGER_INTERVAL: Duration = Duration::from_millis(300);
-/// Look-ups follow each other this fast once every expert has a peer: how soon one that joins is noticed.
-const CALM_INTERVAL: Duration = Duration::from_secs(3);
-/// How often a peer's advert is read again.
-const ADVERT_INTERVAL: Duration = Duration::from_secs(5);
-/// A look-up may take this long; the DHT's own queries end sooner.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(12);
-/// How long reading it may take: a peer that has just started again is not to be waited for on a connection that is gone.
-const ADVERT_TIMEOUT: Duration = Duration::from_secs(4);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long one attempt to find a peer where it was may take.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -53,16 +43,12 @@ const ARRIVAL_QUEUE: usize = 64;
 /// The most peers kept at once.
 const MAX_PEERS: usize = 4096;
 
-/// A peer's valid advert, if it gave one; or why it cannot be known.
-type AdvertRead = Result<Option<Advert>, String>;
-
 /// What the tasks of one client share.
 #[derive(Debug)]
 pub(crate) struct Membership {
-    pub(crate) discovery: Discovery,
     pub(crate) endpoint: DataEndpoint,
     pub(crate) directory: Arc<Directory>,
-    pub(crate) model: ModelId,
+    pub(crate) search: PeerSearch,
     pub(crate) network: String,
     pub(crate) wire: WireDtype,
 }
@@ -73,7 +59,11 @@ impl Membership {
         let (found, mut arrivals) = mpsc::channel(ARRIVAL_QUEUE);
         let mut peers: JoinSet<PeerId> = JoinSet::new();
         let mut watched: HashSet<PeerId> = HashSet::new();
-        let search = self.search(found);
+        let pause = || {
+            let complete = self.directory.missing().is_empty();
+            if complete { calm_pause(self.directory.peers_known()) } else { EAGER_INTERVAL }
+        };
+        let search = self.search.run(found, pause);
         tokio::pin!(search);
         loop {
             tokio::select! {
@@ -93,27 +83,6 @@ impl Membership {
                         self.directory.remove(&peer);
                     }
                 }
-            }
-        }
-    }
-
-    /// Looks the model's providers up again and again and reports each as soon as the DHT names it.
-    async fn search(&self, found: mpsc::Sender<PeerId>) {
-        let keys = ProviderKey::covering(self.model, self.directory.layout().layers.keys().copied());
-        loop {
-            let lookups = keys.iter().map(|&key| self.look_up(key, &found));
-            // Running out of time is not an error: what was found so far has been reported.
-            let _ = tokio::time::timeout(LOOKUP_TIMEOUT, futures::future::join_all(lookups)).await;
-            let pause = if self.directory.missing().is_empty() { CALM_INTERVAL } else { EAGER_INTERVAL };
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    async fn look_up(&self, key: ProviderKey, found: &mpsc::Sender<PeerId>) {
-        let Ok(mut providers) = self.discovery.providers(key).await else { return };
-        while let Some(peer) = providers.recv().await {
-            if peer != self.discovery.peer_id() && found.send(peer).await.is_err() {
-                return;
             }
         }
     }
@@ -202,7 +171,7 @@ impl Membership {
     /// A link that is not the data plane's own gives way to a better one as soon as there is one.
     async fn keep_link(&self, peer: PeerId, link: &Link, ways: &mut Ways) -> Option<AdvertRead> {
         let read = async {
-            tokio::time::sleep(ADVERT_INTERVAL).await;
+            self.until_next_read(&peer).await;
             self.read_advert(peer).await
         };
         tokio::pin!(read);
@@ -229,7 +198,7 @@ impl Membership {
                     self.directory.failed(&peer, Instant::now());
                     silence.set(self.silence(peer, link));
                 }
-                () = probe => match hello(&link.connection, &self.network, self.model, HELLO_TIMEOUT).await {
+                () = probe => match hello(&link.connection, &self.network, self.search.model(), HELLO_TIMEOUT).await {
                     Ok(_) => self.directory.recovered(&peer),
                     Err(reason) => {
                         tracing::debug!(%reason, "probe failed");
@@ -255,17 +224,30 @@ impl Membership {
                 continue;
             }
             let timeout = HEARTBEAT_TIMEOUT + 2 * link.connection.round_trip();
-            if hello(&link.connection, &self.network, self.model, timeout).await.is_err() {
+            if hello(&link.connection, &self.network, self.search.model(), timeout).await.is_err() {
                 return;
+            }
+        }
+    }
+
+    /// Waits as long as an advert that was just read is taken for true; not long if the peer takes no calls, so that it is used again
+    /// soon after it does.
+    async fn until_next_read(&self, peer: &PeerId) {
+        let begun = tokio::time::Instant::now();
+        let mut changes = self.directory.subscribe();
+        loop {
+            let peers = if self.directory.is_draining(peer) { 0 } else { self.directory.peers_known() };
+            let pause = advert_pause(peers);
+            tokio::select! {
+                () = tokio::time::sleep_until(begun + pause) => return,
+                Ok(()) = changes.changed() => {}
             }
         }
     }
 
     /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
     async fn read_advert(&self, peer: PeerId) -> AdvertRead {
-        let reading = tokio::time::timeout(ADVERT_TIMEOUT, self.discovery.adverts(peer, Some(self.model)));
-        let adverts = reading.await.map_err(|_| "it gave no advert in time".to_owned())?.map_err(|e| e.to_string())?;
-        let Some(advert) = adverts.into_iter().next() else { return Ok(None) };
+        let Some(advert) = self.search.advert(peer).await? else { return Ok(None) };
         if !advert.wire_dtypes.contains(&self.wire) {
             return Err(format!("it does not speak {} on the wire", self.wire));
         }
@@ -306,12 +288,12 @@ impl Membership {
 
     /// The best connection of the control plane, which libp2p dials if there is none.
     async fn connect_shared(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<Link, String> {
-        let connected = self.discovery.connect_data(peer, circuits, CONNECT_TIMEOUT).await;
+        let connected = self.search.discovery().connect_data(peer, circuits, CONNECT_TIMEOUT).await;
         self.greet(connected.map_err(|e| e.to_string())?).await
     }
 
     async fn greet(&self, connection: DataConnection) -> Result<Link, String> {
-        let welcome = hello(&connection, &self.network, self.model, HELLO_TIMEOUT).await?;
+        let welcome = hello(&connection, &self.network, self.search.model(), HELLO_TIMEOUT).await?;
         Ok(Link { path: connection.path(), connection, welcome })
     }
 
@@ -332,7 +314,7 @@ impl Membership {
                 ways.punched = tokio::time::Instant::now();
                 ways.punch_pause = (ways.punch_pause * 2).min(LONGEST_PUNCH_PAUSE);
                 // It fails only where this client ends.
-                let _ = self.discovery.punch(peer, ways.circuits.clone()).await;
+                let _ = self.search.discovery().punch(peer, ways.circuits.clone()).await;
             }
             if tokio::time::Instant::now() >= ways.direct_at {
                 ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;

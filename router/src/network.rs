@@ -17,6 +17,7 @@ use crate::directory::{Directory, ExpertLayout, Missing};
 use crate::dispatch::HedgeBudget;
 use crate::fallback::{Fallback, Orphans};
 use crate::membership::Membership;
+use crate::search::PeerSearch;
 
 /// How long a client that can compute missing experts itself waits for peers that host them.
 const JOIN_GRACE: Duration = Duration::from_secs(3);
@@ -141,10 +142,9 @@ impl ExpertNetwork {
         let endpoint = bind_any(identity)?;
         let directory = Arc::new(Directory::new(layout));
         let membership = Arc::new(Membership {
-            discovery: discovery.clone(),
+            search: PeerSearch::new(discovery.clone(), model, directory.layout().layers.keys().copied()),
             endpoint: endpoint.clone(),
             directory: directory.clone(),
-            model,
             network: config.network.clone(),
             wire: config.wire,
         });

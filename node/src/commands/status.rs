@@ -44,6 +44,8 @@ struct PeerRow {
     /// 0 (idle) to 1 (queue full).
     load: f64,
     reachability: &'static str,
+    /// It is paused or leaving, and counts as a replica of nothing.
+    draining: bool,
 }
 
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
@@ -101,7 +103,8 @@ fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
         layers.extend(&advert.layers);
     }
     let row = |(layer, experts): (u32, u32)| {
-        let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| advert.hosted.contains(layer, expert)).count();
+        let serves = |advert: &Advert, expert: u32| !advert.draining && advert.hosted.contains(layer, expert);
+        let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| serves(advert, expert)).count();
         let counts: Vec<usize> = (0..experts).map(replicas).collect();
         let missing = (0..experts).filter(|&expert| counts[expert as usize] == 0).collect();
         LayerRow { layer, experts, missing, min_replicas: counts.iter().copied().min().unwrap_or(0) }
@@ -136,6 +139,7 @@ async fn peer_row(
         round_trip_ms: round_trip.map(|duration| duration.as_secs_f64() * 1e3),
         load: f64::from(advert.load_permille) / 1000.0,
         reachability,
+        draining: advert.draining,
     }
 }
 
@@ -182,7 +186,7 @@ fn print_report(document: &Document) -> anyhow::Result<()> {
             row.experts.to_string(),
             row.round_trip_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1} ms")),
             format!("{:.0} %", row.load * 100.0),
-            row.reachability.to_owned(),
+            if row.draining { "paused".to_owned() } else { row.reachability.to_owned() },
             row.addresses.first().cloned().unwrap_or_default(),
         ]);
     }

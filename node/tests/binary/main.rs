@@ -1,5 +1,7 @@
 //! The program `hanse` as a user meets it: its commands, its documents, its errors and what it leaves behind.
 
+#[cfg(target_os = "linux")]
+mod comfort;
 mod commands;
 mod demo;
 mod errors;
@@ -100,6 +102,11 @@ impl Node {
     fn at<S: AsRef<std::ffi::OsStr>>(home: &TempDir, model: &Path, args: impl IntoIterator<Item = S>) -> Self {
         let mut command = hanse(home);
         command.args(["node", "--json", "--threads", "1", "--listen", LOOPBACK, "--model"]).arg(model).args(args);
+        Self::run(command)
+    }
+
+    /// Runs `hanse node --json` as given.
+    fn run(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -117,6 +124,10 @@ impl Node {
         let first = Self::start(&tiny_moe(), "0-5:0-7", None);
         let second = Self::start(&tiny_moe(), "0-5:8-15", Some(&first.address()));
         [first, second]
+    }
+
+    fn peer_id(&self) -> String {
+        self.ready["peer_id"].as_str().unwrap().to_owned()
     }
 
     fn address(&self) -> String {

@@ -4,7 +4,6 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::kad::store::{MemoryStore, MemoryStoreConfig};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
@@ -13,22 +12,23 @@ use libp2p::{
 };
 
 use super::exchange::{ADVERT_PROTOCOL, AdvertCodec};
+use super::providers::ProviderStore;
 use super::reach::Standing;
-use super::{DiscoveryConfig, DiscoveryError, keys};
+use super::{DiscoveryConfig, DiscoveryError, in_process, keys};
 use crate::{Identity, relayed};
 
 /// Provider records live minutes: a volunteer that vanished is not looked for much longer.
 const PROVIDER_TTL: Duration = Duration::from_secs(5 * 60);
 /// Control connections carry little; idle ones are closed after this, and dialled again when needed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often members look for others near and far to keep their routing tables full.
+const ROUTING_INTERVAL: Duration = Duration::from_secs(2 * 60);
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const ADVERT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: u32 = 1024;
 /// Over TCP and QUIC, by both sides at once, through a relay, punched, and for AutoNAT's tests.
 const MAX_CONNECTIONS_PER_PEER: u32 = 8;
 const MAX_PENDING_INCOMING: u32 = 128;
-/// Providers remembered per key. The default of 20 would hide most of a large network's volunteers.
-const MAX_PROVIDERS_PER_KEY: usize = 1024;
 /// Also how fresh a lane's round trip is.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// Members that a relay stands in for at a time, and circuits through it: of all, and of one member.
@@ -45,10 +45,12 @@ const MAX_CIRCUIT_BYTES: u64 = 2 << 30;
 /// A circuit lives no longer than this.
 const MAX_CIRCUIT_TIME: Duration = Duration::from_secs(60 * 60);
 
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
 #[derive(NetworkBehaviour)]
 pub(crate) struct Behaviour {
     pub(crate) limits: connection_limits::Behaviour,
-    pub(crate) kad: kad::Behaviour<MemoryStore>,
+    pub(crate) kad: kad::Behaviour<ProviderStore>,
     pub(crate) identify: identify::Behaviour,
     pub(crate) ping: ping::Behaviour,
     pub(crate) adverts: request_response::Behaviour<AdvertCodec>,
@@ -74,17 +76,31 @@ pub(crate) fn kad_protocol(network: &str) -> Result<StreamProtocol, DiscoveryErr
 pub(crate) fn build_swarm(identity: &Identity, config: &DiscoveryConfig) -> Result<Swarm<Behaviour>, DiscoveryError> {
     let setup = |e: &dyn std::fmt::Display| DiscoveryError::Setup(e.to_string());
     let protocol = kad_protocol(&config.network)?;
-    Ok(SwarmBuilder::with_existing_identity(identity.keypair().clone())
-        .with_tokio()
-        .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
-        .map_err(|e| setup(&e))?
-        .with_quic()
-        .with_relay_client(noise::Config::new, yamux::Config::default)
-        .map_err(|e| setup(&e))?
-        .with_behaviour(|_, relay_client| behaviour(identity, config, protocol, relay_client).map_err(Into::into))
-        .map_err(|e| setup(&e))?
-        .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE_TIMEOUT))
-        .build())
+    let behaviour = |relay_client| behaviour(identity, config, protocol, relay_client).map_err(BoxError::from);
+    let builder = SwarmBuilder::with_existing_identity(identity.keypair().clone()).with_tokio();
+    // The two differ in type until they are built.
+    let swarm = match &config.in_process {
+        None => builder
+            .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
+            .map_err(|e| setup(&e))?
+            .with_quic()
+            .with_relay_client(noise::Config::new, yamux::Config::default)
+            .map_err(|e| setup(&e))?
+            .with_behaviour(|_, relay_client| behaviour(relay_client))
+            .map_err(|e| setup(&e))?
+            .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE_TIMEOUT))
+            .build(),
+        Some(traffic) => builder
+            .with_other_transport(|keypair| in_process::transport(keypair, traffic.clone()).map_err(BoxError::from))
+            .map_err(|e| setup(&e))?
+            .with_relay_client(noise::Config::new, yamux::Config::default)
+            .map_err(|e| setup(&e))?
+            .with_behaviour(|_, relay_client| behaviour(relay_client))
+            .map_err(|e| setup(&e))?
+            .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE_TIMEOUT))
+            .build(),
+    };
+    Ok(swarm)
 }
 
 fn behaviour(
@@ -104,21 +120,12 @@ fn behaviour(
         // Publishing again is ours (see the task): it also happens when new peers appear.
         .set_provider_publication_interval(None)
         .set_query_timeout(QUERY_TIMEOUT)
-        .set_periodic_bootstrap_interval(Some(Duration::from_secs(60)));
+        .set_periodic_bootstrap_interval(Some(ROUTING_INTERVAL));
     if let Some(parallelism) = NonZeroUsize::new(8) {
         // Members that crashed stay in routing tables for a while; more look-ups at once step over them sooner.
         kad_config.set_parallelism(parallelism);
     }
-    let store = MemoryStore::with_config(
-        peer_id,
-        MemoryStoreConfig {
-            max_records: 0,
-            max_value_bytes: 0,
-            max_providers_per_key: MAX_PROVIDERS_PER_KEY,
-            max_provided_keys: 1024,
-        },
-    );
-    let mut kad = kad::Behaviour::with_config(peer_id, store, kad_config);
+    let mut kad = kad::Behaviour::with_config(peer_id, ProviderStore::new(peer_id), kad_config);
     kad.set_mode(Some(if standing == Standing::Reachable { kad::Mode::Server } else { kad::Mode::Client }));
 
     let limits = ConnectionLimits::default()

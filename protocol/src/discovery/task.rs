@@ -21,6 +21,7 @@ use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
 use super::keys::ProviderKey;
+use super::pace::PublishPace;
 use super::reach::{ReachState, Standing};
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
 use crate::relayed::Lane;
@@ -35,10 +36,6 @@ const BOOTSTRAP_RETRY: Duration = Duration::from_secs(2);
 /// How often a volunteer dials those bootstrap members that it has lost: one that was started again knows nobody, and
 /// newcomers find the network through it.
 const BOOTSTRAP_RETURN: Duration = Duration::from_secs(5);
-/// Provider records are published again this often; well below their life time.
-const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
-/// New peers often come in bursts: publishing waits this long after one, so that a burst is one publication.
-const PUBLISH_DELAY: Duration = Duration::from_millis(200);
 /// The most addresses believed of one peer.
 const MAX_ADDRESSES: usize = 16;
 /// Providers whose addresses are remembered.
@@ -74,7 +71,7 @@ pub(crate) struct SwarmTask {
     serves: bool,
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
-    publish_at: Instant,
+    publish_pace: PublishPace,
     /// Records on their way to other members.
     publishing: HashSet<QueryId>,
     searches: HashMap<QueryId, ProviderSearch>,
@@ -119,7 +116,7 @@ impl SwarmTask {
             serves: Standing::of(config) != Standing::Client,
             hosted: Vec::new(),
             keys: Vec::new(),
-            publish_at: Instant::now() + PUBLISH_INTERVAL,
+            publish_pace: PublishPace::new(Instant::now()),
             publishing: HashSet::new(),
             searches: HashMap::new(),
             questions: HashMap::new(),
@@ -204,7 +201,7 @@ impl SwarmTask {
                 }
                 _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
                 _ = relays.tick(), if self.serves => self.use_relays(),
-                () = tokio::time::sleep_until(self.publish_at) => self.publish(),
+                () = tokio::time::sleep_until(self.publish_pace.at()) => self.publish(),
             }
         }
     }
@@ -222,7 +219,7 @@ impl SwarmTask {
     }
 
     fn publish(&mut self) {
-        self.publish_at = Instant::now() + PUBLISH_INTERVAL;
+        self.publish_pace.published(Instant::now());
         self.publishing.clear();
         for key in &self.keys {
             match self.swarm.behaviour_mut().kad.start_providing(record_key(*key)) {
@@ -232,10 +229,6 @@ impl SwarmTask {
                 Err(error) => tracing::warn!(%error, "a provider record was not stored"),
             }
         }
-    }
-
-    fn publish_soon(&mut self) {
-        self.publish_at = self.publish_at.min(Instant::now() + PUBLISH_DELAY);
     }
 
     fn on_command(&mut self, command: Command) {
@@ -348,7 +341,9 @@ impl SwarmTask {
                     }
                 }
             }
-            BehaviourEvent::Kad(kad::Event::RoutingUpdated { is_new_peer: true, .. }) => self.publish_soon(),
+            BehaviourEvent::Kad(kad::Event::RoutingUpdated { is_new_peer: true, .. }) => {
+                self.publish_pace.new_peer(Instant::now());
+            }
             BehaviourEvent::Kad(kad::Event::OutboundQueryProgressed { id, result, step, .. }) => {
                 self.on_query(id, result, step.last)
             }

@@ -8,6 +8,7 @@ use libp2p::{Multiaddr, PeerId, kad, relay};
 use tokio::time::Instant;
 
 use super::super::address::{ip, is_quic};
+use super::super::in_process::is_memory;
 use super::{MAX_ADDRESSES, MAX_HINTS, SwarmTask};
 use crate::relayed::is_circuit;
 
@@ -33,7 +34,7 @@ impl SwarmTask {
         if *self.reports.reach.borrow() != reach {
             self.reports.reach.send_replace(reach);
             // The provider records carry addresses.
-            self.publish_soon();
+            self.publish_pace.news(Instant::now());
         }
     }
 
@@ -57,6 +58,10 @@ impl SwarmTask {
             return;
         }
         self.tell_external(&address);
+        if is_memory(&address) {
+            // Whoever is there reaches it, as a member of the open internet is reached.
+            self.swarm.add_external_address(address.clone());
+        }
         let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
         self.reports.addresses.send_modify(|all| {
             if !all.contains(&own) {
