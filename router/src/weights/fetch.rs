@@ -205,6 +205,7 @@ impl Fetcher {
         let mut tree = part.tree();
         loop {
             let sources = self.sources(item, &mut reasons);
+            let nobody = sources.is_empty() && reasons.is_empty();
             let mut goes_on = false;
             if tree.is_none() {
                 tree = self.find_tree(item, &part, &sources, &mut reasons).await?;
@@ -237,10 +238,8 @@ impl Fetcher {
             if goes_on {
                 // With whomever.
                 given_up_at = Instant::now() + self.patience;
-            } else if Instant::now() >= given_up_at
-                || (sources.is_empty() && reasons.is_empty() && self.waited_in_vain())
-            {
-                if sources.is_empty() && reasons.is_empty() {
+            } else if Instant::now() >= given_up_at || (nobody && self.waited_in_vain()) {
+                if nobody {
                     self.in_vain.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
                 }
                 let mut reasons: Vec<String> =
