@@ -8,11 +8,13 @@
 //!   [`ExpertNetwork::forward`] for the routed experts of one layer.
 //!
 //! Inside: [`directory`] knows who hosts what, `membership` keeps it true, [`plan`] chooses replicas, [`dispatch`] calls
-//! them, retries and adds up, [`generate`] is the decoding loop.
+//! them, retries and adds up, `engine` decodes all
+//! generations of a client together.
 
 pub mod client;
 pub mod directory;
 pub mod dispatch;
+mod engine;
 pub mod fallback;
 pub mod generate;
 mod membership;
@@ -25,8 +27,9 @@ pub mod weights;
 pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
 pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
 pub use dispatch::{DispatchError, Usage};
+pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
-pub use generate::{FinishReason, GenerateError, GenerateRequest, Timings, Token};
+pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, PromptToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
 pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};

@@ -77,9 +77,9 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
         top_k: args.sampling.top_k.or(defaults.top_k),
         top_p: args.sampling.top_p.or(defaults.top_p),
         seed: args.sampling.seed.unwrap_or_else(rand::random),
+        ..SamplingParams::default()
     };
-    let request =
-        GenerateRequest { prompt, max_tokens: args.max_tokens, sampling, stop: Vec::new(), ignore_eos: false };
+    let request = GenerateRequest { prompt, max_tokens: args.max_tokens, sampling, ..GenerateRequest::default() };
     let mut generation = client.generate(request);
     let (mut count, mut text) = (0, String::new());
     loop {
