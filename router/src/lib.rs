@@ -16,6 +16,8 @@ pub mod directory;
 pub mod dispatch;
 mod engine;
 pub mod fallback;
+#[cfg(feature = "gateway")]
+pub mod gateway;
 pub mod generate;
 mod membership;
 pub mod network;
@@ -29,7 +31,7 @@ pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
 pub use dispatch::{DispatchError, Usage};
 pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
-pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, PromptToken, Timings, Token};
+pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
 pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};

@@ -41,7 +41,7 @@ impl Drop for OnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let mut state = self.0.state();
-            let status = super::EngineStatus { running: 0, waiting: 0, kv_bytes: 0, ..state.status };
+            let status = super::EngineStatus { running: 0, waiting: 0, kv_bytes: 0, ..state.status.clone() };
             *state = State { status, ..State::default() };
         }
     }
@@ -209,7 +209,10 @@ impl Driver {
         drop(segments);
         let used = experts.usage;
         self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).for_each(|(sequence, _)| sequence.used(&used));
-        self.engine.state().status.steps += 1;
+        let mut state = self.engine.state();
+        state.status.steps += 1;
+        state.status.network.add(&used.counts);
+        drop(state);
         logits
     }
 

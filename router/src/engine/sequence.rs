@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant};
 
 use hanse_model::{
-    GenerationDefaults, KvCache, LogitsWanted, Sampler, Segment, StopOutput, StopStrings, TextStream, Tokenizer,
-    log_softmax_at, top_log_softmax,
+    ForwardError, GenerationDefaults, KvCache, LogitsWanted, Sampler, Segment, StopOutput, StopStrings, TextStream,
+    Tokenizer, log_softmax_at, top_log_softmax,
 };
 use tokio::sync::mpsc;
 
 use super::Step;
 use crate::client::Summary;
 use crate::dispatch::Usage;
-use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, PromptToken, Timings, Token};
+use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, ScoredToken, Timings, Token};
 
 /// Messages that one step may bring: of the prompt, of a token, and of the end.
 const MESSAGES: usize = 3;
@@ -54,6 +54,7 @@ impl Sequence {
     pub(super) fn new(
         request: GenerateRequest,
         context: usize,
+        vocab_size: usize,
         cache: KvCache,
         tokenizer: Option<&Tokenizer>,
         steps: mpsc::Sender<Step>,
@@ -65,6 +66,9 @@ impl Sequence {
         let Some(room) = room else {
             return Err(GenerateError::PromptTooLong { tokens: request.prompt.len(), context });
         };
+        if let Some(&token) = request.prompt.iter().find(|token| **token as usize >= vocab_size) {
+            return Err(ForwardError::TokenOutOfRange { token, vocab_size }.into());
+        }
         let constraint = request.grammar.as_ref().map(|grammar| grammar.begin()).transpose();
         Ok(Self {
             tokens: request.prompt.clone(),
@@ -207,12 +211,12 @@ impl Sequence {
         let top = self.request.top_logprobs;
         let mut tokens = Vec::new();
         if self.told == 0 {
-            tokens.push(PromptToken { id: self.tokens[0], logprob: None, top: Vec::new() });
+            tokens.push(ScoredToken { id: self.tokens[0], logprob: None, top: Vec::new() });
         }
         let first = self.cache.len() - logits.len() / vocab.max(1);
         for (offset, row) in logits.chunks_exact(vocab).enumerate() {
             if let Some(&id) = self.tokens.get(first + offset + 1) {
-                tokens.push(PromptToken { id, logprob: Some(log_softmax_at(row, id)), top: top_log_softmax(row, top) });
+                tokens.push(ScoredToken { id, logprob: Some(log_softmax_at(row, id)), top: top_log_softmax(row, top) });
             }
         }
         self.told += tokens.len();
