@@ -83,10 +83,13 @@ impl Driver {
     }
 
     fn drop_unwanted(&mut self) {
-        self.waiting.retain(Sequence::is_wanted);
-        let (wanted, unwanted) = std::mem::take(&mut self.active).into_iter().partition(Sequence::is_wanted);
-        self.active = wanted;
-        unwanted.into_iter().for_each(|sequence| self.keep(sequence));
+        self.waiting.retain_mut(Sequence::is_wanted);
+        for mut sequence in std::mem::take(&mut self.active) {
+            match sequence.is_wanted() {
+                true => self.active.push(sequence),
+                false => self.keep(sequence),
+            }
+        }
     }
 
     /// Keeps the keys and values of a sequence that has ended.

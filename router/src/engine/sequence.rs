@@ -16,6 +16,9 @@ use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, 
 /// Messages that one step may bring: of the prompt, of a token, and of the end.
 const MESSAGES: usize = 3;
 
+/// A reader that has had no room for so long has gone, as far as its sequence is concerned.
+const UNREAD_LIMIT: Duration = Duration::from_secs(60);
+
 /// A request between its arrival and its end.
 pub(super) struct Sequence {
     request: GenerateRequest,
@@ -31,6 +34,8 @@ pub(super) struct Sequence {
     /// Tokens of the prompt whose log probabilities have been told.
     told: usize,
     steps: mpsc::Sender<Step>,
+    /// Since when its reader has had no room.
+    unread_since: Option<Instant>,
     began: Instant,
     prefilled: Option<Instant>,
     decode_steps: usize,
@@ -80,6 +85,7 @@ impl Sequence {
             limit: request.max_tokens.min(room),
             told: 0,
             steps,
+            unread_since: None,
             began: Instant::now(),
             prefilled: None,
             decode_steps: 0,
@@ -123,8 +129,16 @@ impl Sequence {
         self.steps.capacity() >= MESSAGES
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
-        !self.steps.is_closed()
+    /// Whether anybody waits for its tokens: somebody who has read nothing for long takes up memory that others could use.
+    pub(super) fn is_wanted(&mut self) -> bool {
+        if self.is_read() {
+            self.unread_since = None;
+        }
+        let long = self.unread_since.is_some_and(|since| since.elapsed() > UNREAD_LIMIT);
+        if !self.is_read() {
+            self.unread_since.get_or_insert_with(Instant::now);
+        }
+        !self.steps.is_closed() && !long
     }
 
     /// The next `rows` of its tokens as a part of a forward pass.
