@@ -1,5 +1,8 @@
 //! Keys and values of the tokens that a sequence has so far.
 
+/// Positions for which a head that is full makes room, at least.
+const GROWTH: usize = 32;
+
 /// The key/value cache of one sequence. It never leaves the client.
 #[derive(Debug, Clone)]
 pub struct KvCache {
@@ -24,12 +27,26 @@ impl LayerCache {
 
     /// Appends one position; `key` and `value` are `[kv_heads, head_dim]`.
     pub(crate) fn push(&mut self, key: &[f32], value: &[f32]) {
-        for (head, part) in self.keys.iter_mut().zip(key.chunks_exact(self.head_dim)) {
+        let (keys, values) = (key.chunks_exact(self.head_dim), value.chunks_exact(self.head_dim));
+        for (head, part) in self.keys.iter_mut().zip(keys).chain(self.values.iter_mut().zip(values)) {
+            if head.len() + part.len() > head.capacity() {
+                // Doubling would take up to twice the memory that the positions need.
+                head.reserve_exact(part.len().max(head.len() / 8).max(GROWTH * self.head_dim));
+            }
             head.extend_from_slice(part);
         }
-        for (head, part) in self.values.iter_mut().zip(value.chunks_exact(self.head_dim)) {
-            head.extend_from_slice(part);
-        }
+    }
+
+    fn heads(&self) -> impl Iterator<Item = &Vec<f32>> {
+        self.keys.iter().chain(&self.values)
+    }
+
+    /// A copy of the first positions.
+    fn prefix(&self, positions: usize) -> Self {
+        let first = |heads: &Vec<Vec<f32>>| -> Vec<Vec<f32>> {
+            heads.iter().map(|head| head[..head.len().min(positions * self.head_dim)].to_vec()).collect()
+        };
+        Self { head_dim: self.head_dim, keys: first(&self.keys), values: first(&self.values) }
     }
 
     /// Keys and values of one head.
@@ -51,6 +68,26 @@ impl KvCache {
     /// Nothing is in the cache.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Bytes of memory that the positions take at present, with the room that was made for more.
+    pub fn bytes(&self) -> usize {
+        let values: usize = self.layers.iter().flat_map(LayerCache::heads).map(Vec::capacity).sum();
+        values * size_of::<f32>()
+    }
+
+    /// Bytes that one more position takes.
+    pub fn bytes_per_position(&self) -> usize {
+        let values: usize = self.layers.iter().map(|layer| layer.heads().count() * layer.head_dim).sum();
+        values * size_of::<f32>()
+    }
+
+    /// A cache of the first `len` positions, or of all if there are fewer: what another sequence that begins alike can go on
+    /// from.
+    #[must_use]
+    pub fn prefix(&self, len: usize) -> Self {
+        let len = len.min(self.len);
+        Self { layers: self.layers.iter().map(|layer| layer.prefix(len)).collect(), len }
     }
 
     /// Forgets all positions from `len` on; does nothing if there are no more than `len`.
@@ -83,5 +120,42 @@ impl KvCache {
     /// Counts positions that have been pushed to every layer.
     pub(crate) fn advance(&mut self, positions: usize) {
         self.len += positions;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(positions: usize) -> KvCache {
+        let mut cache = KvCache::new(vec![LayerCache::new(2, 4), LayerCache::new(1, 8)]);
+        for position in 0..positions {
+            let row = [position as f32; 8];
+            cache.layer_mut(0).push(&row, &row);
+            cache.layer_mut(1).push(&row, &row);
+            cache.advance(1);
+        }
+        cache
+    }
+
+    #[test]
+    fn a_prefix_has_the_first_positions_and_a_longer_one_has_all() {
+        let cache = filled(10);
+        let prefix = cache.prefix(7);
+        assert_eq!(prefix.len(), 7);
+        assert_eq!(prefix.layer(0).head(1).0, &cache.layer(0).head(1).0[..28]);
+        assert_eq!(prefix.layer(1).head(0).1.last(), Some(&6.0));
+        assert_eq!(cache.prefix(99).len(), 10);
+        assert_eq!(cache.prefix(0).bytes(), 0);
+    }
+
+    #[test]
+    fn memory_is_little_more_than_the_positions_need() {
+        assert_eq!(filled(0).bytes_per_position(), 2 * (2 * 4 + 8) * 4);
+        for positions in [1000, 5000] {
+            let cache = filled(positions);
+            let needed = positions * cache.bytes_per_position();
+            assert!((needed..needed * 9 / 8 + 64).contains(&cache.bytes()), "{} of {needed}", cache.bytes());
+        }
     }
 }

@@ -65,11 +65,11 @@ pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;
 pub use gate::Routing;
 pub use generation::{GenerationDefaults, GenerationDefaultsError};
-pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at};
+pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{
     AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
     RopeSpec, SharedExpertSpec,
 };
 pub use stop::{StopOutput, StopStrings};
-pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
+pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};
 pub use trunk::{ForwardError, LogitsWanted, Segment, Trunk};

@@ -1,10 +1,15 @@
 //! From logits to a token.
 
+use std::collections::HashMap;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// How a token is drawn. Applied in this order: temperature, top-k, top-p.
-#[derive(Debug, Clone, PartialEq)]
+/// The largest bias or penalty, either way.
+const LARGEST_BIAS: f32 = 100.0;
+
+/// How a token is drawn. Applied in this order: biases and penalties, temperature, top-k, top-p.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct SamplingParams {
     /// Logits are divided by this; 0 takes the best token always.
     pub temperature: f32,
@@ -14,12 +19,18 @@ pub struct SamplingParams {
     pub top_p: Option<f32>,
     /// Seed of the random numbers: the same seed and logits give the same tokens.
     pub seed: u64,
+    /// Taken from the logit of every token that was drawn before.
+    pub presence_penalty: f32,
+    /// Taken from a token's logit for each time that it was drawn before.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens; tokens outside the vocabulary are left out.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 impl SamplingParams {
     /// Always the best token.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_k: None, top_p: None, seed: 0 }
+        Self::default()
     }
 }
 
@@ -33,6 +44,14 @@ pub enum SamplingError {
     /// The probability is outside 0 to 1.
     #[error("top_p is {0}, but must be between 0 and 1")]
     TopP(f32),
+    /// A penalty or a bias is too large or not a number.
+    #[error("{name} is {value}, but must be between -{LARGEST_BIAS} and {LARGEST_BIAS}")]
+    Bias {
+        /// Which one.
+        name: &'static str,
+        /// Its value.
+        value: f32,
+    },
 }
 
 /// Draws tokens.
@@ -40,6 +59,8 @@ pub enum SamplingError {
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
+    /// How often each token was drawn; kept only if it matters.
+    drawn: HashMap<u32, u32>,
 }
 
 impl Sampler {
@@ -54,13 +75,69 @@ impl Sampler {
         if let Some(top_p) = params.top_p.filter(|p| !(0.0..=1.0).contains(p)) {
             return Err(SamplingError::TopP(top_p));
         }
+        let named = [("presence_penalty", params.presence_penalty), ("frequency_penalty", params.frequency_penalty)];
+        let biases = params.logit_bias.iter().map(|(_, bias)| ("logit_bias", *bias));
+        for (name, value) in named.into_iter().chain(biases) {
+            if !value.is_finite() || value.abs() > LARGEST_BIAS {
+                return Err(SamplingError::Bias { name, value });
+            }
+        }
         let rng = ChaCha8Rng::seed_from_u64(params.seed);
-        Ok(Self { params, rng })
+        Ok(Self { params, rng, drawn: HashMap::new() })
     }
 
     /// The next token, for logits of `[vocab_size]`. Of equal logits the lowest token is best. A logit that is not a
     /// number is never drawn; if none is a number the token is 0.
     pub fn sample(&mut self, logits: &[f32]) -> u32 {
+        self.sample_among(logits, None)
+    }
+
+    /// As [`Self::sample`], of some tokens only: `allowed` has a bit for each, the lowest of the first word for token 0. A token
+    /// without one, or beyond them, is never drawn, unless all that it allows have a probability of zero.
+    pub fn sample_allowed(&mut self, logits: &[f32], allowed: &[u32]) -> u32 {
+        self.sample_among(logits, Some(allowed))
+    }
+
+    fn sample_among(&mut self, logits: &[f32], allowed: Option<&[u32]>) -> u32 {
+        let token = if self.changes_logits() || allowed.is_some() {
+            let mut changed = logits.to_vec();
+            self.bias(&mut changed);
+            if let Some(allowed) = allowed {
+                forbid(&mut changed, allowed);
+            }
+            let any = changed.iter().any(|logit| *logit > f32::NEG_INFINITY);
+            self.draw(if any { &changed } else { logits })
+        } else {
+            self.draw(logits)
+        };
+        if self.penalises() {
+            *self.drawn.entry(token).or_default() += 1;
+        }
+        token
+    }
+
+    fn penalises(&self) -> bool {
+        self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0
+    }
+
+    fn changes_logits(&self) -> bool {
+        self.penalises() || !self.params.logit_bias.is_empty()
+    }
+
+    fn bias(&self, logits: &mut [f32]) {
+        for (token, bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(*token as usize) {
+                *logit += bias;
+            }
+        }
+        for (token, count) in &self.drawn {
+            if let Some(logit) = logits.get_mut(*token as usize) {
+                *logit -= self.params.presence_penalty + self.params.frequency_penalty * *count as f32;
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> u32 {
         let best = best(logits);
         let Some(largest) = logits.get(best).copied() else { return 0 };
         if self.params.temperature == 0.0 || !largest.is_finite() {
@@ -100,6 +177,15 @@ impl Sampler {
     }
 }
 
+/// Makes tokens impossible that `allowed` has no bit for.
+fn forbid(logits: &mut [f32], allowed: &[u32]) {
+    for (token, logit) in logits.iter_mut().enumerate() {
+        if allowed.get(token / 32).is_none_or(|word| word >> (token % 32) & 1 == 0) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+}
+
 /// Removes the least probable candidates that together have no more than `1 - top_p`; the order is that of tokens
 /// again afterwards.
 fn keep_top_p(candidates: &mut Vec<(usize, f64)>, top_p: f64) {
@@ -127,11 +213,29 @@ fn best(logits: &[f32]) -> usize {
     best
 }
 
+/// The `count` most probable tokens with their natural logarithms of softmax's probability, best first; of equal ones the lowest
+/// token first.
+pub fn top_log_softmax(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let mut tokens: Vec<u32> = (0..logits.len() as u32).filter(|&token| !logits[token as usize].is_nan()).collect();
+    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    if (1..tokens.len()).contains(&count) {
+        tokens.select_nth_unstable_by(count - 1, order);
+    }
+    tokens.truncate(count);
+    tokens.sort_unstable_by(order);
+    let total = if tokens.is_empty() { 0.0 } else { log_sum_exp(logits) };
+    tokens.into_iter().map(|token| (token, (f64::from(logits[token as usize]) - total) as f32)).collect()
+}
+
 /// The natural logarithm of the probability that softmax gives to `token`; minus infinity for a token outside
 /// `logits`.
 pub fn log_softmax_at(logits: &[f32], token: u32) -> f32 {
     let Some(logit) = logits.get(token as usize) else { return f32::NEG_INFINITY };
+    (f64::from(*logit) - log_sum_exp(logits)) as f32
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
     let largest = f64::from(logits[best(logits)]);
     let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum();
-    (f64::from(*logit) - largest - sum.ln()) as f32
+    largest + sum.ln()
 }

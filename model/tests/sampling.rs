@@ -1,9 +1,9 @@
 //! Drawing tokens, and stopping at strings.
 
-use hanse_model::{Sampler, SamplingError, SamplingParams, StopStrings, log_softmax_at};
+use hanse_model::{Sampler, SamplingError, SamplingParams, StopStrings, log_softmax_at, top_log_softmax};
 
 fn params(temperature: f32, top_k: Option<usize>, top_p: Option<f32>, seed: u64) -> SamplingParams {
-    SamplingParams { temperature, top_k, top_p, seed }
+    SamplingParams { temperature, top_k, top_p, seed, ..SamplingParams::default() }
 }
 
 fn shares(params: SamplingParams, logits: &[f32]) -> Vec<f64> {
@@ -122,4 +122,44 @@ fn what_only_looked_like_a_stop_string_is_shown() {
     assert_eq!(run(&["END"], &["EN", "x", "E"]), (vec![String::new(), "ENx".into(), String::new(), "E".into()], false));
     assert_eq!(run(&["é!"], &["aé", "?"]), (vec!["a".into(), "é?".into(), String::new()], false));
     assert_eq!(run(&["", ""], &["ab"]), (vec!["ab".into(), String::new()], false));
+}
+
+#[test]
+fn penalties_and_biases_change_what_is_best() {
+    let logits = [1.0, 3.0, 2.5, 0.0];
+    let drawn = |params: SamplingParams| {
+        let mut sampler = Sampler::new(params).unwrap();
+        (0..6).map(|_| sampler.sample(&logits)).collect::<Vec<_>>()
+    };
+    let greedy = SamplingParams::greedy();
+    assert_eq!(drawn(greedy.clone()), [1; 6]);
+    assert_eq!(drawn(SamplingParams { presence_penalty: 1.0, ..greedy.clone() }), [1, 2, 1, 1, 1, 1]);
+    assert_eq!(drawn(SamplingParams { frequency_penalty: 1.0, ..greedy.clone() }), [1, 2, 1, 2, 0, 1]);
+    assert_eq!(drawn(SamplingParams { logit_bias: vec![(3, 10.0), (99, 5.0)], ..greedy.clone() }), [3; 6]);
+    for (name, params) in [
+        ("presence_penalty", SamplingParams { presence_penalty: f32::NAN, ..greedy.clone() }),
+        ("logit_bias", SamplingParams { logit_bias: vec![(0, 101.0)], ..greedy }),
+    ] {
+        assert!(Sampler::new(params).unwrap_err().to_string().starts_with(name));
+    }
+}
+
+#[test]
+fn only_allowed_tokens_are_drawn() {
+    let logits: Vec<f32> = (0..70).map(|token| token as f32).collect();
+    let mut greedy = Sampler::new(SamplingParams::greedy()).unwrap();
+    assert_eq!(greedy.sample_allowed(&logits, &[u32::MAX; 3]), 69);
+    assert_eq!(greedy.sample_allowed(&logits, &[1 << 31, 1 << 4]), 36, "tokens beyond the words are not allowed");
+    assert_eq!(greedy.sample_allowed(&[f32::NEG_INFINITY, 1.0], &[1]), 1, "what is allowed is impossible");
+    let mut drawing = Sampler::new(params(50.0, None, None, 3)).unwrap();
+    assert!((0..50).map(|_| drawing.sample_allowed(&logits, &[0b1010])).all(|token| token == 1 || token == 3));
+}
+
+#[test]
+fn the_most_probable_tokens_come_best_first() {
+    let top = top_log_softmax(&[0.0, 2.0, f32::NAN, 2.0, 1.0], 3);
+    assert_eq!(top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 3, 4]);
+    assert!(top_log_softmax(&[], 3).is_empty() && top_log_softmax(&[1.0], 0).is_empty());
+    let top = top_log_softmax(&[0.0, 1.0], 9);
+    assert_eq!(top[0].1, log_softmax_at(&[0.0, 1.0], 1));
 }

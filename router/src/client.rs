@@ -15,6 +15,7 @@ use rayon::ThreadPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::directory::{ExpertLayout, PeerReport};
+use crate::engine::{Engine, EngineConfig, EngineStatus};
 use crate::generate::{self, GenerateError, GenerateRequest};
 use crate::network::{ExpertNetwork, JoinError, NetworkConfig};
 use crate::remote::RemoteExperts;
@@ -72,7 +73,7 @@ pub struct Score {
 
 /// Where experts are computed.
 #[derive(Debug)]
-enum Place {
+pub(crate) enum Place {
     Here(Arc<LocalExperts>),
     Network(Arc<ExpertNetwork>),
 }
@@ -80,15 +81,18 @@ enum Place {
 /// A model ready to generate. Cheap to clone; generations may run side by side.
 #[derive(Debug, Clone)]
 pub struct Client {
-    shared: Arc<Shared>,
+    core: Arc<Core>,
+    engine: Arc<Engine>,
 }
 
+/// What a model is computed with.
 #[derive(Debug)]
-struct Shared {
-    trunk: Trunk,
-    tokenizer: Option<Tokenizer>,
-    defaults: GenerationDefaults,
-    place: Place,
+pub(crate) struct Core {
+    pub(crate) trunk: Trunk,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) defaults: GenerationDefaults,
+    pub(crate) place: Place,
+    pub(crate) pool: Arc<ThreadPool>,
 }
 
 /// The experts of a model, as the router needs to know them.
@@ -155,36 +159,55 @@ impl Client {
     }
 
     fn assemble(checkpoint: &Checkpoint, pool: Arc<ThreadPool>, place: Place) -> Result<Self, ClientError> {
-        let trunk = Trunk::load(checkpoint, pool)?;
+        let trunk = Trunk::load(checkpoint, pool.clone())?;
         // A checkpoint without a tokenizer is usable with token ids.
         let dir = checkpoint.dir();
         let tokenizer = has_tokenizer(dir).then(|| Tokenizer::load(dir)).transpose()?;
         let defaults = GenerationDefaults::load(dir)?;
-        Ok(Self { shared: Arc::new(Shared { trunk, tokenizer, defaults, place }) })
+        let core = Arc::new(Core { trunk, tokenizer, defaults, place, pool });
+        Ok(Self { core, engine: Arc::new(Engine::new(EngineConfig::default())) })
+    }
+
+    /// The same client with other limits to what its generations may use together.
+    #[must_use]
+    pub fn with_engine(self, config: EngineConfig) -> Self {
+        Self { core: self.core, engine: Arc::new(Engine::new(config)) }
+    }
+
+    /// What the generations in progress are using.
+    #[must_use]
+    pub fn engine(&self) -> EngineStatus {
+        self.engine.status()
+    }
+
+    /// The most tokens that a prompt and its answer may have together: the model's context, or what there is memory for.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.engine.context(&self.core)
     }
 
     /// What the model is.
     #[must_use]
     pub fn spec(&self) -> &ModelSpec {
-        self.shared.trunk.spec()
+        self.core.trunk.spec()
     }
 
     /// The folder's tokenizer, if it has one.
     #[must_use]
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.shared.tokenizer.as_ref()
+        self.core.tokenizer.as_ref()
     }
 
     /// The folder's recommended sampling and end-of-sequence tokens.
     #[must_use]
     pub fn defaults(&self) -> &GenerationDefaults {
-        &self.shared.defaults
+        &self.core.defaults
     }
 
     /// The network that computes the experts; `None` for a local client.
     #[must_use]
     pub fn network(&self) -> Option<&Arc<ExpertNetwork>> {
-        match &self.shared.place {
+        match &self.core.place {
             Place::Here(_) => None,
             Place::Network(network) => Some(network),
         }
@@ -203,12 +226,13 @@ impl Client {
         }
     }
 
-    /// Starts a generation on a thread of its own and returns the stream of its tokens.
+    /// Starts a generation and returns the stream of its tokens. It advances together with the client's other generations, which
+    /// changes none of its tokens.
     ///
     /// Must be called within a tokio runtime. Dropping the stream ends the generation within one step.
     #[must_use]
     pub fn generate(&self, request: GenerateRequest) -> Generation {
-        generation::start(self.clone(), request)
+        Generation::new(self.engine.submit(&self.core, request))
     }
 
     /// Log probabilities of `tokens` under the model, with the logits if `keep_logits`.
@@ -246,7 +270,7 @@ impl Client {
         let mut logprobs: Vec<Option<f32>> = vec![None];
         let mut kept = keep_logits.then(Vec::new);
         let mut experts = self.experts(runtime, cancel.clone());
-        generate::logits(&self.shared.trunk, experts.as_dyn(), tokens, |first, values| {
+        generate::logits(&self.core.trunk, experts.as_dyn(), tokens, |first, values| {
             for (offset, row) in values.chunks_exact(vocab).enumerate() {
                 if let Some(&next) = tokens.get(first + offset + 1) {
                     logprobs.push(Some(log_softmax_at(row, next)));
@@ -265,7 +289,7 @@ impl Client {
 
     /// Experts for one request.
     fn experts(&self, runtime: tokio::runtime::Handle, cancel: CancellationToken) -> RequestExperts {
-        match &self.shared.place {
+        match &self.core.place {
             Place::Here(local) => RequestExperts::Local(local.clone()),
             Place::Network(network) => RequestExperts::Remote(RemoteExperts::new(network.clone(), runtime, cancel)),
         }

@@ -47,6 +47,12 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Counts what another one has counted, too.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.counts.add(&other.counts);
+        self.answered_by.extend(&other.answered_by);
+    }
+
     /// The counts so far.
     #[must_use]
     pub fn counts(&self) -> NetworkUse {
@@ -72,6 +78,18 @@ impl ExpertNetwork {
         routing: &Routing,
         usage: &mut Usage,
     ) -> Result<Vec<f32>, DispatchError> {
+        self.forward_within(layer, hidden, routing, usage, self.config.replica_patience).await
+    }
+
+    /// As [`Self::forward`], waiting for experts that nobody hosts for `patience`.
+    pub(crate) async fn forward_within(
+        &self,
+        layer: u32,
+        hidden: &[f32],
+        routing: &Routing,
+        usage: &mut Usage,
+        patience: Duration,
+    ) -> Result<Vec<f32>, DispatchError> {
         let width = self.check(layer, hidden, routing)?;
         // The largest answer has a row for each of a row's experts, and must fit into one frame.
         let answer_row = width * routing.top_k.max(1) * self.config.wire.bytes_per_value();
@@ -82,7 +100,7 @@ impl ExpertNetwork {
             let last = routing.rows().min(first + chunk);
             let wanted = group_by_expert(routing, first..last);
             let rows = &hidden[first * width..last * width];
-            output.extend(Layer::new(self, layer, rows, usage).run(wanted).await?);
+            output.extend(Layer::new(self, layer, rows, usage, patience).run(wanted).await?);
         }
         Ok(output)
     }

@@ -1,18 +1,41 @@
-//! The decoding engine: prompt in, tokens out, one at a time.
+//! What may be asked of a model and what comes of it; and scoring, which needs no decoding.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
-use hanse_model::{
-    Experts, ForwardError, GenerationDefaults, LogitsWanted, Sampler, SamplingError, SamplingParams, Segment,
-    StopOutput, StopStrings, Tokenizer, TokenizerError, Trunk, log_softmax_at,
-};
+use hanse_model::{Experts, ForwardError, LogitsWanted, SamplingError, SamplingParams, Segment, TokenizerError, Trunk};
 
 /// Rows of a prompt that go through the model in one pass: long prompts are cut so that frames and buffers stay small.
 pub(crate) const PREFILL_CHUNK: usize = 256;
 
+/// A rule for what may be generated, such as a JSON schema.
+pub trait Grammar: std::fmt::Debug + Send + Sync {
+    /// The state of one answer, at its beginning.
+    ///
+    /// # Errors
+    /// In words, if the rule makes no sense.
+    fn begin(&self) -> Result<Box<dyn Constraint>, String>;
+}
+
+/// How far one answer has come in a [`Grammar`].
+pub trait Constraint: Send {
+    /// A bit for each token that may come next, the lowest of the first word for token 0; end-of-sequence tokens among them where
+    /// the answer may end.
+    ///
+    /// # Errors
+    /// In words; the generation then fails.
+    fn allowed(&mut self) -> Result<Vec<u32>, String>;
+
+    /// Notes that `token` has come.
+    ///
+    /// # Errors
+    /// In words; the generation then fails.
+    fn accept(&mut self, token: u32) -> Result<(), String>;
+}
+
 /// What to generate.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct GenerateRequest {
     /// The prompt's token ids; at least one, and fewer than the model's context.
     pub prompt: Vec<u32>,
@@ -24,14 +47,19 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
     /// Go on after an end-of-sequence token.
     pub ignore_eos: bool,
+    /// How many of the most probable tokens to tell beside each token.
+    pub top_logprobs: usize,
+    /// Whether to tell the same of each token of the prompt, before the first token of the answer.
+    pub prompt_logprobs: bool,
+    /// What the answer must obey.
+    pub grammar: Option<Arc<dyn Grammar>>,
 }
 
 impl GenerateRequest {
     /// Greedy decoding of at most `max_tokens` tokens after `prompt`.
     #[must_use]
     pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Self {
-        let sampling = SamplingParams { temperature: 0.0, top_k: None, top_p: None, seed: 0 };
-        Self { prompt, max_tokens, sampling, stop: Vec::new(), ignore_eos: false }
+        Self { prompt, max_tokens, ..Self::default() }
     }
 }
 
@@ -44,6 +72,19 @@ pub struct Token {
     pub text: String,
     /// Natural logarithm of the probability the model gave to it, before temperature and cuts.
     pub logprob: f32,
+    /// The most probable tokens in its place with the same of each, best first; as many as were asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What the model thought of one token of a text, such as the prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScoredToken {
+    /// The token's id.
+    pub id: u32,
+    /// Natural logarithm of its probability after the tokens before it; `None` for a text's first token.
+    pub logprob: Option<f32>,
+    /// The most probable tokens in its place, as in [`Token::top`]; none for the first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Why an answer ended.
@@ -76,17 +117,6 @@ impl Timings {
     }
 }
 
-/// How a generation ended.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Finished {
-    /// Why.
-    pub reason: FinishReason,
-    /// Text that was held back until the end was certain.
-    pub rest: String,
-    /// How long it took.
-    pub timings: Timings,
-}
-
 /// Why a generation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -108,88 +138,21 @@ pub enum GenerateError {
     /// The sampling parameters make no sense.
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    /// The answer cannot obey its grammar.
+    #[error("the answer's format cannot be obeyed: {0}")]
+    Grammar(String),
+    /// As many requests wait as may. Try again later.
+    #[error("{waiting} requests are waiting already: try again later")]
+    Busy {
+        /// How many wait.
+        waiting: usize,
+    },
     /// The tokens could not be turned into text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     /// The caller has gone.
     #[error("cancelled")]
     Cancelled,
-}
-
-/// Continues a prompt token by token, and gives each token to `on_token` as soon as it is known.
-///
-/// Blocks the calling thread while the model computes. `on_token` ends the generation early by breaking.
-///
-/// # Errors
-/// See [`GenerateError`]; tokens that were given out before stay valid.
-pub fn generate(
-    trunk: &Trunk,
-    tokenizer: Option<&Tokenizer>,
-    defaults: &GenerationDefaults,
-    experts: &mut dyn Experts,
-    request: &GenerateRequest,
-    mut on_token: impl FnMut(Token) -> ControlFlow<()>,
-) -> Result<Finished, GenerateError> {
-    let context = trunk.spec().max_positions;
-    if request.prompt.is_empty() {
-        return Err(GenerateError::EmptyPrompt);
-    }
-    let room = context.checked_sub(request.prompt.len()).filter(|room| *room > 0 || request.max_tokens == 0);
-    let Some(room) = room else {
-        return Err(GenerateError::PromptTooLong { tokens: request.prompt.len(), context });
-    };
-    let limit = request.max_tokens.min(room);
-    let mut sampler = Sampler::new(request.sampling.clone())?;
-    let mut stop = StopStrings::new(request.stop.clone());
-    let mut text = tokenizer.map(|tokenizer| tokenizer.stream(true));
-    let mut cache = trunk.new_cache();
-    let started = Instant::now();
-
-    let mut logits = Vec::new();
-    let chunks = request.prompt.chunks(PREFILL_CHUNK);
-    let last_chunk = chunks.len() - 1;
-    for (index, tokens) in chunks.enumerate() {
-        let wanted = if index == last_chunk { LogitsWanted::Last } else { LogitsWanted::None };
-        logits = trunk
-            .forward(&mut [Segment { tokens, cache: &mut cache, logits: wanted }], experts)?
-            .pop()
-            .unwrap_or_default();
-    }
-    let prefill = started.elapsed();
-    let decoding = Instant::now();
-    let mut decode_steps = 0;
-    let mut reason = FinishReason::Length;
-    for produced in 1..=limit {
-        let id = sampler.sample(&logits);
-        let is_end = defaults.eos_token_ids.contains(&id) && !request.ignore_eos;
-        let mut piece = String::new();
-        let mut stopped = false;
-        if !is_end && let Some(text) = &mut text {
-            StopOutput { text: piece, stopped } = stop.push(&text.push(id)?);
-        }
-        let ended = on_token(Token { id, text: piece, logprob: log_softmax_at(&logits, id) }).is_break();
-        if ended {
-            return Err(GenerateError::Cancelled);
-        }
-        if is_end || stopped {
-            reason = FinishReason::Stop;
-            break;
-        }
-        if produced < limit {
-            let segment = Segment { tokens: &[id], cache: &mut cache, logits: LogitsWanted::Last };
-            logits = trunk.forward(&mut [segment], experts)?.pop().unwrap_or_default();
-            decode_steps += 1;
-        }
-    }
-    let mut rest = String::new();
-    if let Some(text) = &mut text {
-        let StopOutput { text: last, stopped } = stop.push(&text.finish()?);
-        rest = last + &stop.finish();
-        if stopped {
-            reason = FinishReason::Stop;
-        }
-    }
-    Ok(Finished { reason, rest, timings: Timings { prefill, decode: decoding.elapsed(), decode_steps } })
 }
 
 /// Runs a text through the model and gives the logits of each chunk of positions to `on_logits`: the position of the first

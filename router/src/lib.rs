@@ -7,13 +7,16 @@
 //! * [`ExpertNetwork`] below it is for people who bring their own trunk: [`ExpertNetwork::join`], then
 //!   [`ExpertNetwork::forward`] for the routed experts of one layer.
 //!
-//! Inside: [`directory`] knows who hosts what, `membership` keeps it true with what [`search`] finds, [`plan`] chooses replicas, [`dispatch`] calls
-//! them, retries and adds up, [`generate`] is the decoding loop.
+//! Inside: [`directory`] knows who hosts what, `membership` keeps it true with what [`search`] finds, [`plan`] chooses replicas,
+//! [`dispatch`] calls them, retries and adds up, `engine` decodes all generations of a client together.
 
 pub mod client;
 pub mod directory;
 pub mod dispatch;
+mod engine;
 pub mod fallback;
+#[cfg(feature = "gateway")]
+pub mod gateway;
 pub mod generate;
 mod membership;
 pub mod network;
@@ -26,8 +29,9 @@ pub mod weights;
 pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
 pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
 pub use dispatch::{DispatchError, Usage};
+pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
-pub use generate::{FinishReason, GenerateError, GenerateRequest, Timings, Token};
+pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
 pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};

@@ -49,6 +49,7 @@ impl SamplingArgs {
             top_k: self.top_k,
             top_p: self.top_p,
             seed: self.seed.unwrap_or(0),
+            ..SamplingParams::default()
         }
     }
 }
@@ -65,6 +66,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         sampling: args.sampling.params(),
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
+        ..GenerateRequest::default()
     };
     let mut generation = client.generate(request);
     let (mut tokens, mut logprobs, mut text) = (Vec::new(), Vec::new(), String::new());

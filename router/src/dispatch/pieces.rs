@@ -91,6 +91,8 @@ pub(super) struct Layer<'a> {
     layer: u32,
     hidden: &'a [f32],
     usage: &'a mut Usage,
+    /// How long experts that nobody hosts are waited for.
+    patience: Duration,
     pieces: Vec<Piece>,
     events: FuturesUnordered<EventFuture<'a>>,
     /// Pieces whose work has no replica at present.
@@ -99,12 +101,19 @@ pub(super) struct Layer<'a> {
 }
 
 impl<'a> Layer<'a> {
-    pub(super) fn new(network: &'a ExpertNetwork, layer: u32, hidden: &'a [f32], usage: &'a mut Usage) -> Self {
+    pub(super) fn new(
+        network: &'a ExpertNetwork,
+        layer: u32,
+        hidden: &'a [f32],
+        usage: &'a mut Usage,
+        patience: Duration,
+    ) -> Self {
         Self {
             network,
             layer,
             hidden,
             usage,
+            patience,
             pieces: Vec::new(),
             events: FuturesUnordered::new(),
             stuck: Vec::new(),
@@ -121,7 +130,7 @@ impl<'a> Layer<'a> {
         while !self.pieces[ROOT].resolved {
             if self.stuck.is_empty() {
                 stuck_since = None;
-            } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > self.network.config.replica_patience {
+            } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > self.patience {
                 let Some(fallback) = self.network.config.fallback.clone() else { return Err(self.no_replica()) };
                 for piece in std::mem::take(&mut self.stuck) {
                     self.network.orphans.add(self.layer, &self.pieces[piece].assignments);

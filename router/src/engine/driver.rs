@@ -1,0 +1,258 @@
+//! The loop of the engine, on a thread of its own while there are sequences.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hanse_model::{ForwardError, Segment};
+use rayon::prelude::*;
+use tokio::runtime::Handle;
+
+use super::experts::StepExperts;
+use super::memory::common;
+use super::schedule;
+use super::sequence::{Outcome, Sequence};
+use super::{Engine, State, Step};
+use crate::client::{Core, Summary};
+use crate::dispatch::Usage;
+use crate::generate::GenerateError;
+
+/// How long to wait when nobody reads.
+const UNREAD_PAUSE: Duration = Duration::from_millis(2);
+/// Positions for which there must be room when a sequence joins others, for it and for each of them.
+const HEADROOM: usize = 64;
+
+/// Which of the active sequences has ended, and how.
+type End = (usize, Result<Summary, GenerateError>);
+
+pub(super) struct Driver {
+    core: Arc<Core>,
+    engine: Arc<Engine>,
+    runtime: Handle,
+    /// Those that advance, in the order of their arrival.
+    active: Vec<Sequence>,
+    waiting: VecDeque<Sequence>,
+}
+
+/// If the driver dies of a defect, its sequences end and the next request starts a new one.
+struct OnPanic(Arc<Engine>);
+
+impl Drop for OnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut state = self.0.state();
+            let status = super::EngineStatus { running: 0, waiting: 0, kv_bytes: 0, ..state.status.clone() };
+            *state = State { status, ..State::default() };
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn new(core: Arc<Core>, engine: Arc<Engine>, runtime: Handle) -> Self {
+        Self { core, engine, runtime, active: Vec::new(), waiting: VecDeque::new() }
+    }
+
+    pub(super) fn run(mut self) {
+        let _guard = OnPanic(self.engine.clone());
+        while self.take_arrivals() {
+            self.drop_unwanted();
+            self.make_room();
+            self.admit();
+            self.report();
+            self.step();
+        }
+    }
+
+    /// Takes what has arrived; `false` when there is nothing left to do, and then the next request starts another driver.
+    fn take_arrivals(&mut self) -> bool {
+        let mut state = self.engine.state();
+        self.waiting.extend(state.arrived.drain(..));
+        self.count(&mut state);
+        state.is_driven = !(self.active.is_empty() && self.waiting.is_empty());
+        state.is_driven
+    }
+
+    fn count(&self, state: &mut State) {
+        state.status.running = self.active.len();
+        state.status.waiting = self.waiting.len();
+        state.status.kv_bytes = self.used(0);
+    }
+
+    fn report(&self) {
+        self.count(&mut self.engine.state());
+    }
+
+    fn drop_unwanted(&mut self) {
+        self.waiting.retain_mut(Sequence::is_wanted);
+        for mut sequence in std::mem::take(&mut self.active) {
+            match sequence.is_wanted() {
+                true => self.active.push(sequence),
+                false => self.keep(sequence),
+            }
+        }
+    }
+
+    /// Keeps the keys and values of a sequence that has ended.
+    fn keep(&self, mut sequence: Sequence) {
+        let cache = sequence.replace_cache(self.core.trunk.new_cache());
+        self.engine.prefixes().keep(sequence.tokens(), cache);
+    }
+
+    /// Bytes that a sequence has or is about to have.
+    fn bytes(sequence: &Sequence, ahead: usize) -> usize {
+        let cache = sequence.cache();
+        cache.bytes().max((sequence.tokens().len() + ahead) * cache.bytes_per_position())
+    }
+
+    fn used(&self, ahead: usize) -> usize {
+        self.active.iter().map(|sequence| Self::bytes(sequence, ahead)).sum()
+    }
+
+    /// Gives up the keys and values of the latest sequences until the others have room.
+    fn make_room(&mut self) {
+        let limit = self.engine.config.kv_bytes;
+        while self.active.len() > 1 && self.used(0) > limit {
+            let Some(mut latest) = self.active.pop() else { break };
+            latest.replace_cache(self.core.trunk.new_cache());
+            self.waiting.push_front(latest);
+            self.engine.state().status.preemptions += 1;
+        }
+        self.engine.prefixes().shrink_to(limit.saturating_sub(self.used(0)));
+    }
+
+    /// Lets those who wait join, in order, as far as there is room.
+    fn admit(&mut self) {
+        let (limit, most) = (self.engine.config.kv_bytes, self.engine.config.max_sequences.max(1));
+        while self.active.len() < most
+            && let Some(next) = self.waiting.front()
+        {
+            let room = self.active.is_empty() || self.used(HEADROOM) + Self::bytes(next, HEADROOM) <= limit;
+            if !room || !self.reuse() {
+                return;
+            }
+            self.active.extend(self.waiting.pop_front());
+        }
+    }
+
+    /// Has the first one that waits go on from what others have computed already; `false` if one of them is about to compute more of
+    /// the same, which is worth waiting for.
+    fn reuse(&mut self) -> bool {
+        let Some(next) = self.waiting.front_mut() else { return true };
+        let longest = next.reusable();
+        let alike = |other: &Sequence| common(other.tokens(), next.tokens()).min(longest);
+        let best = self.active.iter().max_by_key(|other| alike(other).min(other.cache().len()));
+        let have = best.map_or(0, |other| alike(other).min(other.cache().len()));
+        let kept = self.engine.prefixes().find(next.tokens(), longest);
+        let found = kept.as_ref().map_or(0, |cache| cache.len()).max(have);
+        let coming = self.active.iter().filter(|other| other.is_read() && other.pending() > 1).map(alike).max();
+        if coming.is_some_and(|coming| coming >= found + schedule::PREFILL_BESIDE) {
+            return false;
+        }
+        let cache = match (kept, best) {
+            (Some(kept), _) if kept.len() == found => Some(kept),
+            (_, Some(other)) if have > 0 => Some(other.cache().prefix(have)),
+            _ => None,
+        };
+        if let Some(cache) = cache {
+            self.engine.state().status.reused_tokens += cache.len() as u64;
+            next.replace_cache(cache);
+        }
+        true
+    }
+
+    /// One forward pass, and what comes of it.
+    fn step(&mut self) {
+        let (readable, unread): (Vec<_>, Vec<_>) = (0..self.active.len()).partition(|&i| self.active[i].is_read());
+        if readable.is_empty() {
+            if !unread.is_empty() {
+                std::thread::sleep(UNREAD_PAUSE);
+            }
+            return;
+        }
+        let pending: Vec<usize> = readable.iter().map(|&i| self.active[i].pending()).collect();
+        let mut rows = vec![0; self.active.len()];
+        readable.into_iter().zip(schedule::rows(&pending)).for_each(|(index, count)| rows[index] = count);
+        match self.forward(&rows, None) {
+            Ok(logits) => self.take(&rows, logits, Vec::new()),
+            Err(error) => self.one_by_one(&rows, error),
+        }
+    }
+
+    /// A pass for all has failed, perhaps for experts that only some need: each has one of its own, and the experts have been waited
+    /// for.
+    fn one_by_one(&mut self, rows: &[usize], error: ForwardError) {
+        if rows.iter().filter(|&&count| count > 0).count() == 1 {
+            let failed = rows.iter().position(|&count| count > 0);
+            return self.end(failed.map(|index| (index, Err(error.into()))).into_iter().collect());
+        }
+        let (mut fine, mut logits, mut failed) = (vec![0; rows.len()], Vec::new(), Vec::new());
+        for index in (0..rows.len()).filter(|&index| rows[index] > 0) {
+            let mut alone = vec![0; rows.len()];
+            alone[index] = rows[index];
+            match self.forward(&alone, Some(Duration::ZERO)) {
+                Ok(mut own) => {
+                    fine[index] = rows[index];
+                    logits.append(&mut own);
+                }
+                Err(error) => failed.push((index, Err(error.into()))),
+            }
+        }
+        self.take(&fine, logits, failed);
+    }
+
+    /// The logits of each sequence that has rows in this pass, in order.
+    fn forward(&mut self, rows: &[usize], patience: Option<Duration>) -> Result<Vec<Vec<f32>>, ForwardError> {
+        let part = |(sequence, &rows): (&mut Sequence, &usize)| (rows > 0).then(|| sequence.steps().clone());
+        let readers = self.active.iter_mut().zip(rows).filter_map(part).collect();
+        let (place, runtime) = (&self.core.place, &self.runtime);
+        let mut experts = StepExperts { place, runtime, readers, patience, usage: Usage::default() };
+        let parts = self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0);
+        let mut segments: Vec<Segment<'_>> = parts.map(|(sequence, rows)| sequence.segment(*rows)).collect();
+        let logits = self.core.trunk.forward(&mut segments, &mut experts);
+        drop(segments);
+        let used = experts.usage;
+        self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).for_each(|(sequence, _)| sequence.used(&used));
+        let mut state = self.engine.state();
+        state.status.steps += 1;
+        state.status.network.add(&used.counts);
+        drop(state);
+        logits
+    }
+
+    /// Draws the tokens of those that have rows in this pass, and ends those that have come to their end or have `failed`.
+    fn take(&mut self, rows: &[usize], logits: Vec<Vec<f32>>, mut failed: Vec<End>) {
+        let (vocab, defaults) = (self.core.trunk.spec().vocab_size, &self.core.defaults);
+        let parts = self.active.iter_mut().enumerate().zip(rows).filter(|(_, rows)| **rows > 0);
+        let parts: Vec<_> = parts.map(|(part, _)| part).zip(logits).collect();
+        let before: usize = parts.iter().map(|((_, sequence), _)| sequence.tokens().len()).sum();
+        let take = |((index, sequence), logits): ((usize, &mut Sequence), Vec<f32>)| {
+            (index, sequence.take(&logits, vocab, defaults))
+        };
+        // Drawing from a large vocabulary takes long enough to share it out.
+        let outcomes: Vec<_> = if parts.len() == 1 {
+            parts.into_iter().map(take).collect()
+        } else {
+            self.core.pool.install(|| parts.into_par_iter().map(take).collect())
+        };
+        let after: usize = outcomes.iter().map(|(index, _)| self.active[*index].tokens().len()).sum();
+        self.engine.state().status.tokens += (after - before) as u64;
+        let ended = outcomes.into_iter().filter_map(|(index, outcome)| match outcome {
+            Outcome::GoesOn => None,
+            Outcome::Ended(end) => Some((index, end)),
+        });
+        failed.extend(ended);
+        self.end(failed);
+    }
+
+    /// Tells the ends of some sequences and takes them out.
+    fn end(&mut self, mut ended: Vec<End>) {
+        // From behind, so that the other indices stay true.
+        ended.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
+        for (index, end) in ended {
+            let sequence = self.active.remove(index);
+            // There is room, or it would not have had this step; perhaps nobody listens any more.
+            let _ = sequence.steps().try_send(Step::End(end));
+            self.keep(sequence);
+        }
+    }
+}
