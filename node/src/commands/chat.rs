@@ -1,77 +1,150 @@
 //! `hanse chat`: talk with a model.
 
-use std::io::{BufRead, Write};
+mod conversation;
+mod lines;
 
 use anyhow::{Context as _, bail};
+use conversation::Conversation;
 use futures::StreamExt;
-use hanse_model::{ChatMessage, SamplingParams};
-use hanse_router::{Client, GenerateRequest};
+use hanse_model::SamplingParams;
+use hanse_router::{Client, FinishReason, GenerateRequest};
+use lines::Lines;
 
 use super::client;
 use super::generate::{footer, show};
 use crate::cli::ChatArgs;
 use crate::output::say;
 
-const HELP: &str = "/new starts over, /help shows this, /quit (or ctrl-D) leaves; ctrl-C stops an answer";
+const HELP: &str = "\
+/help          shows this
+/retry         asks the last question again
+/reset         forgets the conversation
+/system TEXT   tells the model TEXT before the conversation; without TEXT, nothing
+/quit          leaves, as ctrl-D does, and ctrl-C where you type; while an answer comes, ctrl-C stops the answer";
+
+/// What a line asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Input<'a> {
+    Nothing,
+    Say(&'a str),
+    Help,
+    Retry,
+    Reset,
+    System(&'a str),
+    Quit,
+    Unknown(&'a str),
+}
+
+impl<'a> Input<'a> {
+    fn of(line: &'a str) -> Self {
+        let line = line.trim();
+        let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        match word {
+            "" => Self::Nothing,
+            "/help" => Self::Help,
+            "/retry" => Self::Retry,
+            "/reset" => Self::Reset,
+            "/system" => Self::System(rest.trim()),
+            "/quit" => Self::Quit,
+            // A path is no command.
+            _ if word.strip_prefix('/').is_some_and(|name| name.chars().all(char::is_alphanumeric)) => {
+                Self::Unknown(word)
+            }
+            _ => Self::Say(line),
+        }
+    }
+}
 
 pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
     if !args.client.local && !args.client.names_network() {
         crate::cli::usage_error("give --bootstrap ADDR to use a network, or --local to compute everything here");
     }
     let client = client::open(&args.client, args.client.local).await?;
+    let talked = talk(&client, &args).await;
+    client.close().await;
+    talked
+}
+
+async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
     let tokenizer = client.tokenizer().context("the model folder has no tokenizer.json")?;
     let template = tokenizer.chat_template()?.context("the model has no chat template: use `hanse generate`")?;
-    let beginning = || -> Vec<ChatMessage> {
-        args.system.iter().map(|text| ChatMessage { role: "system".to_owned(), content: text.clone() }).collect()
-    };
-    let mut messages = beginning();
-    eprintln!("{HELP}");
-    while let Some(line) = next_line().await? {
-        match line.trim() {
-            "" => continue,
-            "/quit" => break,
-            "/help" => {
+    let context = client.context();
+    // The answer needs room too, but not so much that the model forgets at once.
+    let limit = context.saturating_sub(args.max_tokens.min(context / 4));
+    let mut conversation = Conversation::new(args.system.clone());
+    let mut lines = Lines::open()?;
+    let mut seed = args.sampling.seed.unwrap_or_else(rand::random);
+    // The last question, if it got no answer.
+    let mut unanswered: Option<String> = None;
+    eprintln!("/help shows what you can do here");
+    while let Some(line) = lines.next().await? {
+        let question = match Input::of(&line) {
+            Input::Nothing => continue,
+            Input::Quit => break,
+            Input::Help => {
                 eprintln!("{HELP}");
                 continue;
             }
-            "/new" => {
-                messages = beginning();
+            Input::Reset => {
+                conversation.reset();
+                unanswered = None;
+                eprintln!("[a new conversation]");
                 continue;
             }
-            text => messages.push(ChatMessage { role: "user".to_owned(), content: text.to_owned() }),
-        }
-        let prompt = tokenizer.encode(&template.render(&messages, true)?, false)?;
-        match answer(&client, &args, prompt).await {
-            Ok(text) => messages.push(ChatMessage { role: "assistant".to_owned(), content: text }),
+            Input::System(text) => {
+                conversation.set_system(text);
+                continue;
+            }
+            Input::Unknown(word) => {
+                eprintln!("{word} is not known here: /help shows what is");
+                continue;
+            }
+            Input::Retry => match unanswered.take().or_else(|| conversation.take_last()) {
+                Some(question) => {
+                    seed = seed.wrapping_add(1);
+                    question
+                }
+                None => {
+                    eprintln!("nothing was asked yet");
+                    continue;
+                }
+            },
+            Input::Say(text) => text.to_owned(),
+        };
+        let fitted = conversation
+            .fit(&question, limit, |messages| anyhow::Ok(tokenizer.encode(&template.render(messages, true)?, false)?));
+        let answered = match fitted {
+            Ok((prompt, dropped)) => {
+                if dropped > 0 {
+                    let turns = if dropped == 1 { "turn was".to_owned() } else { format!("{dropped} turns were") };
+                    eprintln!("[the oldest {turns} forgotten: the context has {context} tokens]");
+                }
+                answer(client, args, seed, prompt).await
+            }
+            Err(error) => Err(error),
+        };
+        match answered {
+            // Nothing said, nothing to remember.
+            Ok(text) if text.is_empty() => unanswered = Some(question),
+            Ok(text) => {
+                unanswered = None;
+                conversation.answered(question, text);
+            }
+            Err(error) if crate::output::is_broken_pipe(&error) => return Err(error),
             Err(error) => {
                 // The conversation goes on without the turn that failed.
-                messages.pop();
                 eprintln!("error: {error:#}");
+                unanswered = Some(question);
             }
         }
     }
-    client.close().await;
     Ok(())
 }
 
-async fn next_line() -> anyhow::Result<Option<String>> {
-    let reading = tokio::task::spawn_blocking(|| {
-        eprint!("> ");
-        std::io::stderr().flush()?;
-        let mut line = String::new();
-        Ok::<_, std::io::Error>((std::io::stdin().lock().read_line(&mut line)? > 0).then_some(line))
-    });
-    tokio::select! {
-        line = reading => Ok(line??),
-        // At the prompt ctrl-C leaves, as ctrl-D does.
-        _ = tokio::signal::ctrl_c() => Ok(None),
-    }
-}
-
 /// Streams one answer; ctrl-C ends it, and what was said until then counts.
-async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::Result<String> {
+async fn answer(client: &Client, args: &ChatArgs, seed: u64, prompt: Vec<u32>) -> anyhow::Result<String> {
     let chosen = &args.sampling;
-    let recommended = client.defaults().sampling(chosen.seed.unwrap_or_else(rand::random));
+    let recommended = client.defaults().sampling(seed);
     let sampling = SamplingParams {
         temperature: chosen.temperature.unwrap_or(recommended.temperature),
         top_k: chosen.top_k.or(recommended.top_k),
@@ -84,9 +157,10 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
     loop {
         let token = tokio::select! {
             token = generation.next() => token,
-            _ = tokio::signal::ctrl_c() => {
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted.context("cannot hear ctrl-C")?;
                 say!("");
-                eprintln!("[stopped]");
+                eprintln!("[stopped after {count} tokens]");
                 return Ok(text);
             }
         };
@@ -101,5 +175,25 @@ async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::R
     text.push_str(&summary.rest);
     say!("");
     eprintln!("{}", footer(count, summary));
+    if summary.finish_reason == FinishReason::Length {
+        let reason = if count >= args.max_tokens { "as long as --max-tokens allows" } else { "the context is full" };
+        eprintln!("[cut off: {reason}]");
+    }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_a_command_or_is_said() {
+        assert_eq!(Input::of("  \t"), Input::Nothing);
+        assert_eq!(Input::of(" /quit "), Input::Quit);
+        assert_eq!(Input::of("/system  Be brief. "), Input::System("Be brief."));
+        assert_eq!(Input::of("/system"), Input::System(""));
+        assert_eq!(Input::of("/quitt now"), Input::Unknown("/quitt"));
+        assert_eq!(Input::of("/etc/hosts is what?"), Input::Say("/etc/hosts is what?"));
+        assert_eq!(Input::of("What is /help?"), Input::Say("What is /help?"));
+    }
 }

@@ -1,12 +1,9 @@
 //! Commands that compute: the same here as over a network, and as the reference says.
 
-use std::io::Write;
-use std::process::Stdio;
-
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-use crate::{Node, document, document_of, hanse, home, root, run, text, tiny_moe, waits_for};
+use crate::{Node, document, document_of, home, root, run, text, tiny_moe, waits_for};
 
 const PROMPT: &str = "Once upon a time, there was a little fox named Pip.";
 
@@ -140,30 +137,6 @@ fn a_file_is_scored_as_its_text() {
     let text = document(with("score", ["--prompt", &std::fs::read_to_string(&page).unwrap()]));
     assert_eq!(file, text);
     assert!(file["perplexity"].as_f64().unwrap() > 1.0);
-}
-
-#[test]
-fn a_conversation_through_a_pipe_answers_each_line() {
-    let nodes = Node::halves();
-    let address = nodes[0].address();
-    let talk = |place: &[&str]| {
-        let home = home();
-        let mut command = hanse(&home);
-        command.args(["chat", "--temperature", "0", "--max-tokens", "12", "--model"]).arg(tiny_moe()).args(place);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let said = b"Tell me about a fox.\n\n/help\nAnd then?\n/new\nTell me about a fox.\n";
-        child.stdin.take().unwrap().write_all(said).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-        let stderr = text(&output.stderr);
-        assert_eq!(stderr.matches("tokens/s").count(), 3, "{stderr}");
-        assert!(!stderr.contains("error"), "{stderr}");
-        text(&output.stdout)
-    };
-    let there = talk(&["--bootstrap", &address]);
-    assert!(!there.trim().is_empty());
-    assert_eq!(there, talk(&["--local"]));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The program `hanse` as a user meets it: its commands, its documents, its errors and what it leaves behind.
 
+mod chat;
 #[cfg(target_os = "linux")]
 mod comfort;
 mod commands;
