@@ -1,8 +1,10 @@
 //! What the command line understands.
 
+mod examples;
 mod gateway;
 #[cfg(unix)]
 mod testnet;
+mod tools;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -19,12 +21,16 @@ use hanse_router::NetworkConfig;
 use hanse_router::weights::Repository;
 #[cfg(unix)]
 pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
+pub(crate) use tools::{CompletionsArgs, DoctorArgs, ManArgs};
 
 use crate::model::ModelRef;
 
+/// Where a node listens by default: free ports on all addresses.
+const LISTEN: [&str; 2] = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"];
+
 /// Serve one large mixture-of-experts model from many small machines.
 #[derive(Debug, Parser)]
-#[command(name = "hanse", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "hanse", version, propagate_version = true, max_term_width = 100, after_help = examples::HANSE)]
 pub(crate) struct Cli {
     /// Say more on standard error; repeat for more (HANSE_LOG=FILTER says exactly what).
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
@@ -40,8 +46,10 @@ pub(crate) enum Command {
     /// Volunteer: host experts of a model and serve them.
     Node(NodeArgs),
     /// Have the node that runs on this machine take no calls until `hanse resume`.
+    #[command(after_help = examples::PAUSE)]
     Pause(ControlArgs),
     /// Have a paused node take calls again.
+    #[command(after_help = examples::RESUME)]
     Resume(ControlArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
@@ -53,12 +61,18 @@ pub(crate) enum Command {
     Score(ScoreArgs),
     /// What a network hosts: coverage per layer, replicas, peers.
     Status(StatusArgs),
+    /// Whether this machine can take part, and what to do where it cannot: key, disk, port, who answers, NAT, clock.
+    Doctor(DoctorArgs),
     /// What a model folder holds: trunk, experts, sizes.
     Inspect(InspectArgs),
     /// Write a model folder's manifest: every part of the model by its hash, signed.
     Manifest(ManifestArgs),
     /// Measure on this machine: the price of distribution, one expert call, memory.
     Bench(BenchArgs),
+    /// What a shell needs to complete commands and options.
+    Completions(CompletionsArgs),
+    /// Manual pages.
+    Man(ManArgs),
     /// A network of volunteer processes on this machine, and trouble for it.
     #[cfg(unix)]
     #[command(subcommand)]
@@ -177,6 +191,7 @@ pub(crate) struct SamplingArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::DEMO)]
 pub(crate) struct DemoArgs {
     /// A model folder; by default the small model that comes with the source.
     #[arg(long, value_name = "DIR")]
@@ -202,6 +217,7 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::NODE)]
 pub(crate) struct NodeArgs {
     /// A Hugging Face model folder; or a model's id, whose experts are then fetched from the network; or hf:org/name, a
     /// repository with a manifest.
@@ -225,7 +241,7 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<bytesize::ByteSize>,
     /// Control-plane address to listen on; may be given more than once.
-    #[arg(long, value_name = "ADDR", num_args = 1.., default_values = ["/ip4/0.0.0.0/udp/0/quic-v1", "/ip4/0.0.0.0/tcp/0"])]
+    #[arg(long, value_name = "ADDR", num_args = 1.., default_values = LISTEN)]
     pub(crate) listen: Vec<Multiaddr>,
     /// Data-plane UDP address; by default a free port on the address of the first --listen.
     #[arg(long, value_name = "IP:PORT")]
@@ -300,6 +316,7 @@ pub(crate) struct ControlArgs {
 
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids"])))]
+#[command(after_help = examples::GENERATE)]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
@@ -326,6 +343,7 @@ pub(crate) struct GenerateArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::CHAT)]
 pub(crate) struct ChatArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
@@ -341,6 +359,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids", "file"])))]
+#[command(after_help = examples::SCORE)]
 pub(crate) struct ScoreArgs {
     /// Without --bootstrap the experts are computed in this process.
     #[command(flatten)]
@@ -363,18 +382,23 @@ pub(crate) struct ScoreArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::STATUS)]
 pub(crate) struct StatusArgs {
     #[command(flatten)]
     pub(crate) join: JoinArgs,
     /// A model folder or a model id; needed only when the network hosts several models.
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
-    /// One JSON document on standard output and nothing else.
+    /// Look again and again, every two seconds or as many as given.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) watch: Option<u64>,
+    /// One JSON document on standard output and nothing else; with --watch, a line for each look.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::INSPECT)]
 pub(crate) struct InspectArgs {
     /// A Hugging Face model folder.
     #[arg(long, value_name = "DIR")]
@@ -385,6 +409,7 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::MANIFEST)]
 pub(crate) struct ManifestArgs {
     /// A Hugging Face model folder.
     #[arg(value_name = "DIR")]
@@ -401,6 +426,7 @@ pub(crate) struct ManifestArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = examples::BENCH)]
 pub(crate) struct BenchArgs {
     /// A model folder; by default the small model that comes with the source.
     #[arg(long, value_name = "DIR")]

@@ -3,10 +3,13 @@
 pub(crate) mod bench;
 pub(crate) mod chat;
 mod client;
+pub(crate) mod completions;
 pub(crate) mod demo;
+pub(crate) mod doctor;
 pub(crate) mod gateway;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod man;
 pub(crate) mod manifest;
 pub(crate) mod node;
 pub(crate) mod pause;

@@ -21,4 +21,6 @@ mod volunteer;
 pub use counters::{Counters, Counts};
 pub use experts_spec::{ExpertsSpec, ExpertsSpecError};
 pub use store::ExpertStore;
-pub use volunteer::{Hosting, Moves, Preview, Volunteer, VolunteerConfig, VolunteerError, preview};
+pub use volunteer::{
+    ADVERT_INTERVAL, ADVERT_LIFETIME, Hosting, Moves, Preview, Volunteer, VolunteerConfig, VolunteerError, preview,
+};

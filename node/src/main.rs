@@ -33,9 +33,12 @@ fn main() -> ExitCode {
             Command::Chat(args) => commands::chat::run(args).await,
             Command::Score(args) => commands::score::run(args).await,
             Command::Status(args) => commands::status::run(args).await,
+            Command::Doctor(args) => commands::doctor::run(args).await,
             Command::Inspect(args) => commands::inspect::run(&args),
             Command::Manifest(args) => commands::manifest::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
+            Command::Completions(args) => commands::completions::run(&args),
+            Command::Man(args) => commands::man::run(&args),
             #[cfg(unix)]
             Command::Testnet(command) => commands::testnet::run(command).await,
         }

@@ -180,11 +180,14 @@ impl CacheArgs {
         self.source.iter().map(|repository| Ok(Hub::from_env(repository.clone())?)).collect()
     }
 
-    pub(crate) fn open(&self) -> anyhow::Result<Cache> {
+    /// The folder of fetched weights.
+    pub(crate) fn dir(&self) -> anyhow::Result<PathBuf> {
         let default = || paths::cache_dir().map(|dir| dir.join("weights"));
-        let dir =
-            self.cache_dir.clone().or_else(default).context("the user has no cache folder: give --cache-dir DIR")?;
-        Ok(Cache::new(&dir, self.cache_size.map_or(u64::MAX, |size| size.as_u64()))?)
+        self.cache_dir.clone().or_else(default).context("the user has no cache folder: give --cache-dir DIR")
+    }
+
+    pub(crate) fn open(&self) -> anyhow::Result<Cache> {
+        Ok(Cache::new(&self.dir()?, self.cache_size.map_or(u64::MAX, |size| size.as_u64()))?)
     }
 }
 

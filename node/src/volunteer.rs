@@ -34,6 +34,7 @@ use host::{Host, MoveCounts};
 use neighbours::Neighbours;
 use shard::Shard;
 
+pub use announcer::{ADVERT_INTERVAL, ADVERT_LIFETIME};
 pub use host::Moves;
 pub use preview::{Preview, preview};
 

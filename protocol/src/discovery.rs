@@ -25,7 +25,7 @@ use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
 use crate::relayed::Lane;
-use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
+use crate::{Advert, AdvertError, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
 pub use in_process::Traffic;
@@ -259,6 +259,25 @@ impl Discovery {
     /// # Errors
     /// [`LookupError::Unreachable`] when the peer cannot be dialled or does not answer in time.
     pub async fn adverts(&self, peer: PeerId, model: Option<ModelId>) -> Result<Vec<Advert>, LookupError> {
+        let adverts = self.adverts_with_times(peer, model).await?;
+        let believed = |(advert, wrong_times): (Advert, Option<AdvertError>)| {
+            if let Some(reason) = wrong_times {
+                tracing::warn!(%peer, %reason, "this peer's clock or ours is wrong");
+            }
+            advert
+        };
+        Ok(adverts.into_iter().map(believed).collect())
+    }
+
+    /// As [`Self::adverts`], with what is wrong with the times of each, see [`SignedAdvert::verify_from`].
+    ///
+    /// # Errors
+    /// As [`Self::adverts`].
+    pub async fn adverts_with_times(
+        &self,
+        peer: PeerId,
+        model: Option<ModelId>,
+    ) -> Result<Vec<(Advert, Option<AdvertError>)>, LookupError> {
         let (answer, receiver) = oneshot::channel();
         self.send(Command::Adverts { peer, model, answer }).await?;
         let encoded = receiver.await.map_err(|_| LookupError::Stopped)??;
@@ -267,12 +286,7 @@ impl Discovery {
         let mut adverts = Vec::new();
         for bytes in &encoded {
             match read(bytes) {
-                Ok((advert, wrong_times)) if model.is_none_or(|model| model == advert.model) => {
-                    if let Some(reason) = wrong_times {
-                        tracing::warn!(%peer, %reason, "this peer's clock or ours is wrong");
-                    }
-                    adverts.push(advert);
-                }
+                Ok(advert) if model.is_none_or(|model| model == advert.0.model) => adverts.push(advert),
                 Ok((advert, _)) => tracing::debug!(%peer, model = %advert.model, "an advert that was not asked for"),
                 Err(reason) => tracing::debug!(%peer, %reason, "advert not believed"),
             }

@@ -1,6 +1,9 @@
 //! `hanse status`: what a network hosts.
 
+mod report;
+
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,6 +21,8 @@ use crate::output::say;
 
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Takes a terminal's cursor home, and clears what is below it.
+const CLEAR: &str = "\x1b[H\x1b[J";
 
 #[derive(Serialize)]
 struct Document {
@@ -32,6 +37,16 @@ struct LayerRow {
     experts: u32,
     missing: Vec<u32>,
     min_replicas: usize,
+    #[serde(skip)]
+    max_replicas: usize,
+}
+
+impl LayerRow {
+    /// Whether it differs in nothing but its number.
+    fn is_like(&self, other: &Self) -> bool {
+        let told = |row: &Self| (row.experts, row.min_replicas, row.max_replicas);
+        told(self) == told(other) && self.missing == other.missing
+    }
 }
 
 #[derive(Serialize)]
@@ -65,28 +80,69 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
         },
     )
     .await?;
-    discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
-    let mut models = hosted_models(&discovery).await;
-    let model = match wanted {
-        Some(model) => Some(model),
-        None if models.len() > 1 => {
-            let ids: Vec<String> = models.keys().map(ToString::to_string).collect();
-            bail!("the network hosts several models; choose one with --model: {}", ids.join(", "));
-        }
-        None => models.keys().next().copied(),
+    let view = View { network: args.join.network.clone(), endpoint: bind_any(&identity)?, discovery, wanted };
+    let shown = tokio::select! {
+        shown = show(&view, &args) => shown,
+        interrupted = tokio::signal::ctrl_c(), if args.watch.is_some() => interrupted.context("cannot hear ctrl-C"),
     };
-    let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
-    let endpoint = bind_any(&identity)?;
-    let rows = adverts.iter().map(|(peer, advert)| peer_row(&discovery, &endpoint, &args.join.network, *peer, advert));
-    let mut peers = futures::future::join_all(rows).await;
-    peers.sort_by(|a, b| a.peer_id.cmp(&b.peer_id));
-    let document = Document { model_id: model.map(|id| id.to_string()), layers: layer_rows(&adverts), peers };
-    endpoint.close().await;
-    discovery.shutdown().await;
-    if args.json {
-        return output::json(&document);
+    view.endpoint.close().await;
+    view.discovery.shutdown().await;
+    shown
+}
+
+/// Looks once, or again and again.
+async fn show(view: &View, args: &StatusArgs) -> anyhow::Result<()> {
+    view.discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
+    let is_terminal = std::io::stdout().is_terminal();
+    loop {
+        let document = view.look().await?;
+        if args.json {
+            output::json(&document)?;
+        } else if args.watch.is_some() && is_terminal {
+            say!("{CLEAR}{}\n\n{}; ctrl-C to leave", report::report(&document), now());
+        } else {
+            say!("{}", report::report(&document));
+        }
+        let Some(seconds) = args.watch else { return Ok(()) };
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        if !args.json && !is_terminal {
+            say!("\n{}", now());
+        }
     }
-    print_report(&document)
+}
+
+/// The time of day here.
+fn now() -> String {
+    let now = jiff::ZonedDateTime::now();
+    format!("{:02}:{:02}:{:02}", now.hour(), now.minute(), now.second())
+}
+
+/// A network that is looked at.
+struct View {
+    network: String,
+    discovery: Discovery,
+    endpoint: DataEndpoint,
+    wanted: Option<ModelId>,
+}
+
+impl View {
+    async fn look(&self) -> anyhow::Result<Document> {
+        let mut models = hosted_models(&self.discovery).await;
+        let model = match self.wanted {
+            Some(model) => Some(model),
+            None if models.len() > 1 => {
+                let ids: Vec<String> = models.keys().map(ToString::to_string).collect();
+                bail!("the network hosts several models; choose one with --model: {}", ids.join(", "));
+            }
+            None => models.keys().next().copied(),
+        };
+        let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
+        let Self { network, discovery, endpoint, .. } = self;
+        let rows = adverts.iter().map(|(peer, advert)| peer_row(discovery, endpoint, network, *peer, advert));
+        let mut peers = futures::future::join_all(rows).await;
+        peers.sort_by(|a, b| a.peer_id.cmp(&b.peer_id));
+        Ok(Document { model_id: model.map(|id| id.to_string()), layers: layer_rows(&adverts), peers })
+    }
 }
 
 /// A model named by its id or by a folder that holds it.
@@ -107,7 +163,9 @@ fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
         let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| serves(advert, expert)).count();
         let counts: Vec<usize> = (0..experts).map(replicas).collect();
         let missing = (0..experts).filter(|&expert| counts[expert as usize] == 0).collect();
-        LayerRow { layer, experts, missing, min_replicas: counts.iter().copied().min().unwrap_or(0) }
+        let least_and_most = |counts: &[usize]| Some((*counts.iter().min()?, *counts.iter().max()?));
+        let (min_replicas, max_replicas) = least_and_most(&counts).unwrap_or_default();
+        LayerRow { layer, experts, missing, min_replicas, max_replicas }
     };
     layers.into_iter().map(row).collect()
 }
@@ -161,39 +219,4 @@ async fn first_round_trip(endpoint: &DataEndpoint, peer: PeerId, addresses: &[So
         }
     }
     None
-}
-
-fn print_report(document: &Document) -> anyhow::Result<()> {
-    let Some(model) = &document.model_id else {
-        say!("the network is reachable, but nobody hosts a model");
-        return Ok(());
-    };
-    if document.peers.is_empty() {
-        say!("nobody hosts model {model}");
-        return Ok(());
-    }
-    say!("model {model}\n");
-    let mut layers = output::table(&["layer", "experts", "replicas", "missing"]);
-    for row in &document.layers {
-        let missing = hanse_router::directory::ranges(&row.missing);
-        layers.add_row([row.layer.to_string(), row.experts.to_string(), row.min_replicas.to_string(), missing]);
-    }
-    say!("{layers}\n");
-    let mut peers = output::table(&["peer", "experts", "round trip", "load", "reach", "address"]);
-    for row in &document.peers {
-        peers.add_row([
-            row.peer_id.parse().map_or_else(|_| row.peer_id.clone(), |id| output::short(&id)),
-            row.experts.to_string(),
-            row.round_trip_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1} ms")),
-            format!("{:.0} %", row.load * 100.0),
-            if row.draining { "paused".to_owned() } else { row.reachability.to_owned() },
-            row.addresses.first().cloned().unwrap_or_default(),
-        ]);
-    }
-    say!("{peers}");
-    let missing: usize = document.layers.iter().map(|row| row.missing.len()).sum();
-    if missing > 0 {
-        say!("\n{missing} experts have no host: the model cannot be used until volunteers take them");
-    }
-    Ok(())
 }

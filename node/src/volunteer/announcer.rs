@@ -17,9 +17,9 @@ use super::{VolunteerError, ip_of};
 use crate::server::Server;
 
 /// An advert is believed this long after it was made.
-const ADVERT_LIFETIME: Duration = Duration::from_secs(120);
+pub const ADVERT_LIFETIME: Duration = Duration::from_secs(120);
 /// A new advert is made this often: several within one life time.
-const ADVERT_INTERVAL: Duration = Duration::from_secs(20);
+pub const ADVERT_INTERVAL: Duration = Duration::from_secs(20);
 /// While experts come and go, adverts follow each other no faster than this.
 const LEAST_INTERVAL: Duration = Duration::from_secs(1);
 /// With more experts than this an advert does not say how wanted each is: it would be too long.

@@ -10,6 +10,7 @@ mod members;
 mod owner;
 #[cfg(unix)]
 mod testnet;
+mod tools;
 mod weights;
 
 use std::io::{BufRead, BufReader};

@@ -1,6 +1,6 @@
 //! Whether others can dial this member, and what it does when they cannot.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ const RELAY_RETRY: Duration = Duration::from_secs(10);
 const RELAY_RETURN: Duration = Duration::from_secs(1);
 /// Relays remembered.
 const MAX_CANDIDATES: usize = 64;
+
+/// Members that tell where they see this one: enough to know how its router maps ports.
+const MAX_OBSERVERS: usize = 8;
 
 /// What a member believes of its own reachability.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -88,6 +91,8 @@ pub struct Reach {
     pub circuits: Vec<Multiaddr>,
     /// Addresses of the open internet at which it was seen to be reachable.
     pub public_ips: BTreeSet<IpAddr>,
+    /// Where members that were dialled over QUIC saw it on the open internet; the first few of them.
+    pub observed: BTreeMap<PeerId, Multiaddr>,
 }
 
 /// What a member took itself for when it started.
@@ -130,6 +135,7 @@ pub(super) struct ReachState {
     policy: ReachPolicy,
     loopback_only: bool,
     confirmed: BTreeSet<Multiaddr>,
+    observed: BTreeMap<PeerId, Multiaddr>,
     /// Connected members that relay, with the address at which they were dialled.
     candidates: HashMap<PeerId, Multiaddr>,
     reservations: HashMap<ListenerId, Reservation>,
@@ -143,6 +149,7 @@ impl ReachState {
             policy: config.reach.policy,
             loopback_only: config.listen.iter().all(address::is_loopback),
             confirmed: BTreeSet::new(),
+            observed: BTreeMap::new(),
             candidates: HashMap::new(),
             reservations: HashMap::new(),
             not_before: HashMap::new(),
@@ -173,6 +180,14 @@ impl ReachState {
     pub(super) fn confirm(&mut self, address: &Multiaddr) {
         if is_public(address) && !is_circuit(address) {
             self.confirmed.insert(address.clone());
+        }
+    }
+
+    /// A member that was dialled saw this one at `address`.
+    pub(super) fn observed_by(&mut self, peer: PeerId, address: Multiaddr) {
+        let is_told = is_public(&address) && address::is_quic(&address) && !is_circuit(&address);
+        if is_told && self.observed.len() < MAX_OBSERVERS {
+            self.observed.entry(peer).or_insert(address);
         }
     }
 
@@ -261,7 +276,7 @@ impl ReachState {
             Reachability::Relayed
         };
         let public_ips = self.confirmed.iter().filter_map(address::ip).collect();
-        Reach { reachability, circuits, public_ips }
+        Reach { reachability, circuits, public_ips, observed: self.observed.clone() }
     }
 }
 
@@ -324,6 +339,20 @@ mod tests {
         state.lost(listener, now);
         assert!(state.wanted_relays(now + RELAY_RETURN).is_empty(), "one that refuses for longer");
         assert_eq!(state.wanted_relays(now + RELAY_RETRY).len(), 1);
+    }
+
+    #[test]
+    fn where_members_see_this_one_is_kept_of_a_few() {
+        let mut state = ReachState::new(&config(ALL, &[PUBLIC], ReachPolicy::Detect));
+        let seen: Multiaddr = "/ip4/198.51.100.1/udp/4001/quic-v1".parse().unwrap();
+        for useless in ["/ip4/192.168.1.7/udp/4001/quic-v1", "/ip4/198.51.100.1/tcp/4001"] {
+            state.observed_by(PeerId::random(), useless.parse().unwrap());
+        }
+        assert!(state.reach().observed.is_empty(), "a neighbour's view, and a way that no holes are punched on");
+        for _ in 0..2 * MAX_OBSERVERS {
+            state.observed_by(PeerId::random(), seen.clone());
+        }
+        assert_eq!(state.reach().observed.len(), MAX_OBSERVERS);
     }
 
     #[test]

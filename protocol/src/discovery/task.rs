@@ -373,6 +373,10 @@ impl SwarmTask {
         if !info.protocols.contains(&self.kad_protocol) {
             return;
         }
+        if self.dialled.contains_key(&peer) {
+            self.reach.observed_by(peer, info.observed_addr);
+            self.update_reach();
+        }
         for address in info.listen_addrs.into_iter().take(MAX_ADDRESSES) {
             self.swarm.behaviour_mut().kad.add_address(&peer, address);
         }

@@ -1,0 +1,88 @@
+//! What `--help` shows at its end: commands to begin with.
+
+pub(super) const HANSE: &str = "\
+Begin with:
+  hanse demo                                      a network on this machine, checked token by token
+  hanse node --model DIR --memory 6GiB            host experts; prints the ADDR that others join through
+  hanse chat --model DIR --bootstrap ADDR         use them
+  hanse doctor --bootstrap ADDR                   what is wrong, if something is";
+
+pub(super) const DEMO: &str = "\
+Examples:
+  hanse demo
+  hanse demo --kill --nodes 6 --replicas 3
+  hanse demo --model DIR --prompt 'Once upon a time' --json";
+
+pub(super) const NODE: &str = "\
+Examples:
+  hanse node --model DIR --memory 6GiB
+  hanse node --model ID --memory 2GiB --bootstrap /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...
+  hanse node --model DIR --experts 0-11:0-63 --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-listen 0.0.0.0:4002
+  hanse node --model DIR --memory 6GiB --bootstrap ADDR --plan
+  hanse node --model DIR --memory 6GiB --bootstrap ADDR --max-cores 4 --quiet-hours 18:00-23:00";
+
+pub(super) const PAUSE: &str = "\
+Examples:
+  hanse pause
+  hanse pause --data-dir /var/lib/hanse";
+
+pub(super) const RESUME: &str = "\
+Examples:
+  hanse resume
+  hanse resume --data-dir /var/lib/hanse";
+
+pub(super) const GENERATE: &str = "\
+Examples:
+  hanse generate --model DIR --bootstrap ADDR --prompt 'Once upon a time'
+  hanse generate --model DIR --local --prompt 'Once upon a time' --temperature 0.8 --seed 7
+  hanse generate --model ID --bootstrap ADDR --prompt-ids 1,2,3 --max-tokens 16 --json";
+
+pub(super) const CHAT: &str = "\
+Examples:
+  hanse chat --model DIR --bootstrap ADDR
+  hanse chat --model ID --bootstrap ADDR --system 'Answer in one sentence.' --temperature 0.7
+  echo 'What is the Hanseatic League?' | hanse chat --model DIR --bootstrap ADDR";
+
+pub(super) const SCORE: &str = "\
+Examples:
+  hanse score --model DIR --file page.txt
+  hanse score --model DIR --bootstrap ADDR --prompt 'Once upon a time' --json
+  hanse score --model DIR --prompt-ids 1,2,3 --logits-out logits.safetensors";
+
+pub(super) const STATUS: &str = "\
+Examples:
+  hanse status --bootstrap ADDR
+  hanse status --bootstrap ADDR --watch
+  hanse status --mdns --model ID --json";
+
+pub(super) const INSPECT: &str = "\
+Examples:
+  hanse inspect --model DIR
+  hanse inspect --model DIR --json";
+
+pub(super) const MANIFEST: &str = "\
+Examples:
+  hanse manifest DIR
+  hanse manifest DIR --out hanse-manifest.json --data-dir ~/.hanse-publisher";
+
+pub(super) const BENCH: &str = "\
+Examples:
+  hanse bench
+  hanse bench --model DIR --nodes 4 --wire f16 --json";
+
+pub(super) const DOCTOR: &str = "\
+Examples:
+  hanse doctor
+  hanse doctor --bootstrap ADDR --model ID --memory 6GiB
+  hanse doctor --bootstrap ADDR --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-dir /var/lib/hanse --json";
+
+pub(super) const COMPLETIONS: &str = "\
+Examples:
+  hanse completions bash > ~/.local/share/bash-completion/completions/hanse
+  hanse completions zsh > ~/.zfunc/_hanse
+  hanse completions fish > ~/.config/fish/completions/hanse.fish";
+
+pub(super) const MAN: &str = "\
+Examples:
+  hanse man | man -l -
+  hanse man ~/.local/share/man/man1 && man hanse-node";

@@ -1,0 +1,130 @@
+//! What is looked at on this machine alone.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use hanse_node::owner::{DataDirLock, LockError};
+use hanse_protocol::{Identity, IdentityError};
+
+use super::Check;
+use crate::output;
+
+/// Bytes that are written and read to see how fast a disk is.
+const SAMPLE_BYTES: usize = 32 << 20;
+/// A disk slower than this takes more than half a minute for each GiB of experts.
+const SLOW_BYTES_PER_SECOND: f64 = 32.0 * (1 << 20) as f64;
+/// Less room than this is worth a word.
+const LITTLE_BYTES: u64 = 1 << 30;
+
+/// Whether there is a key, and only its owner can read it.
+pub(super) fn key(data_dir: &Path) -> Check {
+    let path = data_dir.join("identity.key");
+    let shown = path.display();
+    match path.try_exists() {
+        Ok(true) => {}
+        Ok(false) => return Check::ok("key", format!("none yet: `hanse node` makes {shown}")),
+        Err(error) => {
+            let advice = "give the folder's user the right to read it, or name another with --data-dir";
+            return Check::fail("key", format!("cannot look at {shown}: {error}"), advice);
+        }
+    }
+    match Identity::load_or_create(&path) {
+        Ok(identity) => Check::ok("key", format!("{}, and only its owner can read it", identity.peer_id())),
+        Err(IdentityError::Exposed { mode, .. }) => {
+            let advice = format!("run: chmod 600 {shown}; if others use this machine, delete it: a new one is made");
+            Check::fail("key", format!("{shown} can be read by others (mode {mode:03o})"), advice)
+        }
+        Err(error) => {
+            let advice = "restore it, or move it away: a new one is made, and with it another peer id";
+            Check::fail("key", format!("{:#}", anyhow::Error::from(error)), advice)
+        }
+    }
+}
+
+/// Whether a node runs with this data folder.
+pub(super) fn runs(data_dir: &Path) -> bool {
+    // Without the file there was none; looking must not make one.
+    data_dir.join("lock").exists() && matches!(DataDirLock::acquire(data_dir), Err(LockError::InUse { .. }))
+}
+
+/// What computes experts.
+pub(super) fn gpu() -> Check {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    Check::ok("gpu", format!("none is used: this build computes on the CPU, which has {cores} cores"))
+}
+
+/// Whether the disk that holds `dir`, which need not exist yet, is fast enough and has `needed` bytes.
+pub(super) fn disk(dir: &Path, needed: Option<u64>) -> Check {
+    let existing = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let measured = speed(existing);
+    let (written, read) = match measured {
+        Ok(speed) => speed,
+        Err(error) => {
+            let advice = "make room, give yourself the right to write there, or name another folder with --cache-dir";
+            return Check::fail("disk", format!("{error:#}"), advice);
+        }
+    };
+    let per_second = |speed: f64| output::bytes(speed as u64);
+    let speeds = format!("writes {}/s, reads {}/s", per_second(written), per_second(read));
+    let free = free_bytes(existing);
+    let room = free.map_or_else(String::new, |free| format!(", {} free", output::bytes(free)));
+    let found = format!("{}: {speeds}{room}", existing.display());
+    if let (Some(free), Some(needed)) = (free, needed)
+        && free < needed
+    {
+        let advice = format!("make room for {}, or name another folder with --cache-dir", output::bytes(needed));
+        return Check::fail("disk", found, advice);
+    }
+    if free.is_some_and(|free| free < LITTLE_BYTES) {
+        return Check::warn(
+            "disk",
+            found,
+            "fetched weights may not fit: make room, or name another folder with --cache-dir",
+        );
+    }
+    if written.min(read) < SLOW_BYTES_PER_SECOND {
+        return Check::warn("disk", found, "loading experts takes long: another disk for --cache-dir would help");
+    }
+    Check::ok("disk", found)
+}
+
+/// Bytes that are written and read in a second.
+fn speed(dir: &Path) -> anyhow::Result<(f64, f64)> {
+    let cannot = |what: &'static str| move || format!("cannot {what} a file in {}", dir.display());
+    let mut file = tempfile::tempfile_in(dir).with_context(cannot("create"))?;
+    // Nothing that a file system would compress away.
+    let mut sample = vec![0; SAMPLE_BYTES];
+    rand::Rng::fill(&mut rand::rng(), &mut sample[..]);
+    let per_second = |elapsed: Duration| SAMPLE_BYTES as f64 / elapsed.as_secs_f64().max(1e-9);
+    let begun = Instant::now();
+    file.write_all(&sample).and_then(|()| file.sync_all()).with_context(cannot("write"))?;
+    let written = per_second(begun.elapsed());
+    forget(&file);
+    let begun = Instant::now();
+    file.rewind().and_then(|()| file.read_exact(&mut sample)).with_context(cannot("read"))?;
+    Ok((written, per_second(begun.elapsed())))
+}
+
+/// Has the system read a file from the disk the next time, and not from memory.
+#[cfg(target_os = "linux")]
+fn forget(file: &File) {
+    // Where that cannot be, reading looks faster than it is.
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forget(_file: &File) {}
+
+#[cfg(unix)]
+fn free_bytes(dir: &Path) -> Option<u64> {
+    let told = rustix::fs::statvfs(dir).ok()?;
+    told.f_bavail.checked_mul(told.f_frsize)
+}
+
+#[cfg(not(unix))]
+fn free_bytes(_dir: &Path) -> Option<u64> {
+    None
+}
