@@ -1,4 +1,4 @@
-//! Short programs against the public API are in `src/bin`; see `README.md` beside this folder.
+//! Short programs against the public API lie beside this folder; see `README.md` there.
 //!
 //! Here is what is too long for one of them: checkpoints with random weights.
 

@@ -3,7 +3,7 @@
 //! Start a volunteer (`cargo run --release -- node --model examples/models/tiny-moe`), then, with an address it prints:
 //!
 //! ```text
-//! cargo run --release -p hanse-examples --bin generate -- examples/models/tiny-moe ADDRESS "Once upon a time"
+//! cargo run --release -p hanse-examples --bin query -- examples/models/tiny-moe ADDRESS "Once upon a time"
 //! ```
 
 use std::io::Write;
@@ -18,7 +18,7 @@ use hanse_router::{Client, GenerateRequest, ModelConfig, NetworkConfig};
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let mut next = || args.next().context("usage: generate MODEL_DIR BOOTSTRAP_ADDRESS PROMPT");
+    let mut next = || args.next().context("usage: query MODEL_DIR BOOTSTRAP_ADDRESS PROMPT");
     let (dir, bootstrap, prompt) = (PathBuf::from(next()?), next()?.parse()?, next()?);
 
     // The model's id is a hash over its weights: peers that host anything else are never called.
