@@ -403,3 +403,27 @@ fn a_hole_is_punched_through_two_routers() {
     });
     assert_eq!(generation.end().tokens, local_tokens(MANY_TOKENS));
 }
+
+#[test]
+fn the_doctor_tells_which_kind_of_router_stands_before_a_node() {
+    for (nat, told) in [(Nat::KeepsPorts, "one port for all"), (Nat::Symmetric, "symmetric")] {
+        let Some(world) = World::new(nat) else { return };
+        let bootstrap = world.bootstrap();
+        let address = bootstrap.address();
+        // Two members are needed to compare what they see.
+        let listen = ["--listen", "/ip4/203.0.113.20/udp/4001/quic-v1", "--reachable"];
+        let _other = world.node("client", &[&["--experts", "all", "--bootstrap", &address], &listen[..]].concat());
+        let home = tempfile::tempdir().unwrap();
+        let doctor = ["doctor", "--json", "--no-upnp", "--bootstrap", &address];
+        let output = world.hanse("home-a", &home).args(doctor).output().unwrap();
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let of =
+            |name: &str| document["checks"].as_array().unwrap().iter().find(|check| check["check"] == name).unwrap();
+        assert_eq!(of("bootstrap")["outcome"], "ok", "{document}");
+        assert_eq!(of("clock")["outcome"], "ok", "{document}");
+        assert_eq!(of("nat")["outcome"], "warn", "{document}");
+        let found = of("nat")["found"].as_str().unwrap();
+        assert!(found.contains("through a relay") && found.contains(told), "{nat:?}: {found}");
+        assert!(output.status.success());
+    }
+}
