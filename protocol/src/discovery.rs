@@ -10,11 +10,14 @@ mod address;
 mod behaviour;
 mod bootstrap;
 pub mod exchange;
+mod gateway;
 pub mod keys;
 mod reach;
 mod resolve;
+mod retest;
 mod task;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -149,6 +152,7 @@ pub(crate) enum Command {
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
     Punch { peer: PeerId, circuits: Vec<Multiaddr> },
+    ForwardData { socket: SocketAddr },
     Shutdown { done: oneshot::Sender<()> },
 }
 
@@ -305,6 +309,15 @@ impl Discovery {
     /// [`LookupError::Stopped`].
     pub async fn punch(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<(), LookupError> {
         self.send(Command::Punch { peer, circuits }).await
+    }
+
+    /// Asks the router to lead to the data plane's UDP `socket` too, if it is asked for ports at all ([`ReachConfig::upnp`]); returns at
+    /// once. [`Reach::data`] tells whether it does.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn forward_data(&self, socket: SocketAddr) -> Result<(), LookupError> {
+        self.send(Command::ForwardData { socket }).await
     }
 
     /// The next connection of the control plane on which a peer sends frames; `None` once the control plane has stopped. A

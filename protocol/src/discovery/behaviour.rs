@@ -9,11 +9,12 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     StreamProtocol, Swarm, SwarmBuilder, autonat, dcutr, identify, kad, mdns, noise, ping, relay, request_response,
-    tcp, upnp, yamux,
+    tcp, yamux,
 };
 
 use super::exchange::{ADVERT_PROTOCOL, AdvertCodec};
 use super::reach::Standing;
+use super::retest::AutonatClient;
 use super::{DiscoveryConfig, DiscoveryError, keys};
 use crate::{Identity, relayed};
 
@@ -56,9 +57,8 @@ pub(crate) struct Behaviour {
     pub(crate) relay: Toggle<relay::Behaviour>,
     pub(crate) relay_client: relay::client::Behaviour,
     pub(crate) dcutr: Toggle<dcutr::Behaviour>,
-    pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
+    pub(crate) autonat_client: Toggle<AutonatClient>,
     pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
-    pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
     pub(crate) frames: relayed::Behaviour,
 }
 
@@ -152,9 +152,8 @@ fn behaviour(
         relay: Toggle::from(relay),
         relay_client,
         dcutr: Toggle::from(config.reach.punch.then(|| dcutr::Behaviour::new(peer_id))),
-        autonat_client: Toggle::from(unconfirmed.then(autonat::v2::client::Behaviour::default)),
+        autonat_client: Toggle::from(unconfirmed.then(AutonatClient::default)),
         autonat_server: Toggle::from(serves.then(autonat::v2::server::Behaviour::default)),
-        upnp: Toggle::from((unconfirmed && config.reach.upnp).then(upnp::tokio::Behaviour::default)),
         frames: relayed::Behaviour::new(serves),
     })
 }

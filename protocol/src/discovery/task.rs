@@ -9,7 +9,6 @@ use std::time::Duration;
 use futures::StreamExt;
 use libp2p::core::transport::ListenerId;
 use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, RecordKey};
-use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
@@ -20,8 +19,10 @@ use super::address::is_unspecified;
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
+use super::gateway::{Forwarded, Gateway, Port};
 use super::keys::ProviderKey;
 use super::reach::{ReachState, Standing};
+use super::retest::RetestTimes;
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
 use crate::relayed::Lane;
 use crate::{Identity, ModelId};
@@ -82,6 +83,12 @@ pub(crate) struct SwarmTask {
     address_searches: HashMap<QueryId, AdvertQuestion>,
     reach: ReachState,
     punches: bool,
+    retests: RetestTimes,
+    /// The router that is asked for ports, if one is.
+    gateway: Option<Gateway>,
+    forwarded: Forwarded,
+    /// The data plane's.
+    data_port: Option<Port>,
     /// Addresses at which peers were dialled with success, without circuits.
     dialled: HashMap<PeerId, Multiaddr>,
     /// Addresses of providers, as those say who store their records: of peers behind routers nobody else knows any.
@@ -91,6 +98,14 @@ pub(crate) struct SwarmTask {
 }
 
 type LaneAnswer = oneshot::Sender<Result<Lane, LookupError>>;
+
+/// What the router leads here, when that has changed.
+async fn forwarded(gateway: &mut Option<Gateway>) -> Forwarded {
+    match gateway {
+        Some(gateway) => gateway.changed().await,
+        None => std::future::pending().await,
+    }
+}
 
 fn record_key(key: ProviderKey) -> RecordKey {
     RecordKey::new(key.as_bytes())
@@ -126,6 +141,10 @@ impl SwarmTask {
             address_searches: HashMap::new(),
             reach: ReachState::new(config),
             punches: config.reach.punch,
+            retests: RetestTimes::new(Instant::now()),
+            gateway: (config.reach.upnp && Standing::of(config) == Standing::Unconfirmed).then(Gateway::start),
+            forwarded: Forwarded::new(),
+            data_port: None,
             dialled: HashMap::new(),
             hints: HashMap::new(),
             lane_questions: HashMap::new(),
@@ -191,6 +210,9 @@ impl SwarmTask {
                 command = self.inbox.recv() => match command {
                     None => return,
                     Some(Command::Shutdown { done }) => {
+                        if let Some(gateway) = self.gateway.take() {
+                            gateway.end().await;
+                        }
                         drop(self);
                         let _ = done.send(());
                         return;
@@ -204,6 +226,8 @@ impl SwarmTask {
                 }
                 _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
                 _ = relays.tick(), if self.serves => self.use_relays(),
+                () = tokio::time::sleep_until(self.retests.next()), if self.tests() => self.test_again(),
+                forwarded = forwarded(&mut self.gateway) => self.on_forwarded(forwarded),
                 () = tokio::time::sleep_until(self.publish_at) => self.publish(),
             }
         }
@@ -261,6 +285,7 @@ impl SwarmTask {
                 self.ask(AdvertQuestion { peer, model, answer, searched: false }, addresses);
             }
             Command::Punch { peer, circuits } => self.punch(peer, circuits),
+            Command::ForwardData { socket } => self.forward_data(socket),
             Command::Lane { peer, addresses, answer } => self.find_lane(peer, addresses, answer),
             // Handled where the loop can end.
             Command::Shutdown { done } => drop(done),
@@ -289,10 +314,7 @@ impl SwarmTask {
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
             SwarmEvent::NewListenAddr { listener_id, address } => self.on_listening(listener_id, address),
-            SwarmEvent::ExpiredListenAddr { address, .. } => {
-                let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-                self.reports.addresses.send_modify(|all| all.retain(|known| *known != own));
-            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => self.on_expired(address),
             SwarmEvent::ListenerClosed { listener_id, .. } => {
                 self.reach.lost(listener_id, Instant::now());
                 self.update_reach();
@@ -336,9 +358,8 @@ impl SwarmTask {
                 Err(error) => tracing::debug!(peer = %event.remote_peer_id, %error, "no hole punched"),
             },
             BehaviourEvent::AutonatClient(event) => {
-                tracing::debug!(address = %event.tested_addr, result = ?event.result, "AutoNAT tested an address")
+                self.on_tested(&event.tested_addr, event.result.map_err(|e| e.to_string()))
             }
-            BehaviourEvent::Upnp(event) => tracing::debug!(?event, "UPnP"),
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
                     self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
