@@ -13,6 +13,7 @@ pub mod exchange;
 mod gateway;
 pub mod keys;
 mod reach;
+mod relaying;
 mod resolve;
 mod retest;
 mod task;
@@ -29,6 +30,7 @@ use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
+pub use relaying::RelayLimits;
 
 /// How many commands may wait for the swarm task before senders wait too.
 const COMMAND_QUEUE: usize = 64;

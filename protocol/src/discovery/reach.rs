@@ -9,8 +9,8 @@ use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use tokio::time::Instant;
 
-use super::DiscoveryConfig;
 use super::address::{self, is_public};
+use super::{DiscoveryConfig, RelayLimits};
 use crate::relayed::is_circuit;
 
 /// Relays that are used at a time: when one vanishes, the other still leads here.
@@ -44,8 +44,10 @@ pub enum ReachPolicy {
 pub struct ReachConfig {
     /// What it believes of itself.
     pub policy: ReachPolicy,
-    /// Whether it relays for others once it is reachable, within the limits in `docs/protocol.md`.
+    /// Whether it relays for others of its network once it is reachable.
     pub serve_relay: bool,
+    /// Within which limits.
+    pub relay_limits: RelayLimits,
     /// Whether it asks its router for a port (UPnP). Only done while it is not known to be reachable.
     pub upnp: bool,
     /// Whether relayed connections are replaced by hole-punched ones (DCUtR) where that succeeds.
@@ -55,7 +57,13 @@ pub struct ReachConfig {
 impl Default for ReachConfig {
     /// Detects, relays and punches, but leaves the router alone.
     fn default() -> Self {
-        Self { policy: ReachPolicy::Detect, serve_relay: true, upnp: false, punch: true }
+        Self {
+            policy: ReachPolicy::Detect,
+            serve_relay: true,
+            relay_limits: RelayLimits::default(),
+            upnp: false,
+            punch: true,
+        }
     }
 }
 

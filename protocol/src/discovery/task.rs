@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::address::is_unspecified;
-use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
+use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, identify_version, kad_protocol};
 use super::bootstrap::Bootstrap;
 use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
 use super::gateway::{Forwarded, Gateway, Port};
@@ -24,7 +24,7 @@ use super::keys::ProviderKey;
 use super::reach::{ReachState, Standing};
 use super::retest::RetestTimes;
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
-use crate::relayed::Lane;
+use crate::relayed::{CircuitLimit, Lane};
 use crate::{Identity, ModelId};
 
 /// How long an address may take to be listened on.
@@ -44,7 +44,7 @@ const PUBLISH_DELAY: Duration = Duration::from_millis(200);
 const MAX_ADDRESSES: usize = 16;
 /// Providers whose addresses are remembered.
 const MAX_HINTS: usize = 4096;
-/// How often relays are looked for while they are needed.
+/// How often relays are looked for while they are needed, and circuits that are to be renewed.
 const RELAY_INTERVAL: Duration = Duration::from_secs(1);
 
 type AdvertAnswer = oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>>;
@@ -67,6 +67,7 @@ struct AdvertQuestion {
 pub(crate) struct SwarmTask {
     swarm: Swarm<Behaviour>,
     kad_protocol: StreamProtocol,
+    identify_version: String,
     inbox: mpsc::Receiver<Command>,
     reports: Reports,
     /// Connected peers that serve the DHT of this network, and are in the routing table.
@@ -93,6 +94,10 @@ pub(crate) struct SwarmTask {
     dialled: HashMap<PeerId, Multiaddr>,
     /// Addresses of providers, as those say who store their records: of peers behind routers nobody else knows any.
     hints: HashMap<PeerId, Vec<Multiaddr>>,
+    /// What relays allow of a circuit.
+    circuit_limits: HashMap<PeerId, CircuitLimit>,
+    /// When a circuit to each peer was last renewed.
+    renewals: HashMap<PeerId, Instant>,
     /// Who waits for a connection.
     lane_questions: HashMap<PeerId, Vec<LaneAnswer>>,
 }
@@ -127,6 +132,7 @@ impl SwarmTask {
         Ok(Self {
             swarm: build_swarm(identity, config)?,
             kad_protocol: kad_protocol(&config.network)?,
+            identify_version: identify_version(&config.network),
             inbox,
             reports,
             members: HashSet::new(),
@@ -147,6 +153,8 @@ impl SwarmTask {
             data_port: None,
             dialled: HashMap::new(),
             hints: HashMap::new(),
+            circuit_limits: HashMap::new(),
+            renewals: HashMap::new(),
             lane_questions: HashMap::new(),
         })
     }
@@ -225,7 +233,10 @@ impl SwarmTask {
                     }
                 }
                 _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
-                _ = relays.tick(), if self.serves => self.use_relays(),
+                _ = relays.tick() => {
+                    self.use_relays();
+                    self.renew_circuits();
+                }
                 () = tokio::time::sleep_until(self.retests.next()), if self.tests() => self.test_again(),
                 forwarded = forwarded(&mut self.gateway) => self.on_forwarded(forwarded),
                 () = tokio::time::sleep_until(self.publish_at) => self.publish(),
@@ -352,6 +363,10 @@ impl SwarmTask {
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
             }
+            BehaviourEvent::RelayClient(relay::client::Event::OutboundCircuitEstablished { relay_peer_id, limit }) => {
+                let limit = limit.map(|limit| (limit.data_in_bytes(), limit.duration()));
+                self.note_limit(relay_peer_id, limit.unwrap_or_default());
+            }
             BehaviourEvent::Frames(lane) => self.hand_over(lane),
             BehaviourEvent::Dcutr(event) => match event.result {
                 Ok(_) => tracing::debug!(peer = %event.remote_peer_id, "hole punched"),
@@ -389,7 +404,12 @@ impl SwarmTask {
     }
 
     fn on_identified(&mut self, peer: PeerId, info: identify::Info) {
-        let relays = info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
+        let ours = info.protocol_version == self.identify_version;
+        if let Some(relay) = self.swarm.behaviour_mut().relay.as_mut() {
+            relay.identified(peer, ours);
+        }
+        // Relays of other networks do not serve this one.
+        let relays = ours && info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
         if relays && self.punches {
             self.learn_quic_address(peer, &info.listen_addrs);
         }

@@ -6,7 +6,7 @@ use libp2p::core::Endpoint;
 use libp2p::core::transport::ListenerId;
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, NetworkBehaviour};
-use libp2p::{Multiaddr, PeerId, kad, relay};
+use libp2p::{Multiaddr, PeerId, kad};
 use tokio::time::Instant;
 
 use super::super::address::{ip, is_quic};
@@ -26,8 +26,7 @@ impl SwarmTask {
             behaviour.kad.set_mode(Some(mode));
         }
         if let Some(relay) = behaviour.relay.as_mut() {
-            let serves = direct && external;
-            relay.set_status(Some(if serves { relay::Status::Enable } else { relay::Status::Disable }));
+            relay.offer(direct && external);
         }
         for listener in self.reach.needless_relays() {
             self.swarm.remove_listener(listener);
