@@ -164,6 +164,7 @@ impl Discovery {
     /// # Errors
     /// A bad network name, an address that cannot be listened on, a host name that does not resolve.
     pub async fn start(identity: &Identity, config: DiscoveryConfig) -> Result<Self, DiscoveryError> {
+        let (named, plain) = config.bootstrap.iter().cloned().partition(resolve::is_named);
         let config = DiscoveryConfig { bootstrap: resolve::resolve_all(&config.bootstrap).await?, ..config };
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (addresses_out, addresses) = watch::channel(Vec::new());
@@ -178,7 +179,7 @@ impl Discovery {
             reach: reach_out,
             lanes: lanes_out,
         };
-        let task = task::SwarmTask::new(identity, &config, inbox, reports)?;
+        let task = task::SwarmTask::new(identity, &config, task::GivenAddresses { plain, named }, inbox, reports)?;
         let listening = task.listen(&config.listen).await?;
         tokio::spawn(listening.run());
         let lanes = Arc::new(Mutex::new(lanes));
@@ -196,6 +197,12 @@ impl Discovery {
     #[must_use]
     pub fn addresses(&self) -> Vec<Multiaddr> {
         self.addresses.borrow().clone()
+    }
+
+    /// As [`addresses`](Self::addresses), to be told when they change.
+    #[must_use]
+    pub fn watch_addresses(&self) -> watch::Receiver<Vec<Multiaddr>> {
+        self.addresses.clone()
     }
 
     /// How many members of the network, other than clients, are connected on the control plane at present.

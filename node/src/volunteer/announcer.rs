@@ -69,6 +69,7 @@ impl Announcer {
     /// Announces again and again, sooner when something has changed, until cancelled.
     pub(super) async fn run(self: Arc<Self>, cancel: CancellationToken) {
         let mut reach = self.discovery.reach();
+        let mut addresses = self.discovery.watch_addresses();
         if self.data.advertised.is_empty()
             && let Err(error) = self.discovery.forward_data(self.data.bound).await
         {
@@ -79,6 +80,7 @@ impl Announcer {
                 () = cancel.cancelled() => return,
                 () = tokio::time::sleep(ADVERT_INTERVAL) => self.announce().await,
                 Ok(()) = reach.changed() => self.announce().await,
+                Ok(()) = addresses.changed() => self.announce().await,
                 () = self.shard.changed() => {
                     let next = self.said().at + LEAST_INTERVAL;
                     tokio::select! {

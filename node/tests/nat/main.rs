@@ -27,6 +27,12 @@ fn halves(world: &World, bootstrap: &str) -> [Node; 2] {
         .map(|(home, experts)| world.node(home, &["--experts", experts, "--bootstrap", bootstrap]))
 }
 
+/// Whether a client has a direct connection to a volunteer. Frames may use it from the start: then there was no worse way before.
+fn is_direct(log: &str, volunteer: &Node) -> bool {
+    let tells = |line: &str| line.contains("better way") || line.contains("hole punched");
+    log.lines().any(|line| tells(line) && line.contains(volunteer.peer_id()))
+}
+
 #[test]
 fn volunteers_behind_routers_serve_exactly_and_holes_are_punched() {
     let Some(world) = World::new(Nat::KeepsPorts) else { return };
@@ -37,8 +43,7 @@ fn volunteers_behind_routers_serve_exactly_and_holes_are_punched() {
     waits_for("both are reached directly", || {
         let log = generation.log();
         assert!(generation.is_running(), "it ended before holes were punched:\n{log}");
-        let better = |volunteer: &Node, line: &str| line.contains("better way") && line.contains(volunteer.peer_id());
-        volunteers.iter().all(|volunteer| log.lines().any(|line| better(volunteer, line)))
+        volunteers.iter().all(|volunteer| is_direct(&log, volunteer))
     });
     let generated = generation.end();
     assert_eq!(generated.tokens, local_tokens(MANY_TOKENS));
@@ -134,6 +139,40 @@ fn a_port_that_the_owner_forwards_later_is_found_without_a_restart() {
 }
 
 #[test]
+fn a_volunteer_that_gets_another_address_says_so_at_once_and_is_used_again() {
+    let Some(mut world) = World::new(Nat::KeepsPorts) else { return };
+    world.moves_in("mover", "11.22.33.30");
+    let boot = world.bootstrap();
+    let volunteer = world.node("mover", &["--bootstrap", &boot.address()]);
+    waits_for("AutoNAT confirms its address", || volunteer.log().contains("direct=true"));
+    let mut generation = world.generation("client", &boot.address(), MANY_TOKENS);
+    waits_for("it is found", || generation.log().contains("peer found"));
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(generation.is_running(), "the volunteer is to move in the middle");
+    world.readdress("mover", "11.22.33.30", "11.22.33.31");
+    let expected = local_tokens(MANY_TOKENS);
+    assert_eq!(generation.end().tokens, expected, "who was using it goes on");
+    waits_for("AutoNAT confirms its new address", || volunteer.log().matches("direct=true").count() == 2);
+    assert_eq!(world.generation("client", &boot.address(), MANY_TOKENS).end().tokens, expected, "newcomers find it");
+    waits_for("others know", || world.reachability(&boot.address(), volunteer.peer_id()) == "direct");
+    assert!(!volunteer.log().contains("panicked"), "{}", volunteer.log());
+}
+
+#[test]
+fn a_host_name_that_leads_elsewhere_is_followed() {
+    let Some(world) = World::new(Nat::KeepsPorts) else { return };
+    world.inside("boot", "ip address add 11.22.33.11/24 dev eth0").unwrap();
+    world.harbour("home-a", "11.22.33.10");
+    let boot = world.bootstrap();
+    let volunteer = world.node("home-a", &["--bootstrap", "/dns4/harbour/udp/4001/quic-v1"]);
+    waits_for("a relay leads to it", || world.reachability(&boot.address(), volunteer.peer_id()) == "relayed");
+    drop(boot);
+    world.harbour("home-a", "11.22.33.11");
+    let elsewhere = world.bootstrap_at("11.22.33.11");
+    waits_for("it joins there", || world.reachability(&elsewhere.address(), volunteer.peer_id()) == "relayed");
+}
+
+#[test]
 fn holes_are_punched_also_for_those_who_joined_over_tcp() {
     let Some(world) = World::new(Nat::KeepsPorts) else { return };
     let boot = world.bootstrap();
@@ -155,7 +194,7 @@ fn a_hole_is_punched_through_two_routers() {
     waits_for("it is reached directly", || {
         let log = generation.log();
         assert!(generation.is_running(), "it ended before a hole was punched:\n{log}\n{}", volunteer.log());
-        log.contains("better way")
+        is_direct(&log, &volunteer)
     });
     assert_eq!(generation.end().tokens, local_tokens(MANY_TOKENS));
 }

@@ -43,6 +43,7 @@ impl Drop for World {
         for space in &self.spaces {
             // What cannot be removed was not made.
             let _ = Command::new("ip").args(["netns", "del", space]).output();
+            let _ = std::fs::remove_dir_all(Path::new("/etc/netns").join(space));
         }
     }
 }
@@ -223,6 +224,25 @@ impl World {
         Ok(())
     }
 
+    /// Another machine on the street.
+    pub(crate) fn moves_in(&mut self, space: &str, address: &str) {
+        self.add(space).and_then(|()| self.on_street(space, &format!("{address}/24"))).unwrap();
+    }
+
+    /// Gives a machine another address in place of its own.
+    pub(crate) fn readdress(&self, space: &str, from: &str, to: &str) {
+        self.inside(space, &format!("ip address del {from}/24 dev eth0")).unwrap();
+        self.inside(space, &format!("ip address add {to}/24 dev eth0")).unwrap();
+    }
+
+    /// Where the name "harbour" leads, as programs in `space` that are started from now on see it.
+    pub(crate) fn harbour(&self, space: &str, ip: &str) {
+        let folder = Path::new("/etc/netns").join(self.name(space));
+        std::fs::create_dir_all(&folder).unwrap();
+        // In place, since running programs see the file and not its name.
+        std::fs::write(folder.join("hosts"), format!("127.0.0.1 localhost\n{ip} harbour\n")).unwrap();
+    }
+
     fn on_street(&self, space: &str, address: &str) -> Result<(), String> {
         self.cable(space, "eth0", address, "world", space)?;
         self.inside("world", &format!("ip link set {space} master street"))
@@ -254,8 +274,13 @@ impl World {
     }
 
     pub(crate) fn bootstrap(&self) -> Node {
-        let listen = ["--listen", "/ip4/11.22.33.10/udp/4001/quic-v1", "/ip4/11.22.33.10/tcp/4001"];
-        self.node("boot", &[&["--experts", "none"], &listen[..]].concat())
+        self.bootstrap_at("11.22.33.10")
+    }
+
+    /// The bootstrap member, on one of its machine's addresses.
+    pub(crate) fn bootstrap_at(&self, ip: &str) -> Node {
+        let (quic, tcp) = (format!("/ip4/{ip}/udp/4001/quic-v1"), format!("/ip4/{ip}/tcp/4001"));
+        self.node("boot", &["--experts", "none", "--listen", &quic, &tcp])
     }
 
     /// Runs the client to its end.

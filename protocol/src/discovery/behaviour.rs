@@ -27,7 +27,7 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const ADVERT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: u32 = 1024;
 /// Over TCP and QUIC, by both sides at once, through a relay, punched, and for AutoNAT's tests.
-const MAX_CONNECTIONS_PER_PEER: u32 = 8;
+const MAX_CONNECTIONS_PER_PEER: u32 = 16;
 const MAX_PENDING_INCOMING: u32 = 128;
 /// Providers remembered per key. The default of 20 would hide most of a large network's volunteers.
 const MAX_PROVIDERS_PER_KEY: usize = 1024;

@@ -7,6 +7,7 @@ use super::address::split;
 /// Bootstrap addresses, with the peer that answers at each as far as that is known.
 #[derive(Debug)]
 pub(super) struct Bootstrap {
+    own: PeerId,
     members: Vec<Member>,
 }
 
@@ -14,15 +15,35 @@ pub(super) struct Bootstrap {
 struct Member {
     /// As given, with or without `/p2p/<peer id>`.
     address: Multiaddr,
+    /// Whether a host name led to it.
+    named: bool,
     /// The peer that was asked for or, where none was, the one that was met last.
     peer: Option<PeerId>,
 }
 
 impl Bootstrap {
-    /// Leaves out addresses of `own`.
-    pub(super) fn new(own: PeerId, addresses: &[Multiaddr]) -> Self {
-        let members = addresses.iter().map(|address| Member { address: address.clone(), peer: split(address).1 });
-        Self { members: members.filter(|member| member.peer != Some(own)).collect() }
+    /// Leaves out addresses of `own`. `named` are those to which host names lead.
+    pub(super) fn new(own: PeerId, addresses: &[Multiaddr], named: &[Multiaddr]) -> Self {
+        let mut bootstrap = Self { own, members: Vec::new() };
+        bootstrap.add(addresses, false);
+        bootstrap.add(named, true);
+        bootstrap
+    }
+
+    /// The host names lead to these addresses now.
+    pub(super) fn rename(&mut self, named: &[Multiaddr]) {
+        self.members.retain(|member| !member.named || named.contains(&member.address));
+        self.add(named, true);
+    }
+
+    fn add(&mut self, addresses: &[Multiaddr], named: bool) {
+        for address in addresses {
+            let peer = split(address).1;
+            let known = self.members.iter().any(|member| member.address == *address);
+            if !known && peer != Some(self.own) {
+                self.members.push(Member { address: address.clone(), named, peer });
+            }
+        }
     }
 
     /// `peer` answered when `address` was dialled.
@@ -52,7 +73,7 @@ mod tests {
     fn a_member_met_at_an_address_without_peer_id_counts_as_connected() {
         let (own, peer) = (PeerId::random(), PeerId::random());
         let address: Multiaddr = "/ip4/192.0.2.7/udp/4001/quic-v1".parse().unwrap();
-        let mut bootstrap = Bootstrap::new(own, std::slice::from_ref(&address));
+        let mut bootstrap = Bootstrap::new(own, std::slice::from_ref(&address), &[]);
         assert_eq!(bootstrap.absent(|_| true), [(address.clone(), None)]);
         bootstrap.met(&address.clone().with(Protocol::P2p(peer)), peer);
         assert_eq!(bootstrap.absent(|connected| *connected == peer), []);
@@ -64,8 +85,17 @@ mod tests {
         let (own, peer) = (PeerId::random(), PeerId::random());
         let plain: Multiaddr = "/ip4/192.0.2.7/udp/4001/quic-v1".parse().unwrap();
         let (mine, other) = (plain.clone().with(Protocol::P2p(own)), plain.clone().with(Protocol::P2p(peer)));
-        let mut bootstrap = Bootstrap::new(own, &[mine, other.clone()]);
+        let mut bootstrap = Bootstrap::new(own, &[mine, other.clone()], &[]);
         bootstrap.met(&plain, PeerId::random());
         assert_eq!(bootstrap.absent(|connected| *connected != peer), [(other, Some(peer))]);
+    }
+
+    #[test]
+    fn a_host_name_that_leads_elsewhere_replaces_what_it_led_to_and_nothing_else() {
+        let address = |ip: &str| -> Multiaddr { format!("/ip4/{ip}/udp/4001/quic-v1").parse().unwrap() };
+        let (given, before, after) = (address("192.0.2.1"), address("192.0.2.2"), address("192.0.2.3"));
+        let mut bootstrap = Bootstrap::new(PeerId::random(), std::slice::from_ref(&given), &[before]);
+        bootstrap.rename(std::slice::from_ref(&after));
+        assert_eq!(bootstrap.absent(|_| false), [(given, None), (after, None)]);
     }
 }

@@ -142,6 +142,8 @@ impl NetworkBehaviour for Relay {
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match &event {
+            // It gives these a handler that takes no orders, and then gives it orders when the offer changes, which is a panic.
+            FromSwarm::ConnectionEstablished(established) if established.endpoint.is_relayed() => return,
             FromSwarm::ConnectionEstablished(established) => {
                 self.peers.entry(established.peer_id).or_insert_with(|| Standing::Unknown(Vec::new()));
             }
@@ -168,5 +170,40 @@ impl NetworkBehaviour for Relay {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<relay::Event, THandlerInEvent<Self>>> {
         self.relay.poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libp2p::core::ConnectedPoint;
+    use libp2p::swarm::behaviour::ConnectionEstablished;
+
+    use super::*;
+
+    /// What is sent to the handler of a connection over `address` when the offer changes.
+    fn orders(address: &str) -> usize {
+        let (own, peer) = (PeerId::random(), PeerId::random());
+        let mut relay = Relay::new(own, &RelayLimits::default());
+        let endpoint = ConnectedPoint::Dialer {
+            address: address.replace("PEER", &peer.to_string()).parse().unwrap(),
+            role_override: Endpoint::Dialer,
+            port_use: PortUse::New,
+        };
+        relay.on_swarm_event(FromSwarm::ConnectionEstablished(ConnectionEstablished {
+            peer_id: peer,
+            connection_id: ConnectionId::new_unchecked(1),
+            endpoint: &endpoint,
+            failed_addresses: &[],
+            other_established: 0,
+        }));
+        relay.offer(true);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        std::iter::from_fn(|| relay.poll(&mut cx).is_ready().then_some(())).count()
+    }
+
+    #[test]
+    fn regression_a_member_with_relayed_connections_may_begin_to_relay() {
+        assert_eq!(orders("/ip4/203.0.113.7/udp/1/quic-v1"), 1);
+        assert_eq!(orders("/ip4/203.0.113.7/udp/1/quic-v1/p2p/PEER/p2p-circuit/p2p/PEER"), 0);
     }
 }

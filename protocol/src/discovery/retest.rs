@@ -14,6 +14,8 @@ use libp2p::swarm::{
 use libp2p::{Multiaddr, PeerId};
 use tokio::time::Instant;
 
+use crate::relayed::is_circuit;
+
 /// Addresses that are tested again. A member has few; what others claim to see of it is bounded.
 const MAX_CANDIDATES: usize = 16;
 
@@ -71,6 +73,10 @@ pub(crate) struct AutonatClient {
 impl AutonatClient {
     /// Has `address` tested, now and whenever all are tested again.
     pub(crate) fn offer(&mut self, address: &Multiaddr) {
+        // Relays are seen to work by other means.
+        if is_circuit(address) {
+            return;
+        }
         if self.candidates.len() < MAX_CANDIDATES {
             self.candidates.insert(address.clone());
         }

@@ -1,6 +1,8 @@
 //! The one task that owns the libp2p swarm.
 
+mod adverts;
 mod lanes;
+mod moving;
 mod reachability;
 
 use std::collections::{HashMap, HashSet};
@@ -8,17 +10,18 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use libp2p::core::transport::ListenerId;
-use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, RecordKey};
-use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
+use libp2p::kad::{GetProvidersOk, QueryId, QueryResult, RecordKey};
+use libp2p::request_response::{Message, OutboundRequestId};
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::address::is_unspecified;
 use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, identify_version, kad_protocol};
 use super::bootstrap::Bootstrap;
-use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
+use super::exchange::MAX_ADVERTS;
 use super::gateway::{Forwarded, Gateway, Port};
 use super::keys::ProviderKey;
 use super::reach::{ReachState, Standing};
@@ -26,6 +29,7 @@ use super::retest::RetestTimes;
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
 use crate::relayed::{CircuitLimit, Lane};
 use crate::{Identity, ModelId};
+use adverts::AdvertQuestion;
 
 /// How long an address may take to be listened on.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -47,21 +51,10 @@ const MAX_HINTS: usize = 4096;
 /// How often relays are looked for while they are needed, and circuits that are to be renewed.
 const RELAY_INTERVAL: Duration = Duration::from_secs(1);
 
-type AdvertAnswer = oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>>;
-
 /// A look-up of providers in progress.
 struct ProviderSearch {
     found: mpsc::Sender<PeerId>,
     seen: HashSet<PeerId>,
-}
-
-/// A question for a peer's adverts in progress.
-struct AdvertQuestion {
-    peer: PeerId,
-    model: AdvertRequest,
-    answer: AdvertAnswer,
-    /// Whether the DHT was already asked for the peer's addresses.
-    searched: bool,
 }
 
 pub(crate) struct SwarmTask {
@@ -73,6 +66,14 @@ pub(crate) struct SwarmTask {
     /// Connected peers that serve the DHT of this network, and are in the routing table.
     members: HashSet<PeerId>,
     bootstrap: Bootstrap,
+    /// Bootstrap addresses with host names, as given.
+    names: Vec<Multiaddr>,
+    resolving: JoinSet<Vec<Multiaddr>>,
+    resolve_at: Instant,
+    /// When the change of an own address is attended to.
+    move_at: Option<Instant>,
+    /// Members that are dialled anew after such a change.
+    redialled: HashSet<PeerId>,
     serves: bool,
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
@@ -82,6 +83,8 @@ pub(crate) struct SwarmTask {
     searches: HashMap<QueryId, ProviderSearch>,
     questions: HashMap<OutboundRequestId, AdvertQuestion>,
     address_searches: HashMap<QueryId, AdvertQuestion>,
+    /// Peers that are silent, and to which another connection is made.
+    doubted: HashSet<PeerId>,
     reach: ReachState,
     punches: bool,
     retests: RetestTimes,
@@ -103,6 +106,22 @@ pub(crate) struct SwarmTask {
 }
 
 type LaneAnswer = oneshot::Sender<Result<Lane, LookupError>>;
+
+/// Bootstrap addresses as they were given.
+pub(crate) struct GivenAddresses {
+    /// With IP addresses.
+    pub(crate) plain: Vec<Multiaddr>,
+    /// With host names.
+    pub(crate) named: Vec<Multiaddr>,
+}
+
+/// Waits until `time`, for ever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
 
 /// What the router leads here, when that has changed.
 async fn forwarded(gateway: &mut Option<Gateway>) -> Forwarded {
@@ -126,6 +145,7 @@ impl SwarmTask {
     pub(crate) fn new(
         identity: &Identity,
         config: &DiscoveryConfig,
+        given: GivenAddresses,
         inbox: mpsc::Receiver<Command>,
         reports: Reports,
     ) -> Result<Self, DiscoveryError> {
@@ -136,7 +156,12 @@ impl SwarmTask {
             inbox,
             reports,
             members: HashSet::new(),
-            bootstrap: Bootstrap::new(identity.peer_id(), &config.bootstrap),
+            bootstrap: Bootstrap::new(identity.peer_id(), &given.plain, &config.bootstrap),
+            names: given.named,
+            resolving: JoinSet::new(),
+            resolve_at: Instant::now(),
+            move_at: None,
+            redialled: HashSet::new(),
             serves: Standing::of(config) != Standing::Client,
             hosted: Vec::new(),
             keys: Vec::new(),
@@ -145,6 +170,7 @@ impl SwarmTask {
             searches: HashMap::new(),
             questions: HashMap::new(),
             address_searches: HashMap::new(),
+            doubted: HashSet::new(),
             reach: ReachState::new(config),
             punches: config.reach.punch,
             retests: RetestTimes::new(Instant::now()),
@@ -202,6 +228,9 @@ impl SwarmTask {
 
     /// Runs until told to shut down or until every handle is gone.
     pub(crate) async fn run(mut self) {
+        // What was listened on from the start is no change.
+        self.move_at = None;
+        self.resolve_at = Instant::now() + BOOTSTRAP_RETURN;
         self.dial_bootstrap();
         self.update_reach();
         let mut relays = tokio::time::interval(RELAY_INTERVAL);
@@ -236,17 +265,29 @@ impl SwarmTask {
                 _ = relays.tick() => {
                     self.use_relays();
                     self.renew_circuits();
+                    self.doubt_the_silent();
                 }
                 () = tokio::time::sleep_until(self.retests.next()), if self.tests() => self.test_again(),
+                () = at(self.move_at) => self.move_on(),
+                Some(Ok(found)) = self.resolving.join_next() => self.on_resolved(&found),
                 forwarded = forwarded(&mut self.gateway) => self.on_forwarded(forwarded),
                 () = tokio::time::sleep_until(self.publish_at) => self.publish(),
             }
         }
     }
 
-    /// Dials the bootstrap members that are not connected.
+    /// Dials the bootstrap members that are not connected, also where their host names lead by now.
     fn dial_bootstrap(&mut self) {
-        for (address, peer) in self.bootstrap.absent(|peer| self.swarm.is_connected(peer)) {
+        if self.dial_absent() {
+            self.resolve_again();
+        }
+    }
+
+    /// Dials the bootstrap members that are not connected; whether there are any.
+    fn dial_absent(&mut self) -> bool {
+        let absent = self.bootstrap.absent(|peer| self.swarm.is_connected(peer));
+        let any = !absent.is_empty();
+        for (address, peer) in absent {
             if let Some(peer) = peer {
                 self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
             }
@@ -254,6 +295,7 @@ impl SwarmTask {
                 tracing::debug!(%address, %error, "bootstrap address not dialled");
             }
         }
+        any
     }
 
     fn publish(&mut self) {
@@ -293,7 +335,7 @@ impl SwarmTask {
             }
             Command::Adverts { peer, model, answer } => {
                 let addresses = self.hints.get(&peer).cloned().unwrap_or_default();
-                self.ask(AdvertQuestion { peer, model, answer, searched: false }, addresses);
+                self.ask(AdvertQuestion::new(peer, model, answer), addresses);
             }
             Command::Punch { peer, circuits } => self.punch(peer, circuits),
             Command::ForwardData { socket } => self.forward_data(socket),
@@ -301,25 +343,6 @@ impl SwarmTask {
             // Handled where the loop can end.
             Command::Shutdown { done } => drop(done),
         }
-    }
-
-    fn ask(&mut self, question: AdvertQuestion, addresses: Vec<Multiaddr>) {
-        if question.peer == *self.swarm.local_peer_id() {
-            let own = self.adverts_for(question.model);
-            let _ = question.answer.send(Ok(own));
-            return;
-        }
-        let request =
-            self.swarm.behaviour_mut().adverts.send_request_with_addresses(&question.peer, question.model, addresses);
-        self.questions.insert(request, question);
-    }
-
-    fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
-        self.hosted
-            .iter()
-            .filter(|(hosted, _)| model.is_none_or(|m| m == *hosted))
-            .map(|(_, advert)| advert.clone())
-            .collect()
     }
 
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
@@ -339,13 +362,13 @@ impl SwarmTask {
                 self.reach.expire(&address);
                 self.update_reach();
             }
-            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => {
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
                 let dialled = endpoint.is_dialer().then(|| endpoint.get_remote_address().clone());
-                self.on_connected(peer_id, dialled);
+                self.on_connected(peer_id, connection_id, dialled);
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => self.on_disconnected(peer_id),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
-                tracing::debug!(?peer_id, %error, "dial failed");
+                tracing::debug!(?peer_id, ?error, "dial failed");
                 if let Some(peer) = peer_id {
                     self.answer_lanes(peer, Some(error.to_string()));
                 }
@@ -390,11 +413,7 @@ impl SwarmTask {
             }
             BehaviourEvent::Adverts(request_response::Event::Message { message, .. }) => match message {
                 Message::Request { request, channel, .. } => self.on_advert_request(request, channel),
-                Message::Response { request_id, response } => {
-                    if let Some(question) = self.questions.remove(&request_id) {
-                        let _ = question.answer.send(Ok(response));
-                    }
-                }
+                Message::Response { request_id, response } => self.on_adverts(request_id, response),
             },
             BehaviourEvent::Adverts(request_response::Event::OutboundFailure { request_id, error, .. }) => {
                 self.on_unanswered(request_id, &error)
@@ -427,12 +446,6 @@ impl SwarmTask {
         }
     }
 
-    fn on_advert_request(&mut self, request: AdvertRequest, channel: ResponseChannel<AdvertResponse>) {
-        let adverts = self.adverts_for(request);
-        // The asker may have gone meanwhile; there is nobody to tell.
-        let _ = self.swarm.behaviour_mut().adverts.send_response(channel, adverts);
-    }
-
     fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
         match result {
             QueryResult::StartProviding(_) if self.publishing.remove(&id) && self.publishing.is_empty() => {
@@ -460,34 +473,8 @@ impl SwarmTask {
                     self.searches.remove(&id);
                 }
             }
-            QueryResult::GetClosestPeers(outcome) if last => {
-                let Some(question) = self.address_searches.remove(&id) else { return };
-                let peers = match outcome {
-                    Ok(GetClosestPeersOk { peers, .. }) => peers,
-                    Err(kad::GetClosestPeersError::Timeout { peers, .. }) => peers,
-                };
-                let addresses = peers
-                    .into_iter()
-                    .filter(|info| info.peer_id == question.peer)
-                    .flat_map(|info| info.addrs)
-                    .take(MAX_ADDRESSES);
-                let addresses: Vec<Multiaddr> = addresses.collect();
-                self.ask(question, addresses);
-            }
+            QueryResult::GetClosestPeers(outcome) if last => self.on_closest(id, outcome),
             _ => {}
         }
-    }
-
-    fn on_unanswered(&mut self, request: OutboundRequestId, error: &OutboundFailure) {
-        let Some(mut question) = self.questions.remove(&request) else { return };
-        if matches!(error, OutboundFailure::DialFailure) && !question.searched {
-            // Its addresses are unknown or old: the DHT may know better ones.
-            question.searched = true;
-            let query = self.swarm.behaviour_mut().kad.get_closest_peers(question.peer);
-            self.address_searches.insert(query, question);
-            return;
-        }
-        let failure = LookupError::Unreachable { peer: question.peer, reason: error.to_string() };
-        let _ = question.answer.send(Err(failure));
     }
 }

@@ -62,6 +62,11 @@ impl Behaviour {
         }
     }
 
+    /// The connections to a peer.
+    pub(crate) fn connections(&self, peer: &PeerId) -> Vec<ConnectionId> {
+        self.lanes.get(peer).into_iter().flatten().map(|(connection, _)| *connection).collect()
+    }
+
     fn lane(&self, peer: &PeerId, connection: ConnectionId) -> Option<&Lane> {
         self.lanes.get(peer)?.iter().find(|(id, _)| *id == connection).map(|(_, lane)| lane)
     }

@@ -59,6 +59,7 @@ impl SwarmTask {
             return;
         }
         self.tell_external(&address);
+        self.note_move(&address);
         if let (Some(gateway), Some(port)) = (&self.gateway, Port::of(&address)) {
             gateway.want(port);
         }
@@ -70,15 +71,6 @@ impl SwarmTask {
                 all.sort_by_key(|address| !is_quic(address));
             }
         });
-    }
-
-    /// An address that this member does not listen on any more.
-    pub(super) fn on_expired(&mut self, address: Multiaddr) {
-        if let (Some(gateway), Some(port)) = (&self.gateway, Port::of(&address)) {
-            gateway.give_back(port);
-        }
-        let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-        self.reports.addresses.send_modify(|all| all.retain(|known| *known != own));
     }
 
     pub(super) fn forward_data(&mut self, socket: SocketAddr) {
@@ -150,7 +142,7 @@ impl SwarmTask {
         }
     }
 
-    pub(super) fn on_connected(&mut self, peer: PeerId, dialled: Option<Multiaddr>) {
+    pub(super) fn on_connected(&mut self, peer: PeerId, connection: ConnectionId, dialled: Option<Multiaddr>) {
         if let Some(address) = dialled {
             self.bootstrap.met(&address, peer);
             // Of several, one over QUIC is remembered: see `learn_quic_address`.
@@ -159,6 +151,7 @@ impl SwarmTask {
                 self.dialled.insert(peer, address);
             }
         }
+        self.replace_connections(peer, connection);
         self.answer_lanes(peer, None);
     }
 
