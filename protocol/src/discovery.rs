@@ -29,6 +29,7 @@ use crate::relayed::Lane;
 use crate::{Advert, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
+pub use bootstrap::BootstrapFailure;
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
 pub use relaying::RelayLimits;
 
@@ -112,8 +113,20 @@ pub enum LookupError {
         reason: String,
     },
     /// No member of the network could be connected to in time.
-    #[error("no member of the network answered at the bootstrap addresses within {0:?}")]
-    NoBootstrap(Duration),
+    #[error("no member of the network answered within {waited:?}{}", failures_text(.failures))]
+    NoBootstrap {
+        /// How long.
+        waited: Duration,
+        /// What is wrong with each bootstrap address, as far as it is known.
+        failures: Vec<(Multiaddr, BootstrapFailure)>,
+    },
+}
+
+fn failures_text(failures: &[(Multiaddr, BootstrapFailure)]) -> String {
+    match failures {
+        [(_, failure)] => format!(": {failure}"),
+        _ => failures.iter().map(|(address, failure)| format!("; at {address}: {failure}")).collect(),
+    }
 }
 
 /// Milliseconds since 1970, as adverts count time.
@@ -154,6 +167,7 @@ pub(crate) enum Command {
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
     Punch { peer: PeerId, circuits: Vec<Multiaddr> },
+    BootstrapFailures { answer: oneshot::Sender<Vec<(Multiaddr, BootstrapFailure)>> },
     ForwardData { socket: SocketAddr },
     Shutdown { done: oneshot::Sender<()> },
 }
@@ -217,10 +231,16 @@ impl Discovery {
     /// [`LookupError::NoBootstrap`] when none is connected after `timeout`.
     pub async fn wait_connected(&self, timeout: Duration) -> Result<(), LookupError> {
         let mut connected = self.connected.clone();
-        match tokio::time::timeout(timeout, connected.wait_for(|members| *members > 0)).await {
-            Ok(Ok(_)) => Ok(()),
+        let joined = async { connected.wait_for(|members| *members > 0).await.map(drop) };
+        match tokio::time::timeout(timeout, joined).await {
+            Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(LookupError::Stopped),
-            Err(_) => Err(LookupError::NoBootstrap(timeout)),
+            Err(_) => {
+                let (answer, failures) = oneshot::channel();
+                self.send(Command::BootstrapFailures { answer }).await?;
+                let failures = failures.await.map_err(|_| LookupError::Stopped)?;
+                Err(LookupError::NoBootstrap { waited: timeout, failures })
+            }
         }
     }
 

@@ -59,9 +59,12 @@ pub(crate) fn kad_protocol(network: &str) -> Result<StreamProtocol, DiscoveryErr
         .map_err(|_| DiscoveryError::NetworkName(network.to_owned()))
 }
 
+/// What identify's protocol version begins with, before the network's name.
+pub(crate) const IDENTIFY_PREFIX: &str = "hanse/1/";
+
 /// How members and clients of a network tell that they are its own.
 pub(crate) fn identify_version(network: &str) -> String {
-    format!("hanse/1/{network}")
+    format!("{IDENTIFY_PREFIX}{network}")
 }
 
 pub(crate) fn build_swarm(identity: &Identity, config: &DiscoveryConfig) -> Result<Swarm<Behaviour>, DiscoveryError> {

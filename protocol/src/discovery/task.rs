@@ -1,6 +1,7 @@
 //! The one task that owns the libp2p swarm.
 
 mod adverts;
+mod joining;
 mod lanes;
 mod moving;
 mod reachability;
@@ -276,28 +277,6 @@ impl SwarmTask {
         }
     }
 
-    /// Dials the bootstrap members that are not connected, also where their host names lead by now.
-    fn dial_bootstrap(&mut self) {
-        if self.dial_absent() {
-            self.resolve_again();
-        }
-    }
-
-    /// Dials the bootstrap members that are not connected; whether there are any.
-    fn dial_absent(&mut self) -> bool {
-        let absent = self.bootstrap.absent(|peer| self.swarm.is_connected(peer));
-        let any = !absent.is_empty();
-        for (address, peer) in absent {
-            if let Some(peer) = peer {
-                self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
-            }
-            if let Err(error) = self.swarm.dial(address.clone()) {
-                tracing::debug!(%address, %error, "bootstrap address not dialled");
-            }
-        }
-        any
-    }
-
     fn publish(&mut self) {
         self.publish_at = Instant::now() + PUBLISH_INTERVAL;
         self.publishing.clear();
@@ -338,6 +317,8 @@ impl SwarmTask {
                 self.ask(AdvertQuestion::new(peer, model, answer), addresses);
             }
             Command::Punch { peer, circuits } => self.punch(peer, circuits),
+            // Who asked may have gone meanwhile.
+            Command::BootstrapFailures { answer } => _ = answer.send(self.bootstrap.failures()),
             Command::ForwardData { socket } => self.forward_data(socket),
             Command::Lane { peer, addresses, answer } => self.find_lane(peer, addresses, answer),
             // Handled where the loop can end.
@@ -369,6 +350,7 @@ impl SwarmTask {
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => self.on_disconnected(peer_id),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
                 tracing::debug!(?peer_id, ?error, "dial failed");
+                self.note_failed_dial(&error);
                 if let Some(peer) = peer_id {
                     self.answer_lanes(peer, Some(error.to_string()));
                 }
@@ -427,6 +409,7 @@ impl SwarmTask {
         if let Some(relay) = self.swarm.behaviour_mut().relay.as_mut() {
             relay.identified(peer, ours);
         }
+        self.note_network(peer, &info.protocol_version);
         // Relays of other networks do not serve this one.
         let relays = ours && info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
         if relays && self.punches {

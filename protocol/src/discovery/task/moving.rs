@@ -9,17 +9,12 @@ use tokio::time::Instant;
 
 use super::super::address::is_loopback;
 use super::super::gateway::Port;
-use super::super::resolve::resolve_all;
 use super::SwarmTask;
 
 /// Addresses come and go together: what is to be done is done once, so long after the first of them.
 const MOVE_DELAY: Duration = Duration::from_millis(300);
 /// Members that are dialled again after a move; others are when they are needed.
 const MAX_REDIALS: usize = 16;
-/// Host names are looked up again no more often than this.
-const RESOLVE_PAUSE: Duration = Duration::from_secs(10);
-/// How long that may take.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl SwarmTask {
     /// An address that this member does not listen on any more.
@@ -75,28 +70,5 @@ impl SwarmTask {
             }
         }
         self.publish_soon();
-    }
-
-    /// Looks host names of bootstrap members up again, in the background.
-    pub(super) fn resolve_again(&mut self) {
-        if self.names.is_empty() || !self.resolving.is_empty() || Instant::now() < self.resolve_at {
-            return;
-        }
-        self.resolve_at = Instant::now() + RESOLVE_PAUSE;
-        let names = self.names.clone();
-        self.resolving.spawn(async move {
-            match tokio::time::timeout(RESOLVE_TIMEOUT, resolve_all(&names)).await {
-                Ok(Ok(found)) => found,
-                // It has been logged, and the addresses known so far stay.
-                Ok(Err(_)) | Err(_) => Vec::new(),
-            }
-        });
-    }
-
-    pub(super) fn on_resolved(&mut self, found: &[Multiaddr]) {
-        if !found.is_empty() {
-            self.bootstrap.rename(found);
-            self.dial_absent();
-        }
     }
 }
