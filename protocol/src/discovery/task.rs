@@ -43,6 +43,8 @@ const BOOTSTRAP_RETRY: Duration = Duration::from_secs(2);
 const BOOTSTRAP_RETURN: Duration = Duration::from_secs(5);
 /// Provider records are published again this often; well below their life time.
 const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
+/// After a move they are for some seconds.
+const PUBLISH_REPEAT: Duration = Duration::from_secs(1);
 /// New peers often come in bursts: publishing waits this long after one, so that a burst is one publication.
 const PUBLISH_DELAY: Duration = Duration::from_millis(200);
 /// The most addresses believed of one peer.
@@ -79,6 +81,8 @@ pub(crate) struct SwarmTask {
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
     publish_at: Instant,
+    /// How many more times records are published in quick succession.
+    repeats: u32,
     /// Records on their way to other members.
     publishing: HashSet<QueryId>,
     searches: HashMap<QueryId, ProviderSearch>,
@@ -167,6 +171,7 @@ impl SwarmTask {
             hosted: Vec::new(),
             keys: Vec::new(),
             publish_at: Instant::now() + PUBLISH_INTERVAL,
+            repeats: 0,
             publishing: HashSet::new(),
             searches: HashMap::new(),
             questions: HashMap::new(),
@@ -278,7 +283,9 @@ impl SwarmTask {
     }
 
     fn publish(&mut self) {
-        self.publish_at = Instant::now() + PUBLISH_INTERVAL;
+        let next = if self.repeats > 0 { PUBLISH_REPEAT } else { PUBLISH_INTERVAL };
+        self.repeats = self.repeats.saturating_sub(1);
+        self.publish_at = Instant::now() + next;
         self.publishing.clear();
         for key in &self.keys {
             match self.swarm.behaviour_mut().kad.start_providing(record_key(*key)) {
@@ -367,6 +374,10 @@ impl SwarmTask {
             }
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
+            }
+            // QUIC finds out by itself; TCP would keep a dead connection for a quarter of an hour.
+            BehaviourEvent::Ping(ping::Event { connection, result: Err(ping::Failure::Timeout), .. }) => {
+                self.swarm.close_connection(connection);
             }
             BehaviourEvent::RelayClient(relay::client::Event::OutboundCircuitEstablished { relay_peer_id, limit }) => {
                 let limit = limit.map(|limit| (limit.data_in_bytes(), limit.duration()));
