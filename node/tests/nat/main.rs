@@ -69,6 +69,12 @@ fn a_relay_carries_the_frames_where_no_hole_can_be_punched() {
 #[test]
 fn a_volunteer_behind_a_router_may_die_while_another_has_its_experts() {
     let Some(world) = World::new(Nat::Symmetric) else { return };
+    // Which one a client asks is its own affair: on a busy machine it may do without the one that dies.
+    assert!((0..3).any(|_| dies_in_use(&world)), "a volunteer that dies is in use");
+}
+
+/// Whether a volunteer that died was in use; the tokens are right in any case.
+fn dies_in_use(world: &World) -> bool {
     let boot = world.bootstrap();
     // One that has everything is asked rather than two that have half each.
     let volunteers = [("home-a", "all"), ("home-b", "0-5:0-7"), ("home-b", "0-5:8-15")];
@@ -82,11 +88,11 @@ fn a_volunteer_behind_a_router_may_die_while_another_has_its_experts() {
     let expected = local_tokens(MANY_TOKENS);
     let disturbed = generation.end();
     assert_eq!(disturbed.tokens, expected);
-    let network = &disturbed.network;
-    let asked_again = ["retries", "hedged"].iter().filter_map(|count| network[count].as_u64()).sum::<u64>();
-    assert!(asked_again > 0 && network["peers"] == 3, "it was in use when it died: {network}");
     // Its records outlive it: who comes later finds them, and does without it.
     assert_eq!(world.generation("client", &boot.address(), MANY_TOKENS).end().tokens, expected);
+    let network = &disturbed.network;
+    let asked_again = ["retries", "hedged"].iter().filter_map(|count| network[count].as_u64()).sum::<u64>();
+    asked_again > 0 && network["peers"] == 3
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! Standing in for members behind routers: for whom, and within which limits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU32;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use libp2p::core::Endpoint;
 use libp2p::core::transport::PortUse;
 use libp2p::swarm::{
-    ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+    CloseConnection, ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
+    THandlerOutEvent, ToSwarm,
 };
 use libp2p::{Multiaddr, PeerId, relay};
 
@@ -87,6 +88,9 @@ enum Standing {
 pub(crate) struct Relay {
     relay: relay::Behaviour,
     peers: HashMap<PeerId, Standing>,
+    /// The connection on which each member made its last reservation.
+    reserved: HashMap<PeerId, ConnectionId>,
+    events: VecDeque<ToSwarm<relay::Event, THandlerInEvent<relay::Behaviour>>>,
 }
 
 impl Relay {
@@ -94,7 +98,7 @@ impl Relay {
     pub(crate) fn new(own: PeerId, limits: &RelayLimits) -> Self {
         let mut relay = relay::Behaviour::new(own, limits.config());
         relay.set_status(Some(relay::Status::Disable));
-        Self { relay, peers: HashMap::new() }
+        Self { relay, peers: HashMap::new(), reserved: HashMap::new(), events: VecDeque::new() }
     }
 
     /// Whether it is offered to others.
@@ -109,8 +113,29 @@ impl Relay {
         let now = if ours { Standing::Ours } else { Standing::Stranger };
         if let (Standing::Unknown(waiting), true) = (std::mem::replace(standing, now), ours) {
             for (connection, request) in waiting {
-                self.relay.on_connection_handler_event(peer, connection, request);
+                self.serve(peer, connection, request);
             }
+        }
+    }
+
+    /// Hands a request, or what became of one, to the relay.
+    ///
+    /// A member that reserves on another connection than before has moved. libp2p would lead circuits to any of the two, and the older
+    /// one is dead: it is closed.
+    fn serve(&mut self, peer: PeerId, connection: ConnectionId, request: Request) {
+        self.relay.on_connection_handler_event(peer, connection, request);
+        // The swarm polls after this in any case, so that no waker is needed.
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(event) = self.relay.poll(&mut cx) {
+            if let ToSwarm::GenerateEvent(relay::Event::ReservationReqAccepted { src_peer_id, .. }) = &event
+                && *src_peer_id == peer
+                && let Some(older) = self.reserved.insert(peer, connection)
+                && older != connection
+            {
+                let connection = CloseConnection::One(older);
+                self.events.push_back(ToSwarm::CloseConnection { peer_id: peer, connection });
+            }
+            self.events.push_back(event);
         }
     }
 }
@@ -149,6 +174,7 @@ impl NetworkBehaviour for Relay {
             }
             FromSwarm::ConnectionClosed(closed) if closed.remaining_established == 0 => {
                 self.peers.remove(&closed.peer_id);
+                self.reserved.remove(&closed.peer_id);
             }
             FromSwarm::ConnectionClosed(closed) => {
                 if let Some(Standing::Unknown(waiting)) = self.peers.get_mut(&closed.peer_id) {
@@ -162,14 +188,15 @@ impl NetworkBehaviour for Relay {
 
     fn on_connection_handler_event(&mut self, peer: PeerId, connection: ConnectionId, event: Request) {
         match self.peers.get_mut(&peer) {
-            Some(Standing::Ours) => self.relay.on_connection_handler_event(peer, connection, event),
+            Some(Standing::Ours) => self.serve(peer, connection, event),
             Some(Standing::Unknown(waiting)) if waiting.len() < MAX_WAITING => waiting.push((connection, event)),
             _ => tracing::debug!(%peer, "a stranger is not relayed"),
         }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ToSwarm<relay::Event, THandlerInEvent<Self>>> {
-        self.relay.poll(cx)
+        // What is in its own queue came later.
+        self.events.pop_front().map_or_else(|| self.relay.poll(cx), Poll::Ready)
     }
 }
 
@@ -197,7 +224,7 @@ mod tests {
             other_established: 0,
         }));
         relay.offer(true);
-        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let mut cx = Context::from_waker(Waker::noop());
         std::iter::from_fn(|| relay.poll(&mut cx).is_ready().then_some(())).count()
     }
 

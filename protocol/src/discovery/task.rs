@@ -361,6 +361,10 @@ impl SwarmTask {
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
             }
+            // QUIC finds out by itself; TCP would keep a dead connection for a quarter of an hour.
+            BehaviourEvent::Ping(ping::Event { connection, result: Err(ping::Failure::Timeout), .. }) => {
+                self.swarm.close_connection(connection);
+            }
             BehaviourEvent::RelayClient(relay::client::Event::OutboundCircuitEstablished { relay_peer_id, limit }) => {
                 let limit = limit.map(|limit| (limit.data_in_bytes(), limit.duration()));
                 self.note_limit(relay_peer_id, limit.unwrap_or_default());

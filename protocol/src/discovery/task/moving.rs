@@ -13,6 +13,8 @@ use super::SwarmTask;
 
 /// Addresses come and go together: what is to be done is done once, so long after the first of them.
 const MOVE_DELAY: Duration = Duration::from_millis(300);
+/// Records go out so often after a move, a second apart: the first may be lost on connections that are dead.
+const PUBLISH_REPEATS: u32 = 4;
 /// Members that are dialled again after a move; others are when they are needed.
 const MAX_REDIALS: usize = 16;
 
@@ -45,7 +47,7 @@ impl SwarmTask {
     pub(super) fn move_on(&mut self) {
         self.move_at = None;
         self.retests.hurry(Instant::now());
-        self.publish_pace.news(Instant::now());
+        self.publish_pace.moved(Instant::now());
         let mut known: Vec<(PeerId, Multiaddr)> =
             self.dialled.iter().map(|(peer, address)| (*peer, address.clone())).collect();
         known.sort_by_key(|(peer, _)| !self.members.contains(peer));
