@@ -209,6 +209,7 @@ impl Volunteer {
                 bootstrap: config.bootstrap.clone(),
                 mdns: config.mdns,
                 reach: config.reach.clone(),
+                ..DiscoveryConfig::default()
             },
         )
         .await?;
