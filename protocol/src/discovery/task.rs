@@ -430,8 +430,14 @@ impl SwarmTask {
 
     fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
         match result {
-            QueryResult::StartProviding(_) if self.publishing.remove(&id) && self.publishing.is_empty() => {
-                self.reports.published.send_replace(true);
+            QueryResult::StartProviding(outcome) if self.publishing.remove(&id) => {
+                if outcome.is_err() {
+                    // It ran out of time: some that should keep the record do not have it, as if they had just come.
+                    self.publish_pace.new_peer(Instant::now());
+                }
+                if self.publishing.is_empty() {
+                    self.reports.published.send_replace(true);
+                }
             }
             QueryResult::GetProviders(outcome) => {
                 if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = &outcome {

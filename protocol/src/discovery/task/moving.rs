@@ -13,8 +13,6 @@ use super::SwarmTask;
 
 /// Addresses come and go together: what is to be done is done once, so long after the first of them.
 const MOVE_DELAY: Duration = Duration::from_millis(300);
-/// Records go out so often after a move, a second apart: the first may be lost on connections that are dead.
-const PUBLISH_REPEATS: u32 = 4;
 /// Members that are dialled again after a move; others are when they are needed.
 const MAX_REDIALS: usize = 16;
 
