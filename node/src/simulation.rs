@@ -2,9 +2,12 @@
 //!
 //! Members have unequal memories, lines and availabilities; they join, load what they chose as fast as their line allows, look at
 //! adverts that are up to half a minute old, move capacity, leave or crash. Everything follows from the seed.
+//!
+//! How such a network is found is the subject of [`swarms`]: real control planes in real time, fewer of them.
 
 mod member;
 mod report;
+pub mod swarms;
 mod world;
 
 use std::time::Duration;

@@ -10,14 +10,18 @@ mod address;
 mod behaviour;
 mod bootstrap;
 pub mod exchange;
+mod gateway;
 mod in_process;
 pub mod keys;
 mod pace;
 mod providers;
 mod reach;
+mod relaying;
 mod resolve;
+mod retest;
 mod task;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,8 +32,10 @@ use crate::relayed::Lane;
 use crate::{Advert, AdvertError, DataConnection, Identity, ModelId, SignedAdvert};
 use keys::ProviderKey;
 
+pub use bootstrap::BootstrapFailure;
 pub use in_process::Traffic;
 pub use reach::{Reach, ReachConfig, ReachPolicy, Reachability};
+pub use relaying::RelayLimits;
 
 /// How many commands may wait for the swarm task before senders wait too.
 const COMMAND_QUEUE: usize = 64;
@@ -115,8 +121,20 @@ pub enum LookupError {
         reason: String,
     },
     /// No member of the network could be connected to in time.
-    #[error("no member of the network answered at the bootstrap addresses within {0:?}")]
-    NoBootstrap(Duration),
+    #[error("no member of the network answered within {waited:?}{}", failures_text(.failures))]
+    NoBootstrap {
+        /// How long.
+        waited: Duration,
+        /// What is wrong with each bootstrap address, as far as it is known.
+        failures: Vec<(Multiaddr, BootstrapFailure)>,
+    },
+}
+
+fn failures_text(failures: &[(Multiaddr, BootstrapFailure)]) -> String {
+    match failures {
+        [(_, failure)] => format!(": {failure}"),
+        _ => failures.iter().map(|(address, failure)| format!("; at {address}: {failure}")).collect(),
+    }
 }
 
 /// Milliseconds since 1970, as adverts count time.
@@ -157,6 +175,8 @@ pub(crate) enum Command {
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
     Punch { peer: PeerId, circuits: Vec<Multiaddr> },
+    BootstrapFailures { answer: oneshot::Sender<Vec<(Multiaddr, BootstrapFailure)>> },
+    ForwardData { socket: SocketAddr },
     Shutdown { done: oneshot::Sender<()> },
 }
 
@@ -166,6 +186,7 @@ impl Discovery {
     /// # Errors
     /// A bad network name, an address that cannot be listened on, a host name that does not resolve.
     pub async fn start(identity: &Identity, config: DiscoveryConfig) -> Result<Self, DiscoveryError> {
+        let (named, plain) = config.bootstrap.iter().cloned().partition(resolve::is_named);
         let config = DiscoveryConfig { bootstrap: resolve::resolve_all(&config.bootstrap).await?, ..config };
         let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
         let (addresses_out, addresses) = watch::channel(Vec::new());
@@ -180,7 +201,7 @@ impl Discovery {
             reach: reach_out,
             lanes: lanes_out,
         };
-        let task = task::SwarmTask::new(identity, &config, inbox, reports)?;
+        let task = task::SwarmTask::new(identity, &config, task::GivenAddresses { plain, named }, inbox, reports)?;
         let listening = task.listen(&config.listen).await?;
         tokio::spawn(listening.run());
         let lanes = Arc::new(Mutex::new(lanes));
@@ -200,6 +221,12 @@ impl Discovery {
         self.addresses.borrow().clone()
     }
 
+    /// As [`addresses`](Self::addresses), to be told when they change.
+    #[must_use]
+    pub fn watch_addresses(&self) -> watch::Receiver<Vec<Multiaddr>> {
+        self.addresses.clone()
+    }
+
     /// How many members of the network, other than clients, are connected on the control plane at present.
     #[must_use]
     pub fn connected_members(&self) -> usize {
@@ -212,10 +239,16 @@ impl Discovery {
     /// [`LookupError::NoBootstrap`] when none is connected after `timeout`.
     pub async fn wait_connected(&self, timeout: Duration) -> Result<(), LookupError> {
         let mut connected = self.connected.clone();
-        match tokio::time::timeout(timeout, connected.wait_for(|members| *members > 0)).await {
-            Ok(Ok(_)) => Ok(()),
+        let joined = async { connected.wait_for(|members| *members > 0).await.map(drop) };
+        match tokio::time::timeout(timeout, joined).await {
+            Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(LookupError::Stopped),
-            Err(_) => Err(LookupError::NoBootstrap(timeout)),
+            Err(_) => {
+                let (answer, failures) = oneshot::channel();
+                self.send(Command::BootstrapFailures { answer }).await?;
+                let failures = failures.await.map_err(|_| LookupError::Stopped)?;
+                Err(LookupError::NoBootstrap { waited: timeout, failures })
+            }
         }
     }
 
@@ -327,6 +360,15 @@ impl Discovery {
     /// [`LookupError::Stopped`].
     pub async fn punch(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<(), LookupError> {
         self.send(Command::Punch { peer, circuits }).await
+    }
+
+    /// Asks the router to lead to the data plane's UDP `socket` too, if it is asked for ports at all ([`ReachConfig::upnp`]); returns at
+    /// once. [`Reach::data`] tells whether it does.
+    ///
+    /// # Errors
+    /// [`LookupError::Stopped`].
+    pub async fn forward_data(&self, socket: SocketAddr) -> Result<(), LookupError> {
+        self.send(Command::ForwardData { socket }).await
     }
 
     /// The next connection of the control plane on which a peer sends frames; `None` once the control plane has stopped. A

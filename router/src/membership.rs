@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
 use futures::future::Either;
+use futures::stream::FuturesUnordered;
 use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
     Advert, DataConnection, DataEndpoint, Frame, Hello, ModelId, Multiaddr, Path, PeerId, Welcome, WireDtype,
@@ -19,6 +21,8 @@ use crate::directory::{Directory, Link};
 use crate::search::{ADVERT_TIMEOUT, AdvertRead, EAGER_INTERVAL, PeerSearch, advert_pause, calm_pause};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long each of a peer's addresses is dialled before the next one is too.
+const DIAL_STAGGER: Duration = Duration::from_millis(250);
 /// How long one attempt to find a peer where it was may take.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
@@ -270,17 +274,26 @@ impl Membership {
         }
     }
 
+    /// All addresses are dialled, each a moment after the one before: one that swallows packets does not hold up the next, and one that
+    /// answers at once keeps the others from being dialled.
     async fn connect_directly(&self, peer: PeerId, addresses: &[SocketAddr]) -> Result<Link, String> {
+        let mut dials: FuturesUnordered<_> = (0..)
+            .zip(addresses)
+            .map(|(place, &address)| async move {
+                tokio::time::sleep(DIAL_STAGGER * place).await;
+                let connected = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string());
+                let greeted = match connected {
+                    Ok(connection) => self.greet(connection).await,
+                    Err(reason) => Err(reason),
+                };
+                greeted.map_err(|reason| format!("{address}: {reason}"))
+            })
+            .collect();
         let mut reasons = Vec::new();
-        for &address in addresses {
-            let connected = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string());
-            let greeted = match connected {
-                Ok(connection) => self.greet(connection).await,
-                Err(reason) => Err(reason),
-            };
-            match greeted {
+        while let Some(dialled) = dials.next().await {
+            match dialled {
                 Ok(link) => return Ok(link),
-                Err(reason) => reasons.push(format!("{address}: {reason}")),
+                Err(reason) => reasons.push(reason),
             }
         }
         Err(reasons.join("; "))

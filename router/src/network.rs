@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, LookupError};
 use hanse_protocol::{BindError, Combine, DataEndpoint, Identity, ModelId, Multiaddr, WireDtype};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -76,12 +76,12 @@ pub enum JoinError {
     #[error(transparent)]
     Bind(#[from] BindError),
     /// Nobody answered at the bootstrap addresses. Check the addresses, or whether the member still runs.
-    #[error("no peer reachable{}: no member of the network answered within {waited:?}", addresses_text(.addresses))]
+    #[error("no peer reachable{}: {reason}", addresses_text(.addresses))]
     Unreachable {
         /// The addresses that were tried.
         addresses: Vec<Multiaddr>,
-        /// For how long.
-        waited: Duration,
+        /// For how long, and what is wrong with each of them.
+        reason: Box<LookupError>,
     },
     /// The network was joined but nobody hosts this model; these are the models that are hosted.
     #[error("no peer hosts model {ours}; {}", others_text(.others))]
@@ -220,9 +220,9 @@ impl ExpertNetwork {
 
     async fn wait_covered(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
         let left = || deadline.saturating_duration_since(tokio::time::Instant::now());
-        self.discovery.wait_connected(left()).await.map_err(|_| JoinError::Unreachable {
+        self.discovery.wait_connected(left()).await.map_err(|reason| JoinError::Unreachable {
             addresses: self.config.bootstrap.clone(),
-            waited: self.config.join_timeout,
+            reason: Box::new(reason),
         })?;
         let mut changes = self.directory.subscribe();
         // A network that hosts other models only is recognised early, or the wrong folder would look like a slow network.

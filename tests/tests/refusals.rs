@@ -45,10 +45,13 @@ fn a_bootstrap_address_with_another_identity_is_not_joined_through() {
         let net = Net::start(&tiny_moe(), &["all"]).await;
         let mut address = net.bootstrap();
         assert!(matches!(address.pop(), Some(Protocol::P2p(_))));
-        address.push(Protocol::P2p(Identity::generate().peer_id()));
+        let (expected, found) = (Identity::generate().peer_id(), net.bootstrap());
+        address.push(Protocol::P2p(expected));
+        let Some(Protocol::P2p(found)) = found.iter().last() else { panic!("{found} names a peer") };
         let config = NetworkConfig { bootstrap: vec![address], join_timeout: Duration::from_secs(1), ..net.config() };
         let error = join_error(&net, config).await;
         assert!(matches!(error, JoinError::Unreachable { .. }), "{error}");
+        assert!(error.to_string().contains(&format!("{found} is there, not {expected}")), "{error}");
     });
 }
 

@@ -84,6 +84,11 @@ impl ExpertTable {
         experts.iter().filter_map(|(layer, _)| self.layer(*layer)).map(|layer| layer.bytes).sum()
     }
 
+    /// The model's MoE layers, ascending.
+    pub(crate) fn layer_numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        self.layers.iter().map(|layer| layer.layer)
+    }
+
     pub(super) fn layers(&self) -> &[Layer] {
         &self.layers
     }

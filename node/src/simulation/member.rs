@@ -1,15 +1,20 @@
 //! One simulated volunteer.
 
 use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hanse_protocol::HostedExperts;
+use hanse_protocol::discovery::{Reachability, unix_ms};
+use hanse_protocol::{Advert, HostedExperts, ModelId, WireDtype};
 use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::Scenario;
 use crate::placement::{Turns, View};
+
+/// The model that everybody hosts.
+pub(super) const MODEL: ModelId = ModelId([7; 32]);
 
 /// What an advert says that matters here.
 #[derive(Debug, Default)]
@@ -52,8 +57,7 @@ pub(super) struct Member {
 
 impl Member {
     pub(super) fn new(scenario: &Scenario, random: &mut StdRng) -> Self {
-        let pareto = random.random_range(f64::EPSILON..1.0).powf(-1.0 / 1.2);
-        let memory = (scenario.least_memory as f64 * pareto).min(scenario.most_memory as f64) as u64;
+        let memory = memory(scenario, random) as u64;
         let seed = random.random();
         Self {
             memory,
@@ -81,6 +85,36 @@ impl Member {
         let fetched = (experts.len() as u64 - cached) * expert_bytes;
         let seconds = fetched as f64 / self.line + (cached * expert_bytes) as f64 / DISK;
         (Duration::from_secs_f64(seconds), fetched)
+    }
+}
+
+/// Bytes of a member's memory, drawn from the scenario's distribution.
+pub(super) fn memory(scenario: &Scenario, random: &mut StdRng) -> f64 {
+    let pareto = random.random_range(f64::EPSILON..1.0).powf(-1.0 / 1.2);
+    (scenario.least_memory as f64 * pareto).min(scenario.most_memory as f64)
+}
+
+/// What a member with an IPv4 and an IPv6 address says in full.
+pub(super) fn advert(said: &Said, scenario: &Scenario) -> Advert {
+    let now = unix_ms();
+    Advert {
+        model: MODEL,
+        hosted: said.hosted.clone(),
+        layers: (0..scenario.layers).map(|layer| (layer, scenario.experts)).collect(),
+        wire_dtypes: WireDtype::ALL.to_vec(),
+        data_addresses: vec![
+            SocketAddr::from((Ipv4Addr::new(203, 0, 113, 7), 4701)),
+            SocketAddr::from((Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7), 4701)),
+        ],
+        capacity_rows: 4096,
+        load_permille: 100,
+        draining: false,
+        sequence: now,
+        expires_unix_ms: now + 60 * 60 * 1000,
+        popularity: said.popularity.clone(),
+        loading: said.loading.clone(),
+        reachability: Reachability::Direct,
+        circuits: Vec::new(),
     }
 }
 

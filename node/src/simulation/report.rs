@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::{ExpertRows, Identity, ModelId, PeerId};
+use hanse_protocol::{ExpertRows, Identity, PeerId, SignedAdvert};
 use hanse_router::plan::{Candidate, plan};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::World;
+use super::member::{MODEL, advert};
 
 /// Running sums.
 #[derive(Debug)]
@@ -116,7 +117,7 @@ pub struct Report {
     pub peers_per_layer: (f64, usize),
     /// The same for 16 rows together.
     pub peers_per_layer_batch: (f64, usize),
-    /// Bytes of an advert's sets of experts, mean and most.
+    /// Bytes of a signed advert, mean and most.
     pub advert_bytes: (f64, usize),
     /// Provider keys of a member, mean and most.
     pub keys: (f64, usize),
@@ -137,24 +138,18 @@ impl Report {
         let count = measures.samples.len().max(1) as f64;
         let mean =
             |of: fn(&(u32, u32, u32)) -> u32| measures.samples.iter().map(|s| f64::from(of(s))).sum::<f64>() / count;
+        // Signatures of all members have the same length.
+        let identity = Identity::generate();
         let adverts: Vec<usize> = online
             .clone()
             .filter_map(|member| member.said.as_ref())
-            .map(|said| {
-                let bitmaps = |set: &hanse_protocol::HostedExperts| {
-                    set.layers().map(|layer| 4 + set.in_layer(layer).max().unwrap_or(0) as usize / 8 + 1).sum::<usize>()
-                };
-                // Signature, key, addresses and numbers are about 200 bytes; each layer of the model has four.
-                200 + 4 * world.scenario.layers as usize
-                    + bitmaps(&said.hosted)
-                    + bitmaps(&said.loading)
-                    + said.popularity.len().div_ceil(2)
-            })
+            .filter_map(|said| SignedAdvert::sign(&advert(said, &world.scenario), &identity).ok())
+            .map(|signed| signed.encode().len())
             .collect();
         let keys: Vec<usize> = online
             .clone()
             .filter_map(|member| member.said.as_ref())
-            .map(|said| 1 + ProviderKey::covering(ModelId([0; 32]), said.hosted.layers()).len())
+            .map(|said| 1 + ProviderKey::covering(MODEL, said.hosted.layers()).len())
             .collect();
         Self {
             time: measures.passed,

@@ -69,11 +69,18 @@ impl Announcer {
     /// Announces again and again, sooner when something has changed, until cancelled.
     pub(super) async fn run(self: Arc<Self>, cancel: CancellationToken) {
         let mut reach = self.discovery.reach();
+        let mut addresses = self.discovery.watch_addresses();
+        if self.data.advertised.is_empty()
+            && let Err(error) = self.discovery.forward_data(self.data.bound).await
+        {
+            tracing::warn!(%error, "the router is not asked for the data plane's port");
+        }
         loop {
             let outcome = tokio::select! {
                 () = cancel.cancelled() => return,
                 () = tokio::time::sleep(ADVERT_INTERVAL) => self.announce().await,
                 Ok(()) = reach.changed() => self.announce().await,
+                Ok(()) = addresses.changed() => self.announce().await,
                 () = self.shard.changed() => {
                     let next = self.said().at + LEAST_INTERVAL;
                     tokio::select! {
@@ -110,16 +117,20 @@ impl Announcer {
         if !advertised.is_empty() {
             return advertised.iter().copied().take(MAX_DATA_ADDRESSES).collect();
         }
+        let reach = self.discovery.reach().borrow().clone();
         let mut ips = vec![bound.ip()];
         if bound.ip().is_unspecified() {
             let accepts = |ip: &IpAddr| ip.is_ipv4() || bound.is_ipv6();
             ips = self.discovery.addresses().iter().filter_map(ip_of).filter(accepts).collect();
             // Behind a router that leads to this machine, that router's address is not among its own.
-            ips.extend(self.discovery.reach().borrow().public_ips.iter().filter(|ip| accepts(ip)));
-            ips.sort_by_key(|ip| (ip.is_loopback(), *ip));
+            ips.extend(reach.public_ips.iter().filter(|ip| accepts(ip)));
+            // Others try one after the other, and most are beyond the router.
+            ips.sort_by_key(|ip| (ip.is_loopback(), !reach.public_ips.contains(ip), *ip));
             ips.dedup();
         }
-        ips.into_iter().take(MAX_DATA_ADDRESSES).map(|ip| SocketAddr::new(ip, bound.port())).collect()
+        let own = ips.into_iter().map(|ip| SocketAddr::new(ip, bound.port()));
+        let others = own.filter(|address| reach.data.is_none_or(|outer| outer.ip() != address.ip()));
+        reach.data.into_iter().chain(others).take(MAX_DATA_ADDRESSES).collect()
     }
 
     async fn announce_news(&self) -> Result<(), VolunteerError> {

@@ -174,6 +174,17 @@ fn an_address_where_nobody_is_gives_no_peer_reachable() {
 }
 
 #[test]
+fn an_address_where_somebody_else_is_says_who() {
+    let node = Node::start(&tiny_moe(), "none", None);
+    let (place, found) = node.address().rsplit_once("/p2p/").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    let expected = hanse_protocol::Identity::generate().peer_id().to_string();
+    let wrong = format!("{place}/p2p/{expected}");
+    contains(&generate_over(&tiny_moe(), &wrong, "2"), &[&wrong, &format!("{found} is there, not {expected}")]);
+    let status = error(["status", "--json", "--network", "lab", "--bootstrap", &node.address()]);
+    contains(&status, &["no peer reachable", "a member of network \"main\" is there"]);
+}
+
+#[test]
 fn experts_that_nobody_hosts_are_named() {
     let node = Node::start(&tiny_moe(), "0-2,3:0-12,4-5", None);
     contains(&generate_over(&tiny_moe(), &node.address(), "2"), &["no peer hosts", "layer 3: 13-15"]);

@@ -25,8 +25,13 @@ pub(super) fn ip(address: &Multiaddr) -> Option<IpAddr> {
 
 /// Whether an address is one of the open internet: neither of this machine, nor of a private or shared range, nor local to a link.
 pub(super) fn is_public(address: &Multiaddr) -> bool {
-    match ip(address) {
-        Some(IpAddr::V4(ip)) => {
+    ip(address).is_some_and(is_public_ip)
+}
+
+/// Whether an address is one of the open internet, as [`is_public`].
+pub(super) fn is_public_ip(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
             let carrier_grade_nat = Ipv4Addr::new(100, 64, 0, 0).to_bits() >> 22 == ip.to_bits() >> 22;
             !(ip.is_private()
                 || ip.is_loopback()
@@ -36,14 +41,13 @@ pub(super) fn is_public(address: &Multiaddr) -> bool {
                 || ip.is_broadcast()
                 || carrier_grade_nat)
         }
-        Some(IpAddr::V6(ip)) => {
+        IpAddr::V6(ip) => {
             !(ip.is_loopback()
                 || ip.is_unspecified()
                 || ip.is_multicast()
                 || ip.is_unique_local()
                 || ip.is_unicast_link_local())
         }
-        None => false,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The libp2p protocols a member speaks, and their limits.
 
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use libp2p::connection_limits::{self, ConnectionLimits};
@@ -8,12 +8,14 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     StreamProtocol, Swarm, SwarmBuilder, autonat, dcutr, identify, kad, mdns, noise, ping, relay, request_response,
-    tcp, upnp, yamux,
+    tcp, yamux,
 };
 
 use super::exchange::{ADVERT_PROTOCOL, AdvertCodec};
 use super::providers::ProviderStore;
 use super::reach::Standing;
+use super::relaying::Relay;
+use super::retest::AutonatClient;
 use super::{DiscoveryConfig, DiscoveryError, in_process, keys};
 use crate::{Identity, relayed};
 
@@ -27,23 +29,11 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const ADVERT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_CONNECTIONS: u32 = 1024;
 /// Over TCP and QUIC, by both sides at once, through a relay, punched, and for AutoNAT's tests.
-const MAX_CONNECTIONS_PER_PEER: u32 = 8;
+const MAX_CONNECTIONS_PER_PEER: u32 = 16;
 const MAX_PENDING_INCOMING: u32 = 128;
-/// Also how fresh a lane's round trip is.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// Members that a relay stands in for at a time, and circuits through it: of all, and of one member.
-const MAX_RESERVATIONS: usize = 128;
-const MAX_CIRCUITS: usize = 256;
-const MAX_CIRCUITS_PER_PEER: usize = 64;
-/// Circuits that one peer, and one IP address, may open at once, and the time in which it gains another. A client that joins opens one to
-/// each peer behind a router, and some more while holes are not punched.
-const CIRCUITS_OF_PEER: (u32, Duration) = (128, Duration::from_secs(10));
-const CIRCUITS_OF_IP: (u32, Duration) = (512, Duration::from_secs(5));
-/// Bytes over one circuit, both ways together, before it ends and has to be opened (and punched) anew. libp2p's default of 128 KiB is for
-/// signalling; a token of a large model takes some 400 KiB of hidden states, so this is about five thousand tokens.
-const MAX_CIRCUIT_BYTES: u64 = 2 << 30;
-/// A circuit lives no longer than this.
-const MAX_CIRCUIT_TIME: Duration = Duration::from_secs(60 * 60);
+/// Also how fresh a lane's round trip is, which is measured at once when there is a new one. A member of a large network has hundreds of
+/// connections: pings every five seconds were most of its traffic at rest.
+const PING_INTERVAL: Duration = Duration::from_secs(15);
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -55,12 +45,11 @@ pub(crate) struct Behaviour {
     pub(crate) ping: ping::Behaviour,
     pub(crate) adverts: request_response::Behaviour<AdvertCodec>,
     pub(crate) mdns: Toggle<mdns::tokio::Behaviour>,
-    pub(crate) relay: Toggle<relay::Behaviour>,
+    pub(crate) relay: Toggle<Relay>,
     pub(crate) relay_client: relay::client::Behaviour,
     pub(crate) dcutr: Toggle<dcutr::Behaviour>,
-    pub(crate) autonat_client: Toggle<autonat::v2::client::Behaviour>,
+    pub(crate) autonat_client: Toggle<AutonatClient>,
     pub(crate) autonat_server: Toggle<autonat::v2::server::Behaviour>,
-    pub(crate) upnp: Toggle<upnp::tokio::Behaviour>,
     pub(crate) frames: relayed::Behaviour,
 }
 
@@ -71,6 +60,14 @@ pub(crate) fn kad_protocol(network: &str) -> Result<StreamProtocol, DiscoveryErr
     }
     StreamProtocol::try_from_owned(format!("/hanse/{network}/kad/1"))
         .map_err(|_| DiscoveryError::NetworkName(network.to_owned()))
+}
+
+/// What identify's protocol version begins with, before the network's name.
+pub(crate) const IDENTIFY_PREFIX: &str = "hanse/1/";
+
+/// How members and clients of a network tell that they are its own.
+pub(crate) fn identify_version(network: &str) -> String {
+    format!("{IDENTIFY_PREFIX}{network}")
 }
 
 pub(crate) fn build_swarm(identity: &Identity, config: &DiscoveryConfig) -> Result<Swarm<Behaviour>, DiscoveryError> {
@@ -135,17 +132,13 @@ fn behaviour(
     let support =
         if serves { request_response::ProtocolSupport::Full } else { request_response::ProtocolSupport::Outbound };
     let mdns = if config.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), peer_id)?) } else { None };
-    let relay = (serves && config.reach.serve_relay).then(|| {
-        let mut relay = relay::Behaviour::new(peer_id, relay_config());
-        // It is offered once this member is known to be reachable.
-        relay.set_status(Some(relay::Status::Disable));
-        relay
-    });
+    // It is offered once this member is known to be reachable.
+    let relay = (serves && config.reach.serve_relay).then(|| Relay::new(peer_id, &config.reach.relay_limits));
     Ok(Behaviour {
         limits: connection_limits::Behaviour::new(limits),
         kad,
         identify: identify::Behaviour::new(
-            identify::Config::new("hanse/1".to_owned(), identity.keypair().public())
+            identify::Config::new(identify_version(&config.network), identity.keypair().public())
                 .with_agent_version(concat!("hanse/", env!("CARGO_PKG_VERSION")).to_owned())
                 .with_push_listen_addr_updates(true),
         ),
@@ -159,27 +152,8 @@ fn behaviour(
         relay: Toggle::from(relay),
         relay_client,
         dcutr: Toggle::from(config.reach.punch.then(|| dcutr::Behaviour::new(peer_id))),
-        autonat_client: Toggle::from(unconfirmed.then(autonat::v2::client::Behaviour::default)),
+        autonat_client: Toggle::from(unconfirmed.then(AutonatClient::default)),
         autonat_server: Toggle::from(serves.then(autonat::v2::server::Behaviour::default)),
-        upnp: Toggle::from((unconfirmed && config.reach.upnp).then(upnp::tokio::Behaviour::default)),
         frames: relayed::Behaviour::new(serves),
     })
-}
-
-/// Circuits that activations can go through, unlike libp2p's defaults, yet bounded: a member that relays knows the most that it
-/// may cost.
-fn relay_config() -> relay::Config {
-    let config = relay::Config {
-        max_reservations: MAX_RESERVATIONS,
-        max_circuits: MAX_CIRCUITS,
-        max_circuits_per_peer: MAX_CIRCUITS_PER_PEER,
-        max_circuit_bytes: MAX_CIRCUIT_BYTES,
-        max_circuit_duration: MAX_CIRCUIT_TIME,
-        circuit_src_rate_limiters: Vec::new(),
-        // The default rates of reservations stay.
-        ..relay::Config::default()
-    };
-    let limit = |(burst, interval): (u32, Duration)| (NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN), interval);
-    let (of_peer, of_ip) = (limit(CIRCUITS_OF_PEER), limit(CIRCUITS_OF_IP));
-    config.circuit_src_per_peer(of_peer.0, of_peer.1).circuit_src_per_ip(of_ip.0, of_ip.1)
 }

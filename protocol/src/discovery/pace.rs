@@ -13,6 +13,10 @@ const MOST_DELAY: Duration = Duration::from_secs(16);
 /// A network counts as calm after so many delays without a new peer.
 const CALM_AFTER: u32 = 4;
 
+/// After a move records go out so often, so far apart: the first may be lost on connections that are dead.
+const REPEATS: u32 = 4;
+const REPEAT_DELAY: Duration = Duration::from_secs(1);
+
 /// Publishing costs a look-up per key and a record to each of the twenty members nearest to it, so that peers that come one after another
 /// must not each cause it: the delay doubles each time, until no new peer has come for a while.
 #[derive(Debug)]
@@ -23,11 +27,13 @@ pub(super) struct PublishPace {
     /// When the last new peer came.
     last_new: Instant,
     is_hurried: bool,
+    /// How many more times to publish in quick succession.
+    repeats: u32,
 }
 
 impl PublishPace {
     pub(super) fn new(now: Instant) -> Self {
-        Self { at: now + INTERVAL, delay: LEAST_DELAY, last_new: now, is_hurried: false }
+        Self { at: now + INTERVAL, delay: LEAST_DELAY, last_new: now, is_hurried: false, repeats: 0 }
     }
 
     pub(super) fn at(&self) -> Instant {
@@ -39,7 +45,8 @@ impl PublishPace {
         if std::mem::take(&mut self.is_hurried) {
             self.delay = (self.delay * 2).min(MOST_DELAY);
         }
-        self.at = now + INTERVAL;
+        self.at = now + if self.repeats > 0 { REPEAT_DELAY } else { INTERVAL };
+        self.repeats = self.repeats.saturating_sub(1);
     }
 
     /// There is a new peer in the routing table, which may be among those that should keep the records.
@@ -55,6 +62,12 @@ impl PublishPace {
     /// What the records say has changed.
     pub(super) fn news(&mut self, now: Instant) {
         self.at = self.at.min(now + LEAST_DELAY);
+    }
+
+    /// This member's own addresses have changed.
+    pub(super) fn moved(&mut self, now: Instant) {
+        self.repeats = REPEATS;
+        self.news(now);
     }
 }
 
@@ -112,5 +125,19 @@ mod tests {
         assert_eq!(pace.at(), begin + LEAST_DELAY);
         pace.published(begin + LEAST_DELAY);
         assert_eq!(pace.at(), begin + LEAST_DELAY + INTERVAL);
+    }
+
+    #[test]
+    fn after_a_move_records_go_out_several_times() {
+        let begin = Instant::now();
+        let mut pace = PublishPace::new(begin);
+        pace.moved(begin);
+        let mut times = Vec::new();
+        while pace.at() < begin + INTERVAL {
+            times.push(pace.at() - begin);
+            pace.published(pace.at());
+        }
+        assert_eq!(times.len() as u32, 1 + REPEATS, "{times:?}");
+        assert!(*times.last().unwrap() < Duration::from_secs(5));
     }
 }

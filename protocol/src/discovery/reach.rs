@@ -1,7 +1,7 @@
 //! Whether others can dial this member, and what it does when they cannot.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use libp2p::core::transport::ListenerId;
@@ -9,8 +9,8 @@ use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use tokio::time::Instant;
 
-use super::DiscoveryConfig;
 use super::address::{self, is_public};
+use super::{DiscoveryConfig, RelayLimits};
 use crate::relayed::is_circuit;
 
 /// Relays that are used at a time: when one vanishes, the other still leads here.
@@ -21,6 +21,8 @@ const MAX_CIRCUITS_PER_RELAY: usize = 4;
 const RELAY_RETRY: Duration = Duration::from_secs(10);
 /// One that had agreed and was lost is asked again after this.
 const RELAY_RETURN: Duration = Duration::from_secs(1);
+/// A confirmed address is given up when so many tests in a row have failed: one tester may be wrong.
+const MAX_FAILURES: u32 = 2;
 /// Relays remembered.
 const MAX_CANDIDATES: usize = 64;
 
@@ -45,8 +47,10 @@ pub enum ReachPolicy {
 pub struct ReachConfig {
     /// What it believes of itself.
     pub policy: ReachPolicy,
-    /// Whether it relays for others once it is reachable, within the limits in `docs/protocol.md`.
+    /// Whether it relays for others of its network once it is reachable.
     pub serve_relay: bool,
+    /// Within which limits.
+    pub relay_limits: RelayLimits,
     /// Whether it asks its router for a port (UPnP). Only done while it is not known to be reachable.
     pub upnp: bool,
     /// Whether relayed connections are replaced by hole-punched ones (DCUtR) where that succeeds.
@@ -56,7 +60,13 @@ pub struct ReachConfig {
 impl Default for ReachConfig {
     /// Detects, relays and punches, but leaves the router alone.
     fn default() -> Self {
-        Self { policy: ReachPolicy::Detect, serve_relay: true, upnp: false, punch: true }
+        Self {
+            policy: ReachPolicy::Detect,
+            serve_relay: true,
+            relay_limits: RelayLimits::default(),
+            upnp: false,
+            punch: true,
+        }
     }
 }
 
@@ -93,6 +103,8 @@ pub struct Reach {
     pub public_ips: BTreeSet<IpAddr>,
     /// Where members that were dialled over QUIC saw it on the open internet; the first few of them.
     pub observed: BTreeMap<PeerId, Multiaddr>,
+    /// Where its router leads to the data plane (see [`Discovery::forward_data`](super::Discovery::forward_data)).
+    pub data: Option<SocketAddr>,
 }
 
 /// What a member took itself for when it started.
@@ -134,7 +146,9 @@ pub(super) struct ReachState {
     standing: Standing,
     policy: ReachPolicy,
     loopback_only: bool,
-    confirmed: BTreeSet<Multiaddr>,
+    /// With the number of tests that each has failed since it was confirmed.
+    confirmed: BTreeMap<Multiaddr, u32>,
+    data: Option<SocketAddr>,
     observed: BTreeMap<PeerId, Multiaddr>,
     /// Connected members that relay, with the address at which they were dialled.
     candidates: HashMap<PeerId, Multiaddr>,
@@ -148,7 +162,8 @@ impl ReachState {
             standing: Standing::of(config),
             policy: config.reach.policy,
             loopback_only: config.listen.iter().all(address::is_loopback),
-            confirmed: BTreeSet::new(),
+            confirmed: BTreeMap::new(),
+            data: None,
             observed: BTreeMap::new(),
             candidates: HashMap::new(),
             reservations: HashMap::new(),
@@ -179,7 +194,7 @@ impl ReachState {
     /// An address was confirmed by AutoNAT, by the router, or by [`is_external`](Self::is_external).
     pub(super) fn confirm(&mut self, address: &Multiaddr) {
         if is_public(address) && !is_circuit(address) {
-            self.confirmed.insert(address.clone());
+            self.confirmed.insert(address.clone(), 0);
         }
     }
 
@@ -189,6 +204,26 @@ impl ReachState {
         if is_told && self.observed.len() < MAX_OBSERVERS {
             self.observed.entry(peer).or_insert(address);
         }
+    }
+
+    pub(super) fn is_confirmed(&self, address: &Multiaddr) -> bool {
+        self.confirmed.contains_key(address)
+    }
+
+    /// AutoNAT found that nobody can dial `address`; whether that is to be believed of one that was confirmed.
+    pub(super) fn failed(&mut self, address: &Multiaddr) -> bool {
+        let Some(failures) = self.confirmed.get_mut(address) else { return false };
+        *failures += 1;
+        *failures >= MAX_FAILURES
+    }
+
+    /// Whether others can dial this member and no test has put that into question.
+    pub(super) fn is_surely_direct(&self) -> bool {
+        self.is_direct() && self.confirmed.values().all(|failures| *failures == 0)
+    }
+
+    pub(super) fn set_data(&mut self, data: Option<SocketAddr>) {
+        self.data = data;
     }
 
     pub(super) fn expire(&mut self, address: &Multiaddr) {
@@ -275,8 +310,8 @@ impl ReachState {
         } else {
             Reachability::Relayed
         };
-        let public_ips = self.confirmed.iter().filter_map(address::ip).collect();
-        Reach { reachability, circuits, public_ips, observed: self.observed.clone() }
+        let public_ips = self.confirmed.keys().filter_map(address::ip).collect();
+        Reach { reachability, circuits, public_ips, data: self.data, observed: self.observed.clone() }
     }
 }
 
@@ -330,6 +365,12 @@ mod tests {
         state.confirm(&own);
         assert_eq!(state.reach().reachability, Reachability::Direct);
         assert_eq!(state.needless_relays(), [listener]);
+        assert!(state.is_surely_direct());
+        assert!(!state.failed(&own), "one tester may be wrong");
+        assert!(state.is_direct() && !state.is_surely_direct());
+        state.confirm(&own);
+        assert!(!state.failed(&own), "a success counts");
+        assert!(state.failed(&own));
         state.expire(&own);
         assert!(!state.is_direct());
         state.lost(listener, now);

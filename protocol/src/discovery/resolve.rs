@@ -30,6 +30,11 @@ pub(crate) async fn resolve_all(addresses: &[Multiaddr]) -> Result<Vec<Multiaddr
     }
 }
 
+/// Whether an address begins with a host name.
+pub(crate) fn is_named(address: &Multiaddr) -> bool {
+    matches!(address.iter().next(), Some(Protocol::Dns(_) | Protocol::Dns4(_) | Protocol::Dns6(_)))
+}
+
 async fn resolve(address: &Multiaddr) -> Result<Vec<Multiaddr>, String> {
     let (host, wanted): (String, fn(&IpAddr) -> bool) = match address.iter().next() {
         Some(Protocol::Dns(host)) => (host.into_owned(), |_| true),

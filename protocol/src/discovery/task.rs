@@ -1,6 +1,9 @@
 //! The one task that owns the libp2p swarm.
 
+mod adverts;
+mod joining;
 mod lanes;
+mod moving;
 mod reachability;
 
 use std::collections::{HashMap, HashSet};
@@ -8,24 +11,27 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use libp2p::core::transport::ListenerId;
-use libp2p::kad::{GetClosestPeersOk, GetProvidersOk, QueryId, QueryResult, RecordKey};
-use libp2p::multiaddr::Protocol;
-use libp2p::request_response::{Message, OutboundFailure, OutboundRequestId, ResponseChannel};
+use libp2p::kad::{GetProvidersOk, QueryId, QueryResult, RecordKey};
+use libp2p::request_response::{Message, OutboundRequestId};
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Multiaddr, PeerId, StreamProtocol, Swarm, identify, kad, mdns, ping, relay, request_response};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::address::is_unspecified;
-use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, kad_protocol};
+use super::behaviour::{Behaviour, BehaviourEvent, build_swarm, identify_version, kad_protocol};
 use super::bootstrap::Bootstrap;
-use super::exchange::{AdvertRequest, AdvertResponse, MAX_ADVERTS};
+use super::exchange::MAX_ADVERTS;
+use super::gateway::{Forwarded, Gateway, Port};
 use super::keys::ProviderKey;
 use super::pace::PublishPace;
 use super::reach::{ReachState, Standing};
+use super::retest::RetestTimes;
 use super::{Command, DiscoveryConfig, DiscoveryError, LookupError, Reports};
-use crate::relayed::Lane;
+use crate::relayed::{CircuitLimit, Lane};
 use crate::{Identity, ModelId};
+use adverts::AdvertQuestion;
 
 /// How long an address may take to be listened on.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,10 +46,8 @@ const BOOTSTRAP_RETURN: Duration = Duration::from_secs(5);
 const MAX_ADDRESSES: usize = 16;
 /// Providers whose addresses are remembered.
 const MAX_HINTS: usize = 4096;
-/// How often relays are looked for while they are needed.
+/// How often relays are looked for while they are needed, and circuits that are to be renewed.
 const RELAY_INTERVAL: Duration = Duration::from_secs(1);
-
-type AdvertAnswer = oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>>;
 
 /// A look-up of providers in progress.
 struct ProviderSearch {
@@ -51,23 +55,23 @@ struct ProviderSearch {
     seen: HashSet<PeerId>,
 }
 
-/// A question for a peer's adverts in progress.
-struct AdvertQuestion {
-    peer: PeerId,
-    model: AdvertRequest,
-    answer: AdvertAnswer,
-    /// Whether the DHT was already asked for the peer's addresses.
-    searched: bool,
-}
-
 pub(crate) struct SwarmTask {
     swarm: Swarm<Behaviour>,
     kad_protocol: StreamProtocol,
+    identify_version: String,
     inbox: mpsc::Receiver<Command>,
     reports: Reports,
     /// Connected peers that serve the DHT of this network, and are in the routing table.
     members: HashSet<PeerId>,
     bootstrap: Bootstrap,
+    /// Bootstrap addresses with host names, as given.
+    names: Vec<Multiaddr>,
+    resolving: JoinSet<Vec<Multiaddr>>,
+    resolve_at: Instant,
+    /// When the change of an own address is attended to.
+    move_at: Option<Instant>,
+    /// Members that are dialled anew after such a change.
+    redialled: HashSet<PeerId>,
     serves: bool,
     hosted: Vec<(ModelId, Vec<u8>)>,
     keys: Vec<ProviderKey>,
@@ -77,17 +81,53 @@ pub(crate) struct SwarmTask {
     searches: HashMap<QueryId, ProviderSearch>,
     questions: HashMap<OutboundRequestId, AdvertQuestion>,
     address_searches: HashMap<QueryId, AdvertQuestion>,
+    /// Peers that are silent, and to which another connection is made.
+    doubted: HashSet<PeerId>,
     reach: ReachState,
     punches: bool,
+    retests: RetestTimes,
+    /// The router that is asked for ports, if one is.
+    gateway: Option<Gateway>,
+    forwarded: Forwarded,
+    /// The data plane's.
+    data_port: Option<Port>,
     /// Addresses at which peers were dialled with success, without circuits.
     dialled: HashMap<PeerId, Multiaddr>,
     /// Addresses of providers, as those say who store their records: of peers behind routers nobody else knows any.
     hints: HashMap<PeerId, Vec<Multiaddr>>,
+    /// What relays allow of a circuit.
+    circuit_limits: HashMap<PeerId, CircuitLimit>,
+    /// When a circuit to each peer was last renewed.
+    renewals: HashMap<PeerId, Instant>,
     /// Who waits for a connection.
     lane_questions: HashMap<PeerId, Vec<LaneAnswer>>,
 }
 
 type LaneAnswer = oneshot::Sender<Result<Lane, LookupError>>;
+
+/// Bootstrap addresses as they were given.
+pub(crate) struct GivenAddresses {
+    /// With IP addresses.
+    pub(crate) plain: Vec<Multiaddr>,
+    /// With host names.
+    pub(crate) named: Vec<Multiaddr>,
+}
+
+/// Waits until `time`, for ever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What the router leads here, when that has changed.
+async fn forwarded(gateway: &mut Option<Gateway>) -> Forwarded {
+    match gateway {
+        Some(gateway) => gateway.changed().await,
+        None => std::future::pending().await,
+    }
+}
 
 fn record_key(key: ProviderKey) -> RecordKey {
     RecordKey::new(key.as_bytes())
@@ -103,16 +143,23 @@ impl SwarmTask {
     pub(crate) fn new(
         identity: &Identity,
         config: &DiscoveryConfig,
+        given: GivenAddresses,
         inbox: mpsc::Receiver<Command>,
         reports: Reports,
     ) -> Result<Self, DiscoveryError> {
         Ok(Self {
             swarm: build_swarm(identity, config)?,
             kad_protocol: kad_protocol(&config.network)?,
+            identify_version: identify_version(&config.network),
             inbox,
             reports,
             members: HashSet::new(),
-            bootstrap: Bootstrap::new(identity.peer_id(), &config.bootstrap),
+            bootstrap: Bootstrap::new(identity.peer_id(), &given.plain, &config.bootstrap),
+            names: given.named,
+            resolving: JoinSet::new(),
+            resolve_at: Instant::now(),
+            move_at: None,
+            redialled: HashSet::new(),
             serves: Standing::of(config) != Standing::Client,
             hosted: Vec::new(),
             keys: Vec::new(),
@@ -121,10 +168,17 @@ impl SwarmTask {
             searches: HashMap::new(),
             questions: HashMap::new(),
             address_searches: HashMap::new(),
+            doubted: HashSet::new(),
             reach: ReachState::new(config),
             punches: config.reach.punch,
+            retests: RetestTimes::new(Instant::now()),
+            gateway: (config.reach.upnp && Standing::of(config) == Standing::Unconfirmed).then(Gateway::start),
+            forwarded: Forwarded::new(),
+            data_port: None,
             dialled: HashMap::new(),
             hints: HashMap::new(),
+            circuit_limits: HashMap::new(),
+            renewals: HashMap::new(),
             lane_questions: HashMap::new(),
         })
     }
@@ -172,6 +226,9 @@ impl SwarmTask {
 
     /// Runs until told to shut down or until every handle is gone.
     pub(crate) async fn run(mut self) {
+        // What was listened on from the start is no change.
+        self.move_at = None;
+        self.resolve_at = Instant::now() + BOOTSTRAP_RETURN;
         self.dial_bootstrap();
         self.update_reach();
         let mut relays = tokio::time::interval(RELAY_INTERVAL);
@@ -188,6 +245,9 @@ impl SwarmTask {
                 command = self.inbox.recv() => match command {
                     None => return,
                     Some(Command::Shutdown { done }) => {
+                        if let Some(gateway) = self.gateway.take() {
+                            gateway.end().await;
+                        }
                         drop(self);
                         let _ = done.send(());
                         return;
@@ -200,20 +260,16 @@ impl SwarmTask {
                     }
                 }
                 _ = return_to.tick(), if self.serves => self.dial_bootstrap(),
-                _ = relays.tick(), if self.serves => self.use_relays(),
+                _ = relays.tick() => {
+                    self.use_relays();
+                    self.renew_circuits();
+                    self.doubt_the_silent();
+                }
+                () = tokio::time::sleep_until(self.retests.next()), if self.tests() => self.test_again(),
+                () = at(self.move_at) => self.move_on(),
+                Some(Ok(found)) = self.resolving.join_next() => self.on_resolved(&found),
+                forwarded = forwarded(&mut self.gateway) => self.on_forwarded(forwarded),
                 () = tokio::time::sleep_until(self.publish_pace.at()) => self.publish(),
-            }
-        }
-    }
-
-    /// Dials the bootstrap members that are not connected.
-    fn dial_bootstrap(&mut self) {
-        for (address, peer) in self.bootstrap.absent(|peer| self.swarm.is_connected(peer)) {
-            if let Some(peer) = peer {
-                self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
-            }
-            if let Err(error) = self.swarm.dial(address.clone()) {
-                tracing::debug!(%address, %error, "bootstrap address not dialled");
             }
         }
     }
@@ -251,41 +307,22 @@ impl SwarmTask {
             }
             Command::Adverts { peer, model, answer } => {
                 let addresses = self.hints.get(&peer).cloned().unwrap_or_default();
-                self.ask(AdvertQuestion { peer, model, answer, searched: false }, addresses);
+                self.ask(AdvertQuestion::new(peer, model, answer), addresses);
             }
             Command::Punch { peer, circuits } => self.punch(peer, circuits),
+            // Who asked may have gone meanwhile.
+            Command::BootstrapFailures { answer } => _ = answer.send(self.bootstrap.failures()),
+            Command::ForwardData { socket } => self.forward_data(socket),
             Command::Lane { peer, addresses, answer } => self.find_lane(peer, addresses, answer),
             // Handled where the loop can end.
             Command::Shutdown { done } => drop(done),
         }
     }
 
-    fn ask(&mut self, question: AdvertQuestion, addresses: Vec<Multiaddr>) {
-        if question.peer == *self.swarm.local_peer_id() {
-            let own = self.adverts_for(question.model);
-            let _ = question.answer.send(Ok(own));
-            return;
-        }
-        let request =
-            self.swarm.behaviour_mut().adverts.send_request_with_addresses(&question.peer, question.model, addresses);
-        self.questions.insert(request, question);
-    }
-
-    fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
-        self.hosted
-            .iter()
-            .filter(|(hosted, _)| model.is_none_or(|m| m == *hosted))
-            .map(|(_, advert)| advert.clone())
-            .collect()
-    }
-
     fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         match event {
             SwarmEvent::NewListenAddr { listener_id, address } => self.on_listening(listener_id, address),
-            SwarmEvent::ExpiredListenAddr { address, .. } => {
-                let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
-                self.reports.addresses.send_modify(|all| all.retain(|known| *known != own));
-            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => self.on_expired(address),
             SwarmEvent::ListenerClosed { listener_id, .. } => {
                 self.reach.lost(listener_id, Instant::now());
                 self.update_reach();
@@ -299,13 +336,14 @@ impl SwarmTask {
                 self.reach.expire(&address);
                 self.update_reach();
             }
-            SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => {
+            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
                 let dialled = endpoint.is_dialer().then(|| endpoint.get_remote_address().clone());
-                self.on_connected(peer_id, dialled);
+                self.on_connected(peer_id, connection_id, dialled);
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, .. } => self.on_disconnected(peer_id),
             SwarmEvent::OutgoingConnectionError { peer_id, error, .. } => {
-                tracing::debug!(?peer_id, %error, "dial failed");
+                tracing::debug!(?peer_id, ?error, "dial failed");
+                self.note_failed_dial(&error);
                 if let Some(peer) = peer_id {
                     self.answer_lanes(peer, Some(error.to_string()));
                 }
@@ -323,15 +361,22 @@ impl SwarmTask {
             BehaviourEvent::Ping(ping::Event { peer, connection, result: Ok(round_trip) }) => {
                 self.swarm.behaviour().frames.measured(&peer, connection, round_trip)
             }
+            // QUIC finds out by itself; TCP would keep a dead connection for a quarter of an hour.
+            BehaviourEvent::Ping(ping::Event { connection, result: Err(ping::Failure::Timeout), .. }) => {
+                self.swarm.close_connection(connection);
+            }
+            BehaviourEvent::RelayClient(relay::client::Event::OutboundCircuitEstablished { relay_peer_id, limit }) => {
+                let limit = limit.map(|limit| (limit.data_in_bytes(), limit.duration()));
+                self.note_limit(relay_peer_id, limit.unwrap_or_default());
+            }
             BehaviourEvent::Frames(lane) => self.hand_over(lane),
             BehaviourEvent::Dcutr(event) => match event.result {
                 Ok(_) => tracing::debug!(peer = %event.remote_peer_id, "hole punched"),
                 Err(error) => tracing::debug!(peer = %event.remote_peer_id, %error, "no hole punched"),
             },
             BehaviourEvent::AutonatClient(event) => {
-                tracing::debug!(address = %event.tested_addr, result = ?event.result, "AutoNAT tested an address")
+                self.on_tested(&event.tested_addr, event.result.map_err(|e| e.to_string()))
             }
-            BehaviourEvent::Upnp(event) => tracing::debug!(?event, "UPnP"),
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
                     self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
@@ -349,11 +394,7 @@ impl SwarmTask {
             }
             BehaviourEvent::Adverts(request_response::Event::Message { message, .. }) => match message {
                 Message::Request { request, channel, .. } => self.on_advert_request(request, channel),
-                Message::Response { request_id, response } => {
-                    if let Some(question) = self.questions.remove(&request_id) {
-                        let _ = question.answer.send(Ok(response));
-                    }
-                }
+                Message::Response { request_id, response } => self.on_adverts(request_id, response),
             },
             BehaviourEvent::Adverts(request_response::Event::OutboundFailure { request_id, error, .. }) => {
                 self.on_unanswered(request_id, &error)
@@ -363,7 +404,13 @@ impl SwarmTask {
     }
 
     fn on_identified(&mut self, peer: PeerId, info: identify::Info) {
-        let relays = info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
+        let ours = info.protocol_version == self.identify_version;
+        if let Some(relay) = self.swarm.behaviour_mut().relay.as_mut() {
+            relay.identified(peer, ours);
+        }
+        self.note_network(peer, &info.protocol_version);
+        // Relays of other networks do not serve this one.
+        let relays = ours && info.protocols.contains(&relay::HOP_PROTOCOL_NAME);
         if relays && self.punches {
             self.learn_quic_address(peer, &info.listen_addrs);
         }
@@ -385,16 +432,16 @@ impl SwarmTask {
         }
     }
 
-    fn on_advert_request(&mut self, request: AdvertRequest, channel: ResponseChannel<AdvertResponse>) {
-        let adverts = self.adverts_for(request);
-        // The asker may have gone meanwhile; there is nobody to tell.
-        let _ = self.swarm.behaviour_mut().adverts.send_response(channel, adverts);
-    }
-
     fn on_query(&mut self, id: QueryId, result: QueryResult, last: bool) {
         match result {
-            QueryResult::StartProviding(_) if self.publishing.remove(&id) && self.publishing.is_empty() => {
-                self.reports.published.send_replace(true);
+            QueryResult::StartProviding(outcome) if self.publishing.remove(&id) => {
+                if outcome.is_err() {
+                    // It ran out of time: some that should keep the record do not have it, as if they had just come.
+                    self.publish_pace.new_peer(Instant::now());
+                }
+                if self.publishing.is_empty() {
+                    self.reports.published.send_replace(true);
+                }
             }
             QueryResult::GetProviders(outcome) => {
                 if let Ok(GetProvidersOk::FoundProviders { providers, .. }) = &outcome {
@@ -418,34 +465,8 @@ impl SwarmTask {
                     self.searches.remove(&id);
                 }
             }
-            QueryResult::GetClosestPeers(outcome) if last => {
-                let Some(question) = self.address_searches.remove(&id) else { return };
-                let peers = match outcome {
-                    Ok(GetClosestPeersOk { peers, .. }) => peers,
-                    Err(kad::GetClosestPeersError::Timeout { peers, .. }) => peers,
-                };
-                let addresses = peers
-                    .into_iter()
-                    .filter(|info| info.peer_id == question.peer)
-                    .flat_map(|info| info.addrs)
-                    .take(MAX_ADDRESSES);
-                let addresses: Vec<Multiaddr> = addresses.collect();
-                self.ask(question, addresses);
-            }
+            QueryResult::GetClosestPeers(outcome) if last => self.on_closest(id, outcome),
             _ => {}
         }
-    }
-
-    fn on_unanswered(&mut self, request: OutboundRequestId, error: &OutboundFailure) {
-        let Some(mut question) = self.questions.remove(&request) else { return };
-        if matches!(error, OutboundFailure::DialFailure) && !question.searched {
-            // Its addresses are unknown or old: the DHT may know better ones.
-            question.searched = true;
-            let query = self.swarm.behaviour_mut().kad.get_closest_peers(question.peer);
-            self.address_searches.insert(query, question);
-            return;
-        }
-        let failure = LookupError::Unreachable { peer: question.peer, reason: error.to_string() };
-        let _ = question.answer.send(Err(failure));
     }
 }

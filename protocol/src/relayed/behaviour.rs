@@ -11,20 +11,22 @@ use libp2p::swarm::{ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour,
 use libp2p::{Multiaddr, PeerId};
 
 use super::handler::{FirstStream, Handler};
-use super::{Lane, is_circuit};
+use super::{CircuitLimit, Lane, is_circuit};
 
 /// Keeps a [`Lane`] for each connection; reports those on which the other side wants to be served.
 #[derive(Debug)]
 pub(crate) struct Behaviour {
     serves: bool,
     lanes: HashMap<PeerId, Vec<(ConnectionId, Lane)>>,
+    /// Circuits that this side dialled, and to whom.
+    circuits: HashMap<ConnectionId, PeerId>,
     wanted: VecDeque<Lane>,
 }
 
 impl Behaviour {
     /// `serves`: whether streams of others are accepted.
     pub(crate) fn new(serves: bool) -> Self {
-        Self { serves, lanes: HashMap::new(), wanted: VecDeque::new() }
+        Self { serves, lanes: HashMap::new(), circuits: HashMap::new(), wanted: VecDeque::new() }
     }
 
     /// The best way to a connected peer: direct rather than relayed, young rather than old.
@@ -41,6 +43,30 @@ impl Behaviour {
         }
     }
 
+    /// The circuits that are to be succeeded, one of each peer; `limit` is what their relays allow, by the circuit's address.
+    pub(crate) fn worn(&self, limit: impl Fn(&Multiaddr) -> Option<CircuitLimit>) -> Vec<(PeerId, Multiaddr)> {
+        let dialled =
+            self.circuits.iter().filter_map(|(connection, peer)| Some((*peer, self.lane(peer, *connection)?)));
+        let worn = dialled.filter(|(_, lane)| limit(&lane.inner.address).is_some_and(|limit| lane.is_worn(limit)));
+        let worn: HashMap<PeerId, Multiaddr> = worn.map(|(peer, lane)| (peer, lane.inner.address.clone())).collect();
+        worn.into_iter().collect()
+    }
+
+    /// A circuit that this side dialled stands: it succeeds the older ones.
+    fn succeed(&self, peer: PeerId, connection: ConnectionId) {
+        let Some(younger) = self.lane(&peer, connection) else { return };
+        for (other, lane) in self.lanes.get(&peer).into_iter().flatten() {
+            if *other != connection && self.circuits.contains_key(other) {
+                lane.succeed(younger);
+            }
+        }
+    }
+
+    /// The connections to a peer.
+    pub(crate) fn connections(&self, peer: &PeerId) -> Vec<ConnectionId> {
+        self.lanes.get(peer).into_iter().flatten().map(|(connection, _)| *connection).collect()
+    }
+
     fn lane(&self, peer: &PeerId, connection: ConnectionId) -> Option<&Lane> {
         self.lanes.get(peer)?.iter().find(|(id, _)| *id == connection).map(|(_, lane)| lane)
     }
@@ -52,6 +78,7 @@ impl Behaviour {
     }
 
     fn forget(&mut self, peer: &PeerId, connection: ConnectionId) {
+        self.circuits.remove(&connection);
         let Some(lanes) = self.lanes.get_mut(peer) else { return };
         if let Some(place) = lanes.iter().position(|(id, _)| *id == connection) {
             let (_, lane) = lanes.remove(place);
@@ -94,11 +121,17 @@ impl NetworkBehaviour for Behaviour {
         _: Endpoint,
         _: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
+        if is_circuit(address) {
+            self.circuits.insert(connection, peer);
+        }
         Ok(self.handler(connection, peer, address, is_circuit(address)))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
         match event {
+            FromSwarm::ConnectionEstablished(established) if self.circuits.contains_key(&established.connection_id) => {
+                self.succeed(established.peer_id, established.connection_id);
+            }
             FromSwarm::ConnectionClosed(closed) => self.forget(&closed.peer_id, closed.connection_id),
             // Another behaviour denied a connection for which a handler was made.
             FromSwarm::DialFailure(failure) => {

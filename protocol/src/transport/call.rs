@@ -41,7 +41,8 @@ pub(super) struct IdleStreams(Mutex<Vec<Streams>>);
 
 impl IdleStreams {
     fn take(&self) -> Option<Streams> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+        let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::from_fn(|| idle.pop()).find(|streams| !streams.is_succeeded())
     }
 
     fn put(&self, streams: Streams) {

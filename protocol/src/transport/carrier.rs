@@ -59,7 +59,10 @@ impl Carrier {
                 Ok(Streams::Quic(send, recv))
             }
             Self::Lane { lane, closed } => tokio::select! {
-                opened = lane.open() => Ok(Streams::libp2p(opened?, closed.clone())),
+                opened = lane.open() => {
+                    let (stream, lane) = opened?;
+                    Ok(Streams::libp2p(stream, lane, closed.clone()))
+                }
                 () = closed.cancelled() => Err(CLOSED_HERE.into()),
             },
         }
@@ -73,7 +76,7 @@ impl Carrier {
                 Some(Streams::Quic(send, recv))
             }
             Self::Lane { lane, closed } => tokio::select! {
-                accepted = lane.accept() => Some(Streams::libp2p(accepted?, closed.clone())),
+                accepted = lane.accept() => Some(Streams::libp2p(accepted?, lane.clone(), closed.clone())),
                 () = closed.cancelled() => None,
             },
         }

@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::settings::{CANCELLED, REFUSED};
 use crate::frame::{Encoded, read_frame_admitted};
+use crate::relayed::Lane;
 use crate::{Frame, FrameError, FrameLimits};
 
 /// A bidirectional stream of a connection.
@@ -23,13 +24,19 @@ pub(super) enum Streams {
 pub(super) struct Libp2pStream {
     /// `None` once it has been given up: dropping the stream is the only way to reset it.
     stream: Option<BufReader<Compat<libp2p::Stream>>>,
+    lane: Lane,
     /// Whether the connection it belongs to was closed on this side.
     closed: CancellationToken,
 }
 
 impl Streams {
-    pub(super) fn libp2p(stream: libp2p::Stream, closed: CancellationToken) -> Self {
-        Self::Libp2p(Box::new(Libp2pStream { stream: Some(BufReader::new(stream.compat())), closed }))
+    pub(super) fn libp2p(stream: libp2p::Stream, lane: Lane, closed: CancellationToken) -> Self {
+        Self::Libp2p(Box::new(Libp2pStream { stream: Some(BufReader::new(stream.compat())), lane, closed }))
+    }
+
+    /// Whether its connection is about to end, and new streams take another.
+    pub(super) fn is_succeeded(&self) -> bool {
+        matches!(self, Self::Libp2p(inner) if inner.lane.is_succeeded())
     }
 
     /// Writes head and body without copying them together.
@@ -45,6 +52,7 @@ impl Streams {
             }
             Self::Libp2p(inner) => {
                 let stream = inner.stream.as_mut().ok_or(FrameError::Poisoned)?;
+                inner.lane.carry(head.len() + body.len());
                 let write = async {
                     stream.write_all(&head).await?;
                     stream.write_all(&body).await?;
@@ -67,6 +75,10 @@ impl Streams {
             Self::Quic(_, recv) => read_frame_admitted(recv, limits, admit).await,
             Self::Libp2p(inner) => {
                 let stream = inner.stream.as_mut().ok_or(FrameError::Poisoned)?;
+                let admit = async |bytes: u32| {
+                    inner.lane.carry(bytes as usize);
+                    admit(bytes).await
+                };
                 tokio::select! {
                     read = read_frame_admitted(stream, limits, admit) => read,
                     () = inner.closed.cancelled() => Err(FrameError::Closed),

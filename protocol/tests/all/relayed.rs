@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig, ReachConfig, ReachPolicy, Reachability};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, ReachConfig, ReachPolicy, Reachability, RelayLimits};
 use hanse_protocol::{
-    CallError, DataConnection, Frame, FrameLimits, Hello, Identity, ModelId, Multiaddr, Path, Refusal, RefusalCode,
-    Welcome, WireDtype,
+    CallError, Combine, DataConnection, ExpertCall, ExpertRows, Frame, FrameLimits, Hello, Identity, ModelId,
+    Multiaddr, Path, Refusal, RefusalCode, Welcome, WireDtype,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -53,13 +53,18 @@ fn hello() -> Frame {
     Frame::Hello(Hello { network: "main".into(), model: ModelId([7; 32]) })
 }
 
-/// Welcomes everybody, but refuses calls of network "wrong" and ends the stream.
+/// Welcomes everybody, but is always busy, and refuses calls of network "wrong" and ends the stream.
 async fn welcome(discovery: Discovery) {
     while let Some(connection) = discovery.accept_data().await {
         tokio::spawn(async move {
             while let Some(mut stream) = connection.accept_stream().await {
                 tokio::spawn(async move {
-                    while let Ok(Frame::Hello(hello)) = stream.read(&FrameLimits::default()).await {
+                    while let Ok(request) = stream.read(&FrameLimits::default()).await {
+                        let Frame::Hello(hello) = request else {
+                            let busy = Frame::Refusal(Refusal::new(1, RefusalCode::Busy, "it computes nothing"));
+                            stream.write(&busy).await.expect("the client waits");
+                            continue;
+                        };
                         let answer = match hello.network.as_str() {
                             "wrong" => Frame::Refusal(Refusal::new(0, RefusalCode::Malformed, "no such network")),
                             "silence" => {
@@ -96,6 +101,22 @@ async fn becomes(member: &Discovery, wanted: Reachability) {
 async fn relayed(punch: bool) -> Relayed {
     let relay_identity = Identity::generate();
     let relay = member(&relay_identity, &[], ReachPolicy::Reachable, punch).await;
+    behind(relay_identity, relay, punch).await
+}
+
+/// A relay with limits, and two that use it.
+async fn relayed_within(limits: RelayLimits) -> Relayed {
+    let relay_identity = Identity::generate();
+    let config = DiscoveryConfig {
+        listen: vec!["/ip4/127.0.0.1/udp/0/quic-v1".parse().expect("a multiaddr")],
+        reach: ReachConfig { policy: ReachPolicy::Reachable, relay_limits: limits, ..ReachConfig::default() },
+        ..DiscoveryConfig::default()
+    };
+    let relay = Discovery::start(&relay_identity, config).await.expect("a free port");
+    behind(relay_identity, relay, false).await
+}
+
+async fn behind(relay_identity: Identity, relay: Discovery, punch: bool) -> Relayed {
     let hidden = member(&Identity::generate(), &relay.addresses(), ReachPolicy::Unreachable, punch).await;
     tokio::spawn(welcome(hidden.clone()));
     becomes(&hidden, Reachability::Relayed).await;
@@ -184,4 +205,76 @@ async fn a_peer_that_nobody_knows_cannot_be_connected_to() {
     let nobody = Identity::generate().peer_id();
     let error = client.connect_data(nobody, Vec::new(), PATIENCE).await.expect_err("nobody is there");
     assert!(error.to_string().contains(&nobody.to_string()), "{error}");
+}
+
+/// Calls again and again, with `body_bytes` each time, for so long: none may fail.
+async fn calls_go_on(connection: &DataConnection, body_bytes: usize, time: Duration) {
+    let width = u32::try_from(body_bytes / 4).expect("a small body");
+    let call = Frame::Call(ExpertCall {
+        request_id: 1,
+        model: ModelId([7; 32]),
+        layer: 0,
+        hidden_size: width,
+        rows: 1,
+        dtype: WireDtype::F32,
+        combine: Combine::Peer,
+        deadline_ms: 20_000,
+        assignments: vec![ExpertRows { expert: 0, rows: vec![0], weights: vec![1.0] }],
+        body: vec![0; body_bytes].into(),
+    });
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        let answer = connection.call(&call, PATIENCE).await.expect("an answer");
+        assert!(matches!(answer, Frame::Refusal(_)), "{answer:?}");
+        assert!(connection.path().is_relayed() && !connection.is_closed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn calls_outlive_the_time_that_a_relay_allows_for_one_circuit() {
+    let net = relayed_within(RelayLimits { circuit_time: Duration::from_secs(6), ..RelayLimits::default() }).await;
+    calls_go_on(&net.connect().await, 1024, Duration::from_secs(15)).await;
+}
+
+#[tokio::test]
+async fn calls_outlive_the_bytes_that_a_relay_allows_for_one_circuit() {
+    // At most 50 calls in a second: half of it lasts for five seconds.
+    let net = relayed_within(RelayLimits { circuit_bytes: 8 << 20, ..RelayLimits::default() }).await;
+    calls_go_on(&net.connect().await, 16 << 10, Duration::from_secs(22)).await;
+}
+
+#[tokio::test]
+async fn a_relay_stands_in_for_its_own_network_only_and_for_no_more_than_its_limits_allow() {
+    let relay_identity = Identity::generate();
+    let config = |network: &str, bootstrap: Vec<Multiaddr>, policy| DiscoveryConfig {
+        network: network.to_owned(),
+        listen: vec!["/ip4/127.0.0.1/udp/0/quic-v1".parse().expect("a multiaddr")],
+        bootstrap,
+        reach: ReachConfig {
+            policy,
+            relay_limits: RelayLimits { reservations: 2, ..RelayLimits::default() },
+            ..ReachConfig::default()
+        },
+        ..DiscoveryConfig::default()
+    };
+    let start = async |config| Discovery::start(&Identity::generate(), config).await.expect("a free port");
+    let relay = Discovery::start(&relay_identity, config("main", Vec::new(), ReachPolicy::Reachable)).await;
+    let relay = relay.expect("a free port");
+    let stranger = start(config("other", relay.addresses(), ReachPolicy::Unreachable)).await;
+    let mut served = Vec::new();
+    for _ in 0..2 {
+        let member = start(config("main", relay.addresses(), ReachPolicy::Unreachable)).await;
+        becomes(&member, Reachability::Relayed).await;
+        served.push(member);
+    }
+    let third = start(config("main", relay.addresses(), ReachPolicy::Unreachable)).await;
+    third.wait_connected(PATIENCE).await.expect("it is a member all the same");
+    let refused = async {
+        let mut reach = third.reach();
+        let relayed = reach.wait_for(|reach| reach.reachability == Reachability::Relayed);
+        tokio::time::timeout(Duration::from_secs(2), relayed).await.is_err()
+    };
+    assert!(refused.await, "there are only two places");
+    assert_eq!(stranger.reach().borrow().reachability, Reachability::Unreachable, "it was there first");
 }

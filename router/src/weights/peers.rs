@@ -93,10 +93,10 @@ impl Peers {
         let identity = Identity::generate();
         let discovery = join_control_plane(&identity, config).await?;
         let endpoint = bind_any(&identity)?;
-        if discovery.wait_connected(config.join_timeout).await.is_err() {
+        if let Err(reason) = discovery.wait_connected(config.join_timeout).await {
             endpoint.close().await;
             discovery.shutdown().await;
-            return Err(JoinError::Unreachable { addresses: config.bootstrap.clone(), waited: config.join_timeout });
+            return Err(JoinError::Unreachable { addresses: config.bootstrap.clone(), reason: Box::new(reason) });
         }
         let mut this = Self::new(discovery.clone(), endpoint.clone(), config.network.clone(), model);
         this.own = Some((discovery, endpoint));

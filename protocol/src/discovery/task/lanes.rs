@@ -1,12 +1,28 @@
 //! Connections that carry frames: found, dialled, punched, handed over.
 
+use std::collections::hash_map::Entry;
+use std::time::Duration;
+
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::DialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId};
+use tokio::time::Instant;
 
 use super::super::LookupError;
-use super::{LaneAnswer, MAX_ADDRESSES, SwarmTask};
-use crate::relayed::{Lane, is_circuit};
+use super::{LaneAnswer, MAX_ADDRESSES, MAX_HINTS, SwarmTask};
+use crate::relayed::{CircuitLimit, Lane, is_circuit};
+
+/// A circuit that could not be renewed is tried again after this.
+const RENEWAL_RETRY: Duration = Duration::from_secs(5);
+
+/// The relay that a circuit's address names.
+fn relay_of(circuit: &Multiaddr) -> Option<PeerId> {
+    circuit.iter().find_map(|part| match part {
+        Protocol::P2p(peer) => Some(peer),
+        _ => None,
+    })
+}
 
 impl SwarmTask {
     pub(super) fn find_lane(&mut self, peer: PeerId, mut addresses: Vec<Multiaddr>, answer: LaneAnswer) {
@@ -41,6 +57,31 @@ impl SwarmTask {
         let dial = DialOpts::peer_id(peer).addresses(addresses).condition(PeerCondition::Always).build();
         if let Err(error) = self.swarm.dial(dial) {
             tracing::debug!(%peer, %error, "not dialled once more");
+        }
+    }
+
+    /// `relay` has opened a circuit for us. Its limit is the same for all.
+    pub(super) fn note_limit(&mut self, relay: PeerId, (bytes, time): (Option<u64>, Option<Duration>)) {
+        if self.circuit_limits.len() >= MAX_HINTS {
+            self.circuit_limits.clear();
+        }
+        // Zero stands for no limit.
+        let limit = CircuitLimit { bytes: bytes.filter(|n| *n > 0), time: time.filter(|t| !t.is_zero()) };
+        self.circuit_limits.insert(relay, limit);
+    }
+
+    /// Opens other circuits in time for those that their relays will end.
+    pub(super) fn renew_circuits(&mut self) {
+        let now = Instant::now();
+        self.renewals.retain(|_, at| now < *at + RENEWAL_RETRY);
+        let limits = &self.circuit_limits;
+        let worn = self.swarm.behaviour().frames.worn(|circuit| limits.get(&relay_of(circuit)?).copied());
+        for (peer, circuit) in worn {
+            if let Entry::Vacant(renewal) = self.renewals.entry(peer) {
+                renewal.insert(now);
+                tracing::debug!(%peer, %circuit, "circuit renewed before it ends");
+                self.dial_besides(peer, vec![circuit]);
+            }
         }
     }
 

@@ -1,13 +1,16 @@
 //! How others reach this member, and by which addresses it reaches them.
 
+use std::net::SocketAddr;
+
 use libp2p::core::Endpoint;
 use libp2p::core::transport::ListenerId;
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, NetworkBehaviour};
-use libp2p::{Multiaddr, PeerId, kad, relay};
+use libp2p::{Multiaddr, PeerId, kad};
 use tokio::time::Instant;
 
 use super::super::address::{ip, is_quic};
+use super::super::gateway::{Forwarded, Port};
 use super::super::in_process::is_memory;
 use super::{MAX_ADDRESSES, MAX_HINTS, SwarmTask};
 use crate::relayed::is_circuit;
@@ -24,8 +27,7 @@ impl SwarmTask {
             behaviour.kad.set_mode(Some(mode));
         }
         if let Some(relay) = behaviour.relay.as_mut() {
-            let serves = direct && external;
-            relay.set_status(Some(if serves { relay::Status::Enable } else { relay::Status::Disable }));
+            relay.offer(direct && external);
         }
         for listener in self.reach.needless_relays() {
             self.swarm.remove_listener(listener);
@@ -62,6 +64,10 @@ impl SwarmTask {
             // Whoever is there reaches it, as a member of the open internet is reached.
             self.swarm.add_external_address(address.clone());
         }
+        self.note_move(&address);
+        if let (Some(gateway), Some(port)) = (&self.gateway, Port::of(&address)) {
+            gateway.want(port);
+        }
         let own = address.with(Protocol::P2p(*self.swarm.local_peer_id()));
         self.reports.addresses.send_modify(|all| {
             if !all.contains(&own) {
@@ -70,6 +76,66 @@ impl SwarmTask {
                 all.sort_by_key(|address| !is_quic(address));
             }
         });
+    }
+
+    pub(super) fn forward_data(&mut self, socket: SocketAddr) {
+        let SocketAddr::V4(socket) = socket else { return };
+        self.data_port = Some(Port::Udp(socket));
+        if let Some(gateway) = &self.gateway {
+            gateway.want(Port::Udp(socket));
+        }
+    }
+
+    /// The router leads here by other addresses than before. Whether they hold what it says is AutoNAT's to find out.
+    pub(super) fn on_forwarded(&mut self, forwarded: Forwarded) {
+        tracing::debug!(?forwarded, "the router leads here");
+        let control = |forwarded: &Forwarded| {
+            let ports = forwarded.iter().filter(|(port, _)| Some(**port) != self.data_port);
+            ports.map(|(port, outer)| port.reached_at(*outer)).collect::<Vec<_>>()
+        };
+        let (gone, new) = (control(&self.forwarded), control(&forwarded));
+        if let Some(autonat) = self.swarm.behaviour_mut().autonat_client.as_mut() {
+            for address in gone.iter().filter(|address| !new.contains(address)) {
+                autonat.withdraw(address);
+            }
+            for address in new.iter().filter(|address| !gone.contains(address)) {
+                autonat.offer(address);
+            }
+        }
+        self.reach.set_data(self.data_port.and_then(|port| forwarded.get(&port)).copied());
+        if gone != new {
+            self.retests.hurry(Instant::now());
+        }
+        self.forwarded = forwarded;
+        self.update_reach();
+    }
+
+    /// Whether AutoNAT's word counts.
+    pub(super) fn tests(&self) -> bool {
+        self.swarm.behaviour().autonat_client.is_enabled()
+    }
+
+    /// Has all addresses tested again, by a member on a new connection.
+    pub(super) fn test_again(&mut self) {
+        self.retests.started(self.reach.is_surely_direct(), Instant::now());
+        let tester = self.members.iter().find_map(|peer| Some((*peer, self.dialled.get(peer)?.clone())));
+        let Some((peer, address)) = tester else { return };
+        if let Some(autonat) = self.swarm.behaviour_mut().autonat_client.as_mut() {
+            autonat.start_again();
+        }
+        self.dial_besides(peer, vec![address]);
+    }
+
+    pub(super) fn on_tested(&mut self, address: &Multiaddr, result: Result<(), String>) {
+        tracing::debug!(%address, ?result, "AutoNAT tested an address");
+        if result.is_err() && self.reach.is_confirmed(address) {
+            if self.reach.failed(address) {
+                self.swarm.remove_external_address(address);
+                self.reach.expire(address);
+                self.update_reach();
+            }
+            self.retests.again_soon(Instant::now());
+        }
     }
 
     /// Tells others an address that is known to be reachable without AutoNAT's word.
@@ -81,7 +147,7 @@ impl SwarmTask {
         }
     }
 
-    pub(super) fn on_connected(&mut self, peer: PeerId, dialled: Option<Multiaddr>) {
+    pub(super) fn on_connected(&mut self, peer: PeerId, connection: ConnectionId, dialled: Option<Multiaddr>) {
         if let Some(address) = dialled {
             self.bootstrap.met(&address, peer);
             // Of several, one over QUIC is remembered: see `learn_quic_address`.
@@ -90,6 +156,7 @@ impl SwarmTask {
                 self.dialled.insert(peer, address);
             }
         }
+        self.replace_connections(peer, connection);
         self.answer_lanes(peer, None);
     }
 

@@ -1,18 +1,7 @@
-//! Volunteers behind home routers, with real address translation: network namespaces and iptables masquerading.
-//!
-//! ```text
-//!                          203.0.113.0/24
-//!   bootstrap .10 ──┬── client .20 ──┬── router A .101 ──┬── router B .102
-//!                                    │                   │
-//!                              10.1.1.0/24         10.1.2.0/24
-//!                             volunteer A .2       volunteer B .2
-//! ```
-//!
-//! Needs root, `ip` and `iptables`; skipped with the reason where it may not make namespaces, unless `HANSE_NAT_TESTS=require`.
-
-#![cfg(target_os = "linux")]
+//! Namespaces, routers, and the processes in them.
 
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,11 +11,13 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// What is waited for comes within this, or the test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
-const PROMPT: &str = "The harbour of Lübeck";
-const TOKENS: &str = "48";
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// Router A's outer address.
+pub(crate) const ROUTER_A: &str = "11.22.33.101";
+pub(crate) const PROMPT: &str = "The harbour of Lübeck";
+pub(crate) const TOKENS: &str = "48";
 /// So many take a while.
-const MANY_TOKENS: &str = "400";
+pub(crate) const MANY_TOKENS: &str = "400";
 
 fn tiny_moe() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("examples/models/tiny-moe")
@@ -34,7 +25,7 @@ fn tiny_moe() -> PathBuf {
 
 /// How a router chooses the outer port of a connection.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Nat {
+pub(crate) enum Nat {
     /// The inner port if it is free, as most home routers do: holes can be punched.
     KeepsPorts,
     /// Another one for every destination: they cannot.
@@ -42,7 +33,7 @@ enum Nat {
 }
 
 /// The world of one test; its namespaces vanish with it.
-struct World {
+pub(crate) struct World {
     prefix: String,
     spaces: Vec<String>,
 }
@@ -52,8 +43,58 @@ impl Drop for World {
         for space in &self.spaces {
             // What cannot be removed was not made.
             let _ = Command::new("ip").args(["netns", "del", space]).output();
+            let _ = std::fs::remove_dir_all(Path::new("/etc/netns").join(space));
         }
     }
+}
+
+/// The chains that miniupnpd fills.
+const UPNP_RULES: &str = "
+table inet upnp {
+    chain forward { type filter hook forward priority 0; policy accept; jump ports; }
+    chain prerouting { type nat hook prerouting priority -100; policy accept; jump inward; }
+    chain postrouting { type nat hook postrouting priority 100; policy accept; jump outward; }
+    chain ports { }
+    chain inward { }
+    chain outward { }
+}
+";
+
+const UPNP_CONFIG: &str = "
+ext_ifname=eth0
+listening_ip=lan
+port=0
+enable_upnp=yes
+enable_natpmp=no
+secure_mode=yes
+uuid=00000000-0000-4000-8000-000000000001
+upnp_table_name=upnp
+upnp_nat_table_name=upnp
+upnp_forward_chain=ports
+upnp_nat_chain=inward
+upnp_nat_postrouting_chain=outward
+allow 1024-65535 10.0.0.0/8 1024-65535
+deny 0-65535 0.0.0.0/0 0-65535
+";
+
+/// A router's daemon that opens ports for those behind it.
+pub(crate) struct Upnpd {
+    child: Child,
+    _home: TempDir,
+}
+
+impl Drop for Upnpd {
+    fn drop(&mut self) {
+        // It may have failed meanwhile.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Says why a test is not done, and fails if all have to be.
+fn skipped(reason: &str) {
+    assert!(!std::env::var("HANSE_NAT_TESTS").is_ok_and(|value| value == "require"), "{reason}");
+    eprintln!("skipped: {reason}");
 }
 
 /// Runs a program to its end; its output if it fails.
@@ -71,20 +112,68 @@ fn tool(line: &str) -> Result<(), String> {
 
 impl World {
     /// `None` where namespaces may not be made, after saying why.
-    fn new(nat: Nat) -> Option<Self> {
+    pub(crate) fn new(nat: Nat) -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let prefix = format!("hanse-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let mut world = Self { prefix, spaces: Vec::new() };
         match world.build(nat) {
             Ok(()) => Some(world),
-            Err(reason) if std::env::var("HANSE_NAT_TESTS").is_ok_and(|value| value == "require") => {
-                panic!("cannot make namespaces: {reason}")
-            }
             Err(reason) => {
-                eprintln!("skipped: cannot make namespaces: {reason}");
+                skipped(&format!("cannot make namespaces: {reason}"));
                 None
             }
         }
+    }
+
+    /// Has `router` take orders for ports (UPnP), as most home routers do; `None` where miniupnpd is missing, after saying so.
+    pub(crate) fn takes_orders(&self, router: &str) -> Option<Upnpd> {
+        let home = tempfile::tempdir().unwrap();
+        let (rules, config) = (home.path().join("rules"), home.path().join("config"));
+        std::fs::write(&rules, UPNP_RULES).unwrap();
+        std::fs::write(&config, UPNP_CONFIG).unwrap();
+        let (rules, config) = (rules.display(), config.display());
+        let started = self.inside(router, &format!("nft -f {rules}")).and_then(|()| {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &self.name(router), "miniupnpd", "-d", "-f", &config.to_string(), "-P"]);
+            command.arg(home.path().join("pid")).stdin(Stdio::null());
+            let log = std::fs::File::create(home.path().join("log")).unwrap();
+            let mut child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().map_err(|e| e.to_string())?;
+            // It writes its id once it listens.
+            while !home.path().join("pid").exists() {
+                if child.try_wait().unwrap().is_some() {
+                    return Err(std::fs::read_to_string(home.path().join("log")).unwrap());
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(child)
+        });
+        match started {
+            Ok(child) => Some(Upnpd { child, _home: home }),
+            Err(reason) => {
+                skipped(&format!("no router that takes orders: {reason}"));
+                None
+            }
+        }
+    }
+
+    /// What a program says.
+    pub(crate) fn says(&self, space: &str, line: &str) -> String {
+        let output =
+            Command::new("ip").args(["netns", "exec", &self.name(space)]).args(line.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Counts the bytes that `space` sends to a UDP socket, from now on; see [`Self::sent`].
+    pub(crate) fn count(&self, space: &str, ip: &str, port: u16) {
+        self.inside(space, &format!("iptables -I OUTPUT -p udp -d {ip} --dport {port} -j ACCEPT")).unwrap();
+    }
+
+    /// The bytes counted, with headers.
+    pub(crate) fn sent(&self, space: &str) -> u64 {
+        let rules = self.says(space, "iptables -nvxL OUTPUT");
+        let rule = rules.lines().find(|line| line.contains("dpt:")).expect("a rule that counts");
+        rule.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     fn name(&self, space: &str) -> String {
@@ -98,7 +187,7 @@ impl World {
         self.inside(space, "ip link set lo up")
     }
 
-    fn inside(&self, space: &str, line: &str) -> Result<(), String> {
+    pub(crate) fn inside(&self, space: &str, line: &str) -> Result<(), String> {
         tool(&format!("ip netns exec {} {line}", self.name(space)))
     }
 
@@ -115,14 +204,14 @@ impl World {
         self.add("world")?;
         self.inside("world", "ip link add street type bridge")?;
         self.inside("world", "ip link set street up")?;
-        for (space, address) in [("boot", "203.0.113.10/24"), ("client", "203.0.113.20/24")] {
+        for (space, address) in [("boot", "11.22.33.10/24"), ("client", "11.22.33.20/24")] {
             self.add(space)?;
             self.on_street(space, address)?;
         }
         for (router, home, number) in [("router-a", "home-a", 1), ("router-b", "home-b", 2)] {
             self.add(router)?;
             self.add(home)?;
-            self.on_street(router, &format!("203.0.113.{}/24", 100 + number))?;
+            self.on_street(router, &format!("11.22.33.{}/24", 100 + number))?;
             self.cable(router, "lan", &format!("10.1.{number}.1/24"), home, "eth0")?;
             self.inside(home, &format!("ip address add 10.1.{number}.2/24 dev eth0"))?;
             self.inside(home, &format!("ip route add default via 10.1.{number}.1"))?;
@@ -133,6 +222,25 @@ impl World {
             self.inside(router, "iptables -A INPUT -i eth0 -j DROP")?;
         }
         Ok(())
+    }
+
+    /// Another machine on the street.
+    pub(crate) fn moves_in(&mut self, space: &str, address: &str) {
+        self.add(space).and_then(|()| self.on_street(space, &format!("{address}/24"))).unwrap();
+    }
+
+    /// Gives a machine another address in place of its own.
+    pub(crate) fn readdress(&self, space: &str, from: &str, to: &str) {
+        self.inside(space, &format!("ip address del {from}/24 dev eth0")).unwrap();
+        self.inside(space, &format!("ip address add {to}/24 dev eth0")).unwrap();
+    }
+
+    /// Where the name "harbour" leads, as programs in `space` that are started from now on see it.
+    pub(crate) fn harbour(&self, space: &str, ip: &str) {
+        let folder = Path::new("/etc/netns").join(self.name(space));
+        std::fs::create_dir_all(&folder).unwrap();
+        // In place, since running programs see the file and not its name.
+        std::fs::write(folder.join("hosts"), format!("127.0.0.1 localhost\n{ip} harbour\n")).unwrap();
     }
 
     fn on_street(&self, space: &str, address: &str) -> Result<(), String> {
@@ -151,7 +259,7 @@ impl World {
         command
     }
 
-    fn node(&self, space: &str, args: &[&str]) -> Node {
+    pub(crate) fn node(&self, space: &str, args: &[&str]) -> Node {
         let home = tempfile::tempdir().unwrap();
         let log = home.path().join("log");
         let mut command = self.hanse(space, &home);
@@ -165,21 +273,31 @@ impl World {
         Node { child, ready, log, _home: home }
     }
 
-    fn bootstrap(&self) -> Node {
-        let listen = ["--listen", "/ip4/203.0.113.10/udp/4001/quic-v1", "/ip4/203.0.113.10/tcp/4001"];
-        self.node("boot", &[&["--experts", "none"], &listen[..]].concat())
+    pub(crate) fn bootstrap(&self) -> Node {
+        self.bootstrap_at("11.22.33.10")
+    }
+
+    /// The bootstrap member, on one of its machine's addresses.
+    pub(crate) fn bootstrap_at(&self, ip: &str) -> Node {
+        let (quic, tcp) = (format!("/ip4/{ip}/udp/4001/quic-v1"), format!("/ip4/{ip}/tcp/4001"));
+        self.node("boot", &["--experts", "none", "--listen", &quic, &tcp])
     }
 
     /// Runs the client to its end.
-    fn client(&self, args: &[&str]) -> Output {
-        self.hanse("client", &tempfile::tempdir().unwrap()).args(args).output().unwrap()
+    pub(crate) fn client(&self, args: &[&str]) -> Output {
+        self.runs("client", args)
     }
 
-    fn generate(&self, bootstrap: &str) -> Generated {
+    /// Runs the program to its end.
+    pub(crate) fn runs(&self, space: &str, args: &[&str]) -> Output {
+        self.hanse(space, &tempfile::tempdir().unwrap()).args(args).output().unwrap()
+    }
+
+    pub(crate) fn generate(&self, bootstrap: &str) -> Generated {
         self.generation("client", bootstrap, TOKENS).end()
     }
 
-    fn generation(&self, space: &str, bootstrap: &str, tokens: &str) -> Generation {
+    pub(crate) fn generation(&self, space: &str, bootstrap: &str, tokens: &str) -> Generation {
         let home = tempfile::tempdir().unwrap();
         let (document, log) = (home.path().join("document"), home.path().join("log"));
         let mut command = self.hanse(space, &home);
@@ -191,7 +309,7 @@ impl World {
     }
 
     /// The reachability that `hanse status` shows of `peer`.
-    fn reachability(&self, bootstrap: &str, peer: &str) -> String {
+    pub(crate) fn reachability(&self, bootstrap: &str, peer: &str) -> String {
         let output = self.client(&["status", "--json", "--bootstrap", bootstrap]);
         let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let peers = document["peers"].as_array().cloned().unwrap_or_default();
@@ -201,29 +319,40 @@ impl World {
 }
 
 /// A volunteer process; killed when dropped.
-struct Node {
-    child: Child,
-    ready: Value,
+pub(crate) struct Node {
+    pub(crate) child: Child,
+    pub(crate) ready: Value,
     log: PathBuf,
     _home: TempDir,
 }
 
 impl Node {
-    fn addresses(&self) -> Vec<String> {
+    pub(crate) fn addresses(&self) -> Vec<String> {
         let addresses = self.ready["addresses"].as_array().unwrap();
         addresses.iter().map(|address| address.as_str().unwrap().to_owned()).collect()
     }
 
-    fn address(&self) -> String {
+    pub(crate) fn address(&self) -> String {
         self.addresses().remove(0)
     }
 
-    fn peer_id(&self) -> &str {
+    pub(crate) fn peer_id(&self) -> &str {
         self.ready["peer_id"].as_str().unwrap()
     }
 
-    fn log(&self) -> String {
+    /// Where the data plane listens.
+    pub(crate) fn data_port(&self) -> u16 {
+        self.ready["data_listen"].as_str().unwrap().parse::<SocketAddr>().unwrap().port()
+    }
+
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Ends it as its owner would, and waits until it has ended.
+    pub(crate) fn leave(&mut self) {
+        tool(&format!("kill -TERM {}", self.child.id())).unwrap();
+        assert!(self.child.wait().unwrap().success(), "{}", self.log());
     }
 }
 
@@ -239,7 +368,7 @@ impl Drop for Node {
 }
 
 /// A client that generates; killed when dropped.
-struct Generation {
+pub(crate) struct Generation {
     child: Child,
     document: PathBuf,
     log: PathBuf,
@@ -247,15 +376,15 @@ struct Generation {
 }
 
 impl Generation {
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
-    fn is_running(&mut self) -> bool {
+    pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    fn end(mut self) -> Generated {
+    pub(crate) fn end(mut self) -> Generated {
         let status = self.child.wait().unwrap();
         let stdout = std::fs::read(&self.document).unwrap();
         Generated::of(&Output { status, stdout, stderr: self.log().into_bytes() })
@@ -271,7 +400,7 @@ impl Drop for Generation {
 }
 
 /// Polls until `condition` holds.
-fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
@@ -279,10 +408,10 @@ fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-struct Generated {
-    tokens: Value,
-    network: Value,
-    log: String,
+pub(crate) struct Generated {
+    pub(crate) tokens: Value,
+    pub(crate) network: Value,
+    pub(crate) log: String,
 }
 
 impl Generated {
@@ -295,135 +424,11 @@ impl Generated {
 }
 
 /// The tokens of one process that holds the whole model.
-fn local_tokens(tokens: &str) -> Value {
+pub(crate) fn local_tokens(tokens: &str) -> Value {
     let home = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
     command.env("HOME", home.path()).env("XDG_CACHE_HOME", home.path()).env("XDG_DATA_HOME", home.path());
     command.args(["generate", "--json", "--local", "--threads", "1", "--prompt", PROMPT, "--max-tokens", tokens]);
     command.arg("--model").arg(tiny_moe());
     Generated::of(&command.output().unwrap()).tokens
-}
-
-/// Two volunteers behind two routers, each with half of the experts.
-fn halves(world: &World, bootstrap: &str) -> [Node; 2] {
-    [("home-a", "0-5:0-7"), ("home-b", "0-5:8-15")]
-        .map(|(home, experts)| world.node(home, &["--experts", experts, "--bootstrap", bootstrap]))
-}
-
-#[test]
-fn volunteers_behind_routers_serve_exactly_and_holes_are_punched() {
-    let Some(world) = World::new(Nat::KeepsPorts) else { return };
-    let boot = world.bootstrap();
-    let volunteers = halves(&world, &boot.address());
-    // The first frames may go through the relay; those that follow see the holes punched.
-    let mut generation = world.generation("client", &boot.address(), MANY_TOKENS);
-    waits_for("both are reached directly", || {
-        let log = generation.log();
-        assert!(generation.is_running(), "it ended before holes were punched:\n{log}");
-        let better = |volunteer: &Node, line: &str| line.contains("better way") && line.contains(volunteer.peer_id());
-        volunteers.iter().all(|volunteer| log.lines().any(|line| better(volunteer, line)))
-    });
-    let generated = generation.end();
-    assert_eq!(generated.tokens, local_tokens(MANY_TOKENS));
-    assert_eq!(generated.network["peers"], 2, "{}", generated.network);
-    assert!(generated.log.contains("hole punched"), "{}", generated.log);
-}
-
-#[test]
-fn a_relay_carries_the_frames_where_no_hole_can_be_punched() {
-    let Some(world) = World::new(Nat::Symmetric) else { return };
-    let boot = world.bootstrap();
-    let volunteers = halves(&world, &boot.address());
-    let generated = world.generate(&boot.address());
-    assert_eq!(generated.tokens, local_tokens(TOKENS));
-    assert_eq!(generated.network["peers"], 2, "{}", generated.network);
-    assert!(!generated.log.contains("hole punched") && !generated.log.contains("better way"), "{}", generated.log);
-    for volunteer in &volunteers {
-        assert_eq!(world.reachability(&boot.address(), volunteer.peer_id()), "relayed");
-        assert!(!volunteer.log().contains("direct=true"), "no router lets AutoNAT in: {}", volunteer.log());
-    }
-}
-
-#[test]
-fn a_volunteer_behind_a_router_may_die_while_another_has_its_experts() {
-    let Some(world) = World::new(Nat::Symmetric) else { return };
-    let boot = world.bootstrap();
-    // One that has everything is asked rather than two that have half each.
-    let volunteers = [("home-a", "all"), ("home-b", "0-5:0-7"), ("home-b", "0-5:8-15")];
-    let mut volunteers =
-        volunteers.map(|(home, experts)| world.node(home, &["--experts", experts, "--bootstrap", &boot.address()]));
-    let mut generation = world.generation("client", &boot.address(), MANY_TOKENS);
-    waits_for("all are found", || generation.log().matches("peer found").count() == 3);
-    std::thread::sleep(Duration::from_millis(700));
-    assert!(generation.is_running(), "the volunteer is to die in the middle");
-    volunteers[0].child.kill().unwrap();
-    let expected = local_tokens(MANY_TOKENS);
-    let disturbed = generation.end();
-    assert_eq!(disturbed.tokens, expected);
-    let network = &disturbed.network;
-    let asked_again = ["retries", "hedged"].iter().filter_map(|count| network[count].as_u64()).sum::<u64>();
-    assert!(asked_again > 0 && network["peers"] == 3, "it was in use when it died: {network}");
-    // Its records outlive it: who comes later finds them, and does without it.
-    assert_eq!(world.generation("client", &boot.address(), MANY_TOKENS).end().tokens, expected);
-}
-
-#[test]
-fn a_volunteer_without_a_router_is_found_to_be_reachable() {
-    let Some(world) = World::new(Nat::Symmetric) else { return };
-    let boot = world.bootstrap();
-    let volunteer = world.node("client", &["--bootstrap", &boot.address()]);
-    waits_for("AutoNAT confirms its address", || volunteer.log().contains("direct=true"));
-    assert_eq!(world.reachability(&boot.address(), volunteer.peer_id()), "direct");
-    assert_eq!(world.generate(&boot.address()).tokens, local_tokens(TOKENS));
-}
-
-#[test]
-fn holes_are_punched_also_for_those_who_joined_over_tcp() {
-    let Some(world) = World::new(Nat::KeepsPorts) else { return };
-    let boot = world.bootstrap();
-    let tcp = boot.addresses().into_iter().find(|address| address.contains("/tcp/")).unwrap();
-    let _volunteers = halves(&world, &tcp);
-    waits_for("a hole is punched", || {
-        let generated = world.generation("client", &tcp, MANY_TOKENS).end();
-        assert_eq!(generated.network["peers"], 2, "{}", generated.network);
-        generated.log.contains("hole punched")
-    });
-}
-
-#[test]
-fn a_hole_is_punched_through_two_routers() {
-    let Some(world) = World::new(Nat::KeepsPorts) else { return };
-    let boot = world.bootstrap();
-    let volunteer = world.node("home-b", &["--bootstrap", &boot.address()]);
-    let mut generation = world.generation("home-a", &boot.address(), MANY_TOKENS);
-    waits_for("it is reached directly", || {
-        let log = generation.log();
-        assert!(generation.is_running(), "it ended before a hole was punched:\n{log}\n{}", volunteer.log());
-        log.contains("better way")
-    });
-    assert_eq!(generation.end().tokens, local_tokens(MANY_TOKENS));
-}
-
-#[test]
-fn the_doctor_tells_which_kind_of_router_stands_before_a_node() {
-    for (nat, told) in [(Nat::KeepsPorts, "one port for all"), (Nat::Symmetric, "symmetric")] {
-        let Some(world) = World::new(nat) else { return };
-        let bootstrap = world.bootstrap();
-        let address = bootstrap.address();
-        // Two members are needed to compare what they see.
-        let listen = ["--listen", "/ip4/203.0.113.20/udp/4001/quic-v1", "--reachable"];
-        let _other = world.node("client", &[&["--experts", "all", "--bootstrap", &address], &listen[..]].concat());
-        let home = tempfile::tempdir().unwrap();
-        let doctor = ["doctor", "--json", "--no-upnp", "--bootstrap", &address];
-        let output = world.hanse("home-a", &home).args(doctor).output().unwrap();
-        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-        let of =
-            |name: &str| document["checks"].as_array().unwrap().iter().find(|check| check["check"] == name).unwrap();
-        assert_eq!(of("bootstrap")["outcome"], "ok", "{document}");
-        assert_eq!(of("clock")["outcome"], "ok", "{document}");
-        assert_eq!(of("nat")["outcome"], "warn", "{document}");
-        let found = of("nat")["found"].as_str().unwrap();
-        assert!(found.contains("through a relay") && found.contains(told), "{nat:?}: {found}");
-        assert!(output.status.success());
-    }
 }
