@@ -118,7 +118,11 @@ pub(crate) fn footer(tokens: usize, summary: &Summary) -> String {
     if network.frames == 0 {
         return format!("[{tokens} tokens, {speed:.1} tokens/s, computed here]");
     }
-    let mut line = format!("[{tokens} tokens, {speed:.1} tokens/s, {} peers, {} frames", network.peers, network.frames);
+    let mut line = format!(
+        "[{tokens} tokens, {speed:.1} tokens/s, {}, {} frames",
+        output::count(network.peers, "peer"),
+        network.frames
+    );
     if network.retries + network.hedged > 0 {
         line += &format!(", {} retries, {} hedged", network.retries, network.hedged);
     }

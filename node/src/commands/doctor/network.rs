@@ -16,6 +16,7 @@ use hanse_router::NetworkConfig;
 
 use super::{Check, Outcome};
 use crate::cli::{DoctorArgs, JoinArgs};
+use crate::output;
 
 /// How long a member may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -187,11 +188,12 @@ async fn clock(discovery: &Discovery) -> Check {
     let Some(&median) = differences.get(differences.len() / 2) else {
         return Check::warn("clock", "not compared: nobody hosts anything yet", "look again when a node runs");
     };
+    let members = output::count(differences.len(), "member");
     let found = match median {
-        0 => format!("as that of {} members", differences.len()),
+        0 => format!("as that of {members}"),
         _ => {
             let by = humantime::format_duration(Duration::from_secs(median.unsigned_abs() / 1000));
-            format!("about {by} {} of {} members", if median > 0 { "ahead" } else { "behind" }, differences.len())
+            format!("about {by} {} of {members}", if median > 0 { "ahead" } else { "behind" })
         }
     };
     let advice = "set the clock by the network's time: `timedatectl set-ntp true`";

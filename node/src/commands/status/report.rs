@@ -23,7 +23,12 @@ pub(super) fn report(document: &Document) -> String {
     let experts: u64 = document.layers.iter().map(|row| u64::from(row.experts)).sum();
     let missing: usize = document.layers.iter().map(|row| row.missing.len()).sum();
     let mut text = format!("model {model}\n");
-    let _ = write!(text, "{experts} experts in {} layers; {} peers\n\n", document.layers.len(), document.peers.len());
+    let _ = write!(
+        text,
+        "{experts} experts in {}; {}\n\n",
+        output::count(document.layers.len(), "layer"),
+        output::count(document.peers.len(), "peer")
+    );
     let _ = write!(text, "{}\n\n{}", layers(&document.layers), peers(&document.peers));
     if missing > 0 {
         let verb = if missing == 1 { "expert has" } else { "experts have" };
@@ -31,7 +36,8 @@ pub(super) fn report(document: &Document) -> String {
     } else if document.layers.iter().any(|row| row.min_replicas == 1) {
         let _ = write!(text, "\n\nsome experts have one host only: if it leaves, the model cannot be used");
     }
-    text
+    // Tables fill their last column with spaces.
+    text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }
 
 /// A row for layers that follow each other and are alike.
