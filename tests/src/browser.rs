@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -27,6 +27,8 @@ const FLAGS: [&str; 11] = [
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 ];
+/// Messages that may wait for the test; the browser waits where there are more.
+const MESSAGE_QUEUE: usize = 4096;
 /// What is waited for comes within this, or the test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -59,7 +61,7 @@ impl Browser {
             .spawn()
             .unwrap();
         let (orders, mut answers) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let (sender, messages) = channel();
+        let (sender, messages) = sync_channel(MESSAGE_QUEUE);
         std::thread::spawn(move || {
             let mut message = Vec::new();
             while answers.read_until(0, &mut message).is_ok_and(|read| read > 0) {
@@ -136,10 +138,24 @@ impl Browser {
         self.order("Emulation.setEmulatedMedia", json!({ "features": [feature] }));
     }
 
-    /// A picture of the window as PNG, in base64.
-    pub fn picture(&mut self) -> String {
+    /// Writes a picture of the window to `HANSE_PICTURES/name.png`, if that folder is named in the environment: to be looked at.
+    pub fn picture(&mut self, name: &str) {
+        let Some(folder) = std::env::var_os("HANSE_PICTURES") else { return };
         let picture = self.order("Page.captureScreenshot", json!({ "format": "png" }));
-        picture["data"].as_str().unwrap().to_owned()
+        let bytes = from_base64(picture["data"].as_str().unwrap());
+        std::fs::write(Path::new(&folder).join(name).with_extension("png"), bytes).unwrap();
+    }
+
+    /// Presses and releases a key by its name, such as `Enter`.
+    pub fn press(&mut self, key: &str) {
+        for kind in ["keyDown", "keyUp"] {
+            self.order("Input.dispatchKeyEvent", json!({ "type": kind, "key": key }));
+        }
+    }
+
+    /// Types a text where the focus is.
+    pub fn type_text(&mut self, text: &str) {
+        self.order("Input.insertText", json!({ "text": text }));
     }
 
     /// What has gone wrong on the page so far: exceptions, errors on the console, refused or failed requests.
@@ -168,4 +184,21 @@ impl Drop for Browser {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn from_base64(text: &str) -> Vec<u8> {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digits: Vec<u32> =
+        text.bytes().filter_map(|byte| DIGITS.iter().position(|&digit| digit == byte)).map(|at| at as u32).collect();
+    let group = |group: &[u32]| {
+        let bits = group.iter().enumerate().fold(0, |bits, (at, digit)| bits | digit << (18 - 6 * at));
+        bits.to_be_bytes()[1..group.len()].to_vec()
+    };
+    digits.chunks(4).flat_map(group).collect()
+}
+
+#[test]
+fn base64_is_read() {
+    assert_eq!(from_base64("SGFuc2U="), b"Hanse");
+    assert_eq!(from_base64("SGFu"), b"Han");
 }

@@ -195,9 +195,9 @@ export class ExpertMap {
     }[this.#mode];
     this.legend.replaceChildren(item("no peer: a hole", hole), ...texts.map((text, step) => item(text, filled(this.#palette.scale[step]))));
     this.note.textContent = {
-      replicas: "Each row is a layer, each cell an expert, coloured by how many peers can be called for it. A line below marks those just called.",
-      calls: "Each row is a layer, each cell an expert, coloured by how many rows were sent to it from here.",
-      demand: "Each row is a layer, each cell an expert, coloured by how many rows a minute its peers compute for everybody.",
+      replicas: "Rows are layers, cells experts: by how many peers can be called for each. Marked: just called.",
+      calls: "Rows are layers, cells experts: by how many rows were sent to each from here.",
+      demand: "Rows are layers, cells experts: by how many rows a minute its peers compute for everybody.",
     }[this.#mode];
   }
 
