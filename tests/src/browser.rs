@@ -32,6 +32,8 @@ const MESSAGE_QUEUE: usize = 4096;
 /// What is waited for comes within this, or the test fails.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+const PICTURE_PAUSE: Duration = Duration::from_millis(1500);
+
 /// A browser with one page.
 #[derive(Debug)]
 pub struct Browser {
@@ -141,6 +143,8 @@ impl Browser {
     /// Writes a picture of the window to `HANSE_PICTURES/name.png`, if that folder is named in the environment: to be looked at.
     pub fn picture(&mut self, name: &str) {
         let Some(folder) = std::env::var_os("HANSE_PICTURES") else { return };
+        // What is drawn on canvases follows with the next document.
+        std::thread::sleep(PICTURE_PAUSE);
         let picture = self.order("Page.captureScreenshot", json!({ "format": "png" }));
         let bytes = from_base64(picture["data"].as_str().unwrap());
         std::fs::write(Path::new(&folder).join(name).with_extension("png"), bytes).unwrap();

@@ -114,9 +114,10 @@ fn text(browser: &mut Browser, id: &str) -> String {
     browser.value(&format!("document.getElementById('{id}').textContent")).as_str().unwrap().to_owned()
 }
 
-/// Nothing on the page is cut off or makes it scroll sideways.
-fn fits(browser: &mut Browser) {
-    browser.wait_for("document.documentElement.scrollWidth <= innerWidth");
+/// Sets the window's size; nothing makes the page scroll sideways, or a phone show it smaller than it is.
+fn fits(browser: &mut Browser, width: u32, height: u32, is_dark: bool) {
+    browser.resize(width, height, is_dark);
+    browser.wait_for(&format!("innerWidth === {width} && document.documentElement.scrollWidth <= {width}"));
 }
 
 #[test]
@@ -131,7 +132,6 @@ fn the_page_shows_the_network_live_and_a_killed_peer_within_three_seconds() {
     browser.wait_for("(document.getElementById('map').focus(), document.activeElement.id === 'map')");
     browser.press("ArrowRight");
     browser.wait_for("document.getElementById('cell').textContent.startsWith('Layer 0, expert 0 · 2 replicas')");
-    std::thread::sleep(picture_delay());
     browser.picture("light");
 
     // The first quarter of a layer's experts is hosted by the first two.
@@ -140,8 +140,7 @@ fn the_page_shows_the_network_live_and_a_killed_peer_within_three_seconds() {
     assert!(took < NOTICED, "after {took:?}");
     browser.wait_for("document.querySelector('#peers .state.lost') !== null");
     assert_eq!(text(&mut browser, "covered"), "96 of 96", "others have its experts");
-    browser.resize(1280, 900, true);
-    std::thread::sleep(picture_delay());
+    fits(&mut browser, 1280, 900, true);
     browser.picture("dark");
 
     site.kill(0);
@@ -153,16 +152,12 @@ fn the_page_shows_the_network_live_and_a_killed_peer_within_three_seconds() {
     for (name, width, height, is_dark) in
         [("holes", 1280, 900, false), ("phone", 390, 844, false), ("phone-dark", 390, 844, true)]
     {
-        browser.resize(width, height, is_dark);
-        fits(&mut browser);
-        std::thread::sleep(picture_delay());
+        fits(&mut browser, width, height, is_dark);
         browser.picture(name);
     }
-    browser.resize(390, 2600, false);
-    std::thread::sleep(picture_delay());
+    fits(&mut browser, 390, 1800, false);
     browser.picture("phone-long");
-    browser.resize(360, 800, false);
-    fits(&mut browser);
+    fits(&mut browser, 360, 800, false);
 
     let address = site.address.clone();
     let elsewhere: Vec<String> =
@@ -183,7 +178,10 @@ fn the_chat_streams_an_answer_and_tells_which_peers_computed_it() {
     assert_eq!(text(&mut browser, "send"), "Stop");
     browser.wait_for("document.querySelectorAll('#talk .assistant footer .id').length >= 2");
     browser.wait_for("document.getElementById('send').textContent === 'Send'");
+    fits(&mut browser, 1280, 1100, false);
     browser.picture("chat");
+    fits(&mut browser, 1280, 1100, true);
+    browser.picture("chat-dark");
     browser.value("document.getElementById('chat-new').click()");
     browser.wait_for(
         "document.querySelector('#talk .hint') !== null && document.querySelectorAll('#talk li').length === 1",
@@ -207,20 +205,12 @@ fn a_large_model_fits_the_page() {
                    return performance.now() - began; })()";
     let milliseconds = browser.value(drawing).as_f64().unwrap();
     assert!(milliseconds < 400.0, "{milliseconds} ms to draw the map");
-    fits(&mut browser);
+    fits(&mut browser, 1280, 900, false);
     browser.picture("large-light");
     browser.value("document.querySelector('input[value=replicas]').click()");
-    browser.resize(1280, 900, true);
-    std::thread::sleep(picture_delay());
+    fits(&mut browser, 1280, 900, true);
     browser.picture("large-dark");
-    browser.resize(360, 800, false);
-    fits(&mut browser);
-    std::thread::sleep(picture_delay());
+    fits(&mut browser, 360, 800, false);
     browser.picture("large-phone");
     assert_eq!(browser.complaints(), Vec::<String>::new());
-}
-
-/// Pictures are of a page with a little history.
-fn picture_delay() -> Duration {
-    if std::env::var_os("HANSE_PICTURES").is_some() { Duration::from_secs(6) } else { Duration::ZERO }
 }

@@ -7,6 +7,8 @@ mod members;
 mod owner;
 #[cfg(unix)]
 mod testnet;
+#[cfg(unix)]
+mod web;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 // A conversation through the OpenAI-compatible API of the same server, and which peers computed the answers.
 
-import { element, peerColour, short, swatch } from "./format.js";
+import { element, peerColour, plural, short, swatch } from "./format.js";
 
 const PATH = "/v1/chat/completions";
 
@@ -69,7 +69,7 @@ export class Chat {
   async #stream(answer) {
     const headers = { "content-type": "application/json" };
     if (this.key.value) headers.authorization = `Bearer ${this.key.value}`;
-    const body = JSON.stringify({ model: this.#view?.name, messages: this.#messages, stream: true });
+    const body = JSON.stringify({ model: this.#view?.name, messages: this.#messages, stream: true, stream_options: { include_usage: true } });
     const response = await fetch(PATH, { method: "POST", headers, body, signal: answer.abort.signal });
     if (!response.ok) {
       if (response.status === 401) this.keyLabel.hidden = false;
@@ -93,6 +93,8 @@ export class Chat {
     if (data === "[DONE]" || data === "") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new Error(chunk.error.message ?? "the answer failed");
+    // The last chunk says how many there were; until then one in each chunk is a good guess.
+    answer.tokens = chunk.usage?.completion_tokens ?? answer.tokens;
     const text = chunk.choices?.[0]?.delta?.content ?? "";
     if (text === "") return;
     const atEnd = this.talk.scrollHeight - this.talk.scrollTop - this.talk.clientHeight < 40;
@@ -118,7 +120,7 @@ export class Chat {
       peerColour(peer);
       return element("span", "id", swatch(peer), `${short(peer)} ${Math.round((100 * calls) / all)} %`);
     });
-    if (answer.tokens > 0) answer.footer.replaceChildren(element("span", "", `${answer.tokens} pieces${speed}`), ...peers);
+    if (answer.tokens > 0) answer.footer.replaceChildren(element("span", "", `${plural(answer.tokens, "token")}${speed}`), ...peers);
   }
 
   #add(kind, ...children) {

@@ -248,7 +248,7 @@ export class ExpertMap {
     const lost = this.#view.peers.filter((peer) => peer.state === "lost" && hosts(peer, layer.layer, expert));
     const facts = [plural(layer.replicas[expert], "replica")];
     if (this.#view.engine) facts.push(`${plural(layer.calls[expert], "row")} sent from here`);
-    facts.push(`${count(layer.demand[expert])} rows a minute for all`);
+    if (layer.demand[expert] > 0) facts.push(`${count(layer.demand[expert])} rows a minute for everybody`);
     const who = (peer) => {
       const how = peer.state === "connected" ? `${peer.path}, ${milliseconds(peer.round_trip_ms)}` : peer.state;
       return element("span", "who", swatch(peer.peer_id), ` ${short(peer.peer_id)} (${how})`);

@@ -51,7 +51,7 @@ export class PeerTable {
     const columns = [
       ["who", "peer", ""], ["mood", "state", ""], ["trip", "round trip", "number"], ["path", "path", ""], ["load", "load", ""],
       ["experts", "experts", "number"], ["calls", "calls", "number", true], ["mean", "mean", "number", true],
-      ["p99", "99 of 100", "number", true], ["failures", "failed", "number", true], ["precision", "precision", ""], ["address", "address", ""],
+      ["p99", "p99", "number", true], ["failures", "failed", "number", true], ["precision", "precision", ""], ["address", "address", ""],
     ];
     for (const [name, label, kind, needsEngine] of columns) {
       const cell = element("td", `${name} ${kind}`);
@@ -72,11 +72,11 @@ export class PeerTable {
     mark.setAttribute("aria-hidden", "true");
     set(cells.mood, peer.state, () => element("span", `state ${kind}`, mark, peer.state));
     set(cells.trip, milliseconds(peer.round_trip_ms));
-    set(cells.path, peer.path ?? peer.reachability);
+    set(cells.path, peer.path ?? "–");
     set(cells.load, `${Math.round(peer.load * 100)} %`, (text) => {
       const bar = element("i", peer.load > 0.8 ? "high" : "");
       bar.style.width = text.replace(" ", "");
-      const whole = element("span", "load", bar);
+      const whole = element("span", "meter", bar);
       whole.setAttribute("aria-hidden", "true");
       return element("span", "", whole, text);
     });

@@ -3,7 +3,9 @@
 import { colour, prepare } from "./format.js";
 
 const SAMPLES = 240;
-const [WIDTH, HEIGHT] = [150, 30];
+const HEIGHT = 30;
+/** Narrower on a phone, where it stands beside another figure. */
+const width = () => (window.innerWidth < 500 ? 110 : 150);
 
 export class Sparkline {
   #samples = [];
@@ -19,15 +21,16 @@ export class Sparkline {
   }
 
   draw() {
-    const context = prepare(this.canvas, WIDTH, HEIGHT);
+    const across = width();
+    const context = prepare(this.canvas, across, HEIGHT);
     const most = Math.max(1, ...this.#samples);
-    const step = WIDTH / (SAMPLES - 1);
-    const left = WIDTH - (this.#samples.length - 1) * step;
+    const step = across / (SAMPLES - 1);
+    const left = across - (this.#samples.length - 1) * step;
     const y = (speed) => HEIGHT - 2 - (speed / most) * (HEIGHT - 5);
     context.strokeStyle = colour("line");
     context.beginPath();
     context.moveTo(0, HEIGHT - 1.5);
-    context.lineTo(WIDTH, HEIGHT - 1.5);
+    context.lineTo(across, HEIGHT - 1.5);
     context.stroke();
     context.beginPath();
     this.#samples.forEach((speed, i) => context.lineTo(left + i * step, y(speed)));
@@ -35,7 +38,7 @@ export class Sparkline {
     context.lineWidth = 1.6;
     context.lineJoin = "round";
     context.stroke();
-    context.lineTo(WIDTH, HEIGHT - 2);
+    context.lineTo(across, HEIGHT - 2);
     context.lineTo(left, HEIGHT - 2);
     context.globalAlpha = 0.16;
     context.fillStyle = colour("accent");
