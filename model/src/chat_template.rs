@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Rest;
+use minijinja::value::{Rest, Serde};
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 
@@ -94,14 +94,24 @@ impl ChatTemplate {
     /// # Errors
     /// If the template refuses the conversation or takes more than its bounds.
     pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ChatTemplateError> {
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|message| Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())]))
-            .collect();
+        self.render_with(messages, None::<()>, add_generation_prompt)
+    }
+
+    /// As [`Self::render`], for messages with whatever fields the template reads, such as `tool_calls`, and with tools as it
+    /// expects them: commonly a list of `{"type": "function", "function": {..}}`.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_with(
+        &self,
+        messages: &[impl Serialize],
+        tools: Option<impl Serialize>,
+        add_generation_prompt: bool,
+    ) -> Result<String, ChatTemplateError> {
         let given = [
-            ("messages", Value::from(messages)),
+            ("messages", Value::from(Serde(messages))),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
-            ("tools", Value::from(())),
+            ("tools", tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)))),
             ("documents", Value::from(())),
         ];
         let tokens = self.tokens.iter().map(|(name, token)| (*name, Value::from(token)));

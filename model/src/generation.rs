@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::checkpoint::{CheckpointError, read_text};
+use crate::sampling::SamplingParams;
 
 const MAX_BYTES: u64 = 16 << 20;
 
@@ -51,6 +52,12 @@ pub enum GenerationDefaultsError {
 }
 
 impl GenerationDefaults {
+    /// How tokens are drawn where nobody says otherwise: as the folder recommends.
+    pub fn sampling(&self, seed: u64) -> SamplingParams {
+        let temperature = if self.do_sample { self.temperature.unwrap_or(1.0) } else { 0.0 };
+        SamplingParams { temperature, top_k: self.top_k, top_p: self.top_p, seed, ..SamplingParams::default() }
+    }
+
     /// Reads `generation_config.json` and `config.json`; either may be absent.
     ///
     /// # Errors

@@ -71,5 +71,5 @@ pub use spec::{
     RopeSpec, SharedExpertSpec,
 };
 pub use stop::{StopOutput, StopStrings};
-pub use tokenizer::{TextStream, Tokenizer, TokenizerError};
+pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};
 pub use trunk::{ForwardError, LogitsWanted, Segment, Trunk};

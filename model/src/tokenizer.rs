@@ -1,6 +1,7 @@
 //! Text to tokens and back, with the folder's `tokenizer.json`.
 
 mod stream;
+mod vocabulary;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use stream::TextStream;
+pub use vocabulary::VocabularyToken;
 
 use crate::chat_template::{ChatTemplate, ChatTemplateError};
 use crate::checkpoint::{CheckpointError, read_text};

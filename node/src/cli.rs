@@ -1,5 +1,6 @@
 //! What the command line understands.
 
+mod gateway;
 #[cfg(unix)]
 mod testnet;
 
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+pub(crate) use gateway::GatewayArgs;
 use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
@@ -45,6 +47,8 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Talk with a model.
     Chat(ChatArgs),
+    /// Serve a model by HTTP, as OpenAI does: chat, completions, tools, JSON schemas.
+    Gateway(GatewayArgs),
     /// Log probabilities and perplexity of a text.
     Score(ScoreArgs),
     /// What a network hosts: coverage per layer, replicas, peers.

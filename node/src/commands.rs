@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod chat;
 mod client;
 pub(crate) mod demo;
+pub(crate) mod gateway;
 pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod manifest;

@@ -40,6 +40,20 @@ impl FromStr for ModelRef {
     }
 }
 
+impl ModelRef {
+    /// What people call it: the folder's or the repository's name, or the id.
+    pub(crate) fn short_name(&self) -> String {
+        match self {
+            Self::Folder(dir) => {
+                let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.clone());
+                dir.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+            }
+            Self::Id(id) => id.to_string(),
+            Self::Hub(repository) => repository.repo.clone(),
+        }
+    }
+}
+
 /// A model folder with its manifest.
 #[derive(Debug)]
 pub(crate) struct Folder {

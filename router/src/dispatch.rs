@@ -57,14 +57,7 @@ pub struct Usage {
 impl Usage {
     /// Counts what another one has counted, too.
     pub(crate) fn add(&mut self, other: &Self) {
-        let (mine, theirs) = (&mut self.counts, &other.counts);
-        mine.round_trips += theirs.round_trips;
-        mine.frames += theirs.frames;
-        mine.bytes_sent += theirs.bytes_sent;
-        mine.bytes_received += theirs.bytes_received;
-        mine.retries += theirs.retries;
-        mine.hedged += theirs.hedged;
-        mine.fallbacks += theirs.fallbacks;
+        self.counts.add(&other.counts);
         self.answered_by.extend(&other.answered_by);
     }
 

@@ -19,7 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 
 use crate::client::{Core, Summary};
-use crate::generate::{GenerateError, GenerateRequest, PromptToken, Token};
+use crate::generate::{GenerateError, GenerateRequest, ScoredToken, Token};
+use crate::stats::NetworkUse;
 use driver::Driver;
 use memory::Prefixes;
 use sequence::Sequence;
@@ -47,7 +48,7 @@ impl Default for EngineConfig {
 }
 
 /// What the engine is doing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct EngineStatus {
     /// Sequences that advance together.
     pub running: usize,
@@ -65,12 +66,14 @@ pub struct EngineStatus {
     pub steps: u64,
     /// How often a sequence's keys and values were given up for lack of memory.
     pub preemptions: u64,
+    /// What all forward passes cost on the network; `peers` is not counted.
+    pub network: NetworkUse,
 }
 
 /// What a sequence tells its reader.
 #[derive(Debug)]
 pub(crate) enum Step {
-    Prompt(Vec<PromptToken>),
+    Prompt(Vec<ScoredToken>),
     Token(Token),
     End(Result<Summary, GenerateError>),
 }
@@ -106,7 +109,7 @@ impl Engine {
 
     pub(crate) fn status(&self) -> EngineStatus {
         let state = self.state();
-        EngineStatus { waiting: state.status.waiting + state.arrived.len(), ..state.status }
+        EngineStatus { waiting: state.status.waiting + state.arrived.len(), ..state.status.clone() }
     }
 
     /// The most tokens that a sequence may have.
@@ -120,7 +123,8 @@ impl Engine {
         let (steps, receiver) = mpsc::channel(STEP_QUEUE);
         let prompt = request.prompt.len() as u64;
         let (cache, tokenizer) = (core.trunk.new_cache(), core.tokenizer.as_ref());
-        let sequence = Sequence::new(request, self.context(core), cache, tokenizer, steps.clone());
+        let sequence =
+            Sequence::new(request, self.context(core), core.trunk.spec().vocab_size, cache, tokenizer, steps.clone());
         if let Err(error) = sequence.and_then(|sequence| self.enqueue(sequence, prompt)) {
             // The channel is new and has room.
             let _ = steps.try_send(Step::End(Err(error)));

@@ -76,12 +76,12 @@ pub struct Token {
     pub top: Vec<(u32, f32)>,
 }
 
-/// What the model thought of one token of the prompt.
+/// What the model thought of one token of a text, such as the prompt.
 #[derive(Debug, Clone, PartialEq)]
-pub struct PromptToken {
+pub struct ScoredToken {
     /// The token's id.
     pub id: u32,
-    /// Natural logarithm of its probability after the tokens before it; `None` for the first.
+    /// Natural logarithm of its probability after the tokens before it; `None` for a text's first token.
     pub logprob: Option<f32>,
     /// The most probable tokens in its place, as in [`Token::top`]; none for the first.
     pub top: Vec<(u32, f32)>,

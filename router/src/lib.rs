@@ -16,6 +16,8 @@ pub mod directory;
 pub mod dispatch;
 mod engine;
 pub mod fallback;
+#[cfg(feature = "gateway")]
+pub mod gateway;
 pub mod generate;
 mod membership;
 pub mod network;
@@ -31,7 +33,7 @@ pub use directory::{Directory, ExpertLayout, Missing, PeerReport, PeerState, Wat
 pub use dispatch::{CallTrace, DispatchError, LayerTrace, PassTrace, Usage};
 pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
-pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, PromptToken, Timings, Token};
+pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
 pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};

@@ -18,7 +18,7 @@ use crate::directory::{PeerState, Watching};
 use crate::dispatch::PassTrace;
 use crate::engine::EngineStatus;
 use crate::network::ExpertNetwork;
-pub use serve::routes;
+pub use serve::{api, page, routes};
 use speed::Speed;
 
 /// A network as one client sees it.
@@ -143,7 +143,7 @@ impl ViewSource {
         let reports = directory.overview();
         let layers = build::layers(directory.layout(), &reports, |layer| self.network.calls(layer));
         let engine = self.client.as_ref().map(Client::engine);
-        let speed = |status: EngineStatus| {
+        let speed = |status: &EngineStatus| {
             let mut speed = self.speed.lock().unwrap_or_else(PoisonError::into_inner);
             speed.per_second(Instant::now(), status.tokens)
         };
@@ -154,8 +154,8 @@ impl ViewSource {
             missing: layers.iter().flat_map(|layer| &layer.replicas).filter(|&&replicas| replicas == 0).count(),
             layers,
             peers: reports.iter().map(PeerView::of).collect(),
+            tokens_per_second: engine.as_ref().and_then(speed),
             engine,
-            tokens_per_second: engine.and_then(speed),
             trace: self.network.latest_trace().map(|(age, pass)| TraceView { age_ms: millis(age), pass }),
         }
     }

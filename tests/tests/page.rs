@@ -2,24 +2,18 @@
 //!
 //! Skipped where there is no Chromium. With `HANSE_PICTURES=DIR` pictures of it are left in that folder.
 
-use std::convert::Infallible;
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::response::sse::{Event, Sse};
-use axum::routing::post;
-use axum::{Json, Router};
-use futures::{Stream, StreamExt};
-use hanse_model::{Checkpoint, SamplingParams};
+use hanse_model::Checkpoint;
 use hanse_node::testnet::split;
 use hanse_router::client::layout_of;
-use hanse_router::view::{ViewSource, routes};
-use hanse_router::{Client, GenerateRequest, NetworkConfig};
+use hanse_router::gateway::{GatewayApp, GatewayConfig, Keys, serve};
+use hanse_router::view::ViewSource;
+use hanse_router::{Client, NetworkConfig};
 use hanse_tests::browser::Browser;
 use hanse_tests::net::{Net, greedy, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 const NOTICED: Duration = Duration::from_secs(3);
 const NODES: usize = 4;
 
-/// A network of four volunteers with two replicas of every expert, a client of it that is busy, and the page.
+/// A network of four volunteers with two replicas of every expert, a client of it that is busy, and a gateway with the page.
 struct Site {
     runtime: Runtime,
     net: Net,
@@ -40,6 +34,10 @@ struct Site {
 
 impl Site {
     fn start() -> Self {
+        Self::with_keys(None)
+    }
+
+    fn with_keys(keys: Option<Keys>) -> Self {
         let runtime = runtime();
         let (net, client, address, tasks) = runtime.block_on(async {
             let specs = split(&layout_of(Checkpoint::open(&tiny_moe()).unwrap().spec()), NODES, 2);
@@ -51,9 +49,9 @@ impl Site {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = format!("http://{}", listener.local_addr().unwrap());
             let source = ViewSource::client(&client, "tiny-moe", true).unwrap();
-            let chat = Router::new().route("/v1/chat/completions", post(answer)).with_state(Arc::new(client.clone()));
-            let app = routes(source, CancellationToken::new()).merge(chat);
-            let serving = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+            let config = GatewayConfig { keys, ..GatewayConfig::new("tiny-moe") };
+            let app = GatewayApp::new(client.clone(), config).unwrap().with_page(source, CancellationToken::new());
+            let serving = tokio::spawn(async move { serve(listener, app, std::future::pending()).await.unwrap() });
             let tasks =
                 vec![AbortOnDropHandle::new(serving), AbortOnDropHandle::new(tokio::spawn(load(client.clone())))];
             (net, client, address, tasks)
@@ -91,22 +89,6 @@ async fn load(client: Client) {
         let requests = [1, 2].map(|i| greedy(&[(first * 7 + i) % 1700, 2, 3], 200));
         futures::future::join_all(requests.into_iter().map(|request| tokens(&client, request))).await;
     }
-}
-
-/// Answers as OpenAI's API does, as far as the page reads it.
-async fn answer(
-    State(client): State<Arc<Client>>,
-    Json(request): Json<Value>,
-) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    assert_eq!(request["stream"], true);
-    let text = request["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap();
-    let prompt = client.tokenizer().unwrap().encode(text, true).unwrap();
-    let sampling = SamplingParams { temperature: 0.7, seed: 1, ..SamplingParams::default() };
-    let generation = client.generate(GenerateRequest { sampling, ..greedy(&prompt, 120) });
-    let chunk = |text: String| json!({ "choices": [{ "index": 0, "delta": { "content": text } }] }).to_string();
-    let chunks =
-        generation.map(move |token| chunk(token.unwrap().text)).chain(futures::stream::iter(["[DONE]".to_owned()]));
-    Sse::new(chunks.map(|data| Ok(Event::default().data(data))))
 }
 
 /// The text of an element.
@@ -187,6 +169,29 @@ fn the_chat_streams_an_answer_and_tells_which_peers_computed_it() {
         "document.querySelector('#talk .hint') !== null && document.querySelectorAll('#talk li').length === 1",
     );
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+#[test]
+fn a_gateway_with_keys_shows_nothing_of_the_network_to_those_without() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("keys"), "secret-1\n").unwrap();
+    let site = Site::with_keys(Some(Keys::load(&folder.path().join("keys")).unwrap()));
+    let Some(mut browser) = Browser::start() else {
+        println!("skipped: there is no Chromium here");
+        return;
+    };
+    browser.open(&site.address);
+    let give = |browser: &mut Browser, key: &str| {
+        browser.wait_for("document.getElementById('door')?.hidden === false");
+        browser.value(&format!(
+            "(document.getElementById('key').value = '{key}', document.querySelector('#door button').click())"
+        ));
+    };
+    give(&mut browser, "secret-2");
+    browser.wait_for("document.getElementById('door-note').textContent.startsWith('This key')");
+    assert_eq!(text(&mut browser, "covered"), "–");
+    give(&mut browser, "secret-1");
+    browser.wait_for("document.getElementById('covered').textContent === '96 of 96'");
 }
 
 #[test]

@@ -70,14 +70,13 @@ async fn next_line() -> anyhow::Result<Option<String>> {
 
 /// Streams one answer; ctrl-C ends it, and what was said until then counts.
 async fn answer(client: &Client, args: &ChatArgs, prompt: Vec<u32>) -> anyhow::Result<String> {
-    let defaults = client.defaults();
-    let recommended = if defaults.do_sample { defaults.temperature } else { Some(0.0) };
+    let chosen = &args.sampling;
+    let recommended = client.defaults().sampling(chosen.seed.unwrap_or_else(rand::random));
     let sampling = SamplingParams {
-        temperature: args.sampling.temperature.or(recommended).unwrap_or(1.0),
-        top_k: args.sampling.top_k.or(defaults.top_k),
-        top_p: args.sampling.top_p.or(defaults.top_p),
-        seed: args.sampling.seed.unwrap_or_else(rand::random),
-        ..SamplingParams::default()
+        temperature: chosen.temperature.unwrap_or(recommended.temperature),
+        top_k: chosen.top_k.or(recommended.top_k),
+        top_p: chosen.top_p.or(recommended.top_p),
+        ..recommended
     };
     let request = GenerateRequest { prompt, max_tokens: args.max_tokens, sampling, ..GenerateRequest::default() };
     let mut generation = client.generate(request);

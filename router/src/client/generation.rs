@@ -7,7 +7,7 @@ use futures::Stream;
 use tokio::sync::mpsc;
 
 use crate::engine::Step;
-use crate::generate::{FinishReason, GenerateError, PromptToken, Timings, Token};
+use crate::generate::{FinishReason, GenerateError, ScoredToken, Timings, Token};
 use crate::stats::NetworkUse;
 
 /// What is known when a generation has ended.
@@ -28,7 +28,7 @@ pub struct Summary {
 #[derive(Debug)]
 pub struct Generation {
     steps: mpsc::Receiver<Step>,
-    prompt: Vec<PromptToken>,
+    prompt: Vec<ScoredToken>,
     summary: Option<Summary>,
     ended: bool,
 }
@@ -46,7 +46,7 @@ impl Generation {
 
     /// What the model thought of the prompt's tokens, if that was asked for; complete as soon as the first token or the end has come.
     #[must_use]
-    pub fn prompt(&self) -> &[PromptToken] {
+    pub fn prompt(&self) -> &[ScoredToken] {
         &self.prompt
     }
 }

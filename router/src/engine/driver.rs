@@ -41,7 +41,7 @@ impl Drop for OnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let mut state = self.0.state();
-            let status = super::EngineStatus { running: 0, waiting: 0, kv_bytes: 0, ..state.status };
+            let status = super::EngineStatus { running: 0, waiting: 0, kv_bytes: 0, ..state.status.clone() };
             *state = State { status, ..State::default() };
         }
     }
@@ -83,10 +83,13 @@ impl Driver {
     }
 
     fn drop_unwanted(&mut self) {
-        self.waiting.retain(Sequence::is_wanted);
-        let (wanted, unwanted) = std::mem::take(&mut self.active).into_iter().partition(Sequence::is_wanted);
-        self.active = wanted;
-        unwanted.into_iter().for_each(|sequence| self.keep(sequence));
+        self.waiting.retain_mut(Sequence::is_wanted);
+        for mut sequence in std::mem::take(&mut self.active) {
+            match sequence.is_wanted() {
+                true => self.active.push(sequence),
+                false => self.keep(sequence),
+            }
+        }
     }
 
     /// Keeps the keys and values of a sequence that has ended.
@@ -209,7 +212,10 @@ impl Driver {
         drop(segments);
         let used = experts.usage;
         self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).for_each(|(sequence, _)| sequence.used(&used));
-        self.engine.state().status.steps += 1;
+        let mut state = self.engine.state();
+        state.status.steps += 1;
+        state.status.network.add(&used.counts);
+        drop(state);
         logits
     }
 

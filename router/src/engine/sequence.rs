@@ -3,18 +3,21 @@
 use std::time::{Duration, Instant};
 
 use hanse_model::{
-    GenerationDefaults, KvCache, LogitsWanted, Sampler, Segment, StopOutput, StopStrings, TextStream, Tokenizer,
-    log_softmax_at, top_log_softmax,
+    ForwardError, GenerationDefaults, KvCache, LogitsWanted, Sampler, Segment, StopOutput, StopStrings, TextStream,
+    Tokenizer, log_softmax_at, top_log_softmax,
 };
 use tokio::sync::mpsc;
 
 use super::Step;
 use crate::client::Summary;
 use crate::dispatch::Usage;
-use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, PromptToken, Timings, Token};
+use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, ScoredToken, Timings, Token};
 
 /// Messages that one step may bring: of the prompt, of a token, and of the end.
 const MESSAGES: usize = 3;
+
+/// A reader that has had no room for so long has gone, as far as its sequence is concerned.
+const UNREAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// A request between its arrival and its end.
 pub(super) struct Sequence {
@@ -31,6 +34,8 @@ pub(super) struct Sequence {
     /// Tokens of the prompt whose log probabilities have been told.
     told: usize,
     steps: mpsc::Sender<Step>,
+    /// Since when its reader has had no room.
+    unread_since: Option<Instant>,
     began: Instant,
     prefilled: Option<Instant>,
     decode_steps: usize,
@@ -54,6 +59,7 @@ impl Sequence {
     pub(super) fn new(
         request: GenerateRequest,
         context: usize,
+        vocab_size: usize,
         cache: KvCache,
         tokenizer: Option<&Tokenizer>,
         steps: mpsc::Sender<Step>,
@@ -65,6 +71,9 @@ impl Sequence {
         let Some(room) = room else {
             return Err(GenerateError::PromptTooLong { tokens: request.prompt.len(), context });
         };
+        if let Some(&token) = request.prompt.iter().find(|token| **token as usize >= vocab_size) {
+            return Err(ForwardError::TokenOutOfRange { token, vocab_size }.into());
+        }
         let constraint = request.grammar.as_ref().map(|grammar| grammar.begin()).transpose();
         Ok(Self {
             tokens: request.prompt.clone(),
@@ -76,6 +85,7 @@ impl Sequence {
             limit: request.max_tokens.min(room),
             told: 0,
             steps,
+            unread_since: None,
             began: Instant::now(),
             prefilled: None,
             decode_steps: 0,
@@ -119,8 +129,16 @@ impl Sequence {
         self.steps.capacity() >= MESSAGES
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
-        !self.steps.is_closed()
+    /// Whether anybody waits for its tokens: somebody who has read nothing for long takes up memory that others could use.
+    pub(super) fn is_wanted(&mut self) -> bool {
+        if self.is_read() {
+            self.unread_since = None;
+        }
+        let long = self.unread_since.is_some_and(|since| since.elapsed() > UNREAD_LIMIT);
+        if !self.is_read() {
+            self.unread_since.get_or_insert_with(Instant::now);
+        }
+        !self.steps.is_closed() && !long
     }
 
     /// The next `rows` of its tokens as a part of a forward pass.
@@ -207,12 +225,12 @@ impl Sequence {
         let top = self.request.top_logprobs;
         let mut tokens = Vec::new();
         if self.told == 0 {
-            tokens.push(PromptToken { id: self.tokens[0], logprob: None, top: Vec::new() });
+            tokens.push(ScoredToken { id: self.tokens[0], logprob: None, top: Vec::new() });
         }
         let first = self.cache.len() - logits.len() / vocab.max(1);
         for (offset, row) in logits.chunks_exact(vocab).enumerate() {
             if let Some(&id) = self.tokens.get(first + offset + 1) {
-                tokens.push(PromptToken { id, logprob: Some(log_softmax_at(row, id)), top: top_log_softmax(row, top) });
+                tokens.push(ScoredToken { id, logprob: Some(log_softmax_at(row, id)), top: top_log_softmax(row, top) });
             }
         }
         self.told += tokens.len();

@@ -32,7 +32,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 /// The files that the page is made of beside `index.html`.
-const ASSETS: [(&str, &str, &str); 9] = [
+const ASSETS: [(&str, &str, &str); 10] = [
     ("page.css", CSS, include_str!("page/page.css")),
     ("main.js", SCRIPT, include_str!("page/main.js")),
     ("feed.js", SCRIPT, include_str!("page/feed.js")),
@@ -41,6 +41,7 @@ const ASSETS: [(&str, &str, &str); 9] = [
     ("speed.js", SCRIPT, include_str!("page/speed.js")),
     ("trace.js", SCRIPT, include_str!("page/trace.js")),
     ("chat.js", SCRIPT, include_str!("page/chat.js")),
+    ("stream.js", SCRIPT, include_str!("page/stream.js")),
     ("format.js", SCRIPT, include_str!("page/format.js")),
 ];
 
@@ -56,16 +57,27 @@ struct Shared {
     ended: CancellationToken,
 }
 
-/// Serves the page at `/`, its files below `/assets/`, the document as JSON at `/api/network`, and one after another as server-sent
-/// events at `/api/events`. Streams of events end when `ended` fires, so that a server can end in peace.
-///
-/// At most 64 streams are open at a time. One that does not read its events gets the newest when it does, so that nothing queues, and
-/// gives its place to another.
+/// The page and what it shows: [`page`] and [`api`] together.
 pub fn routes(source: ViewSource, ended: CancellationToken) -> Router {
-    let shared = Shared { source, clients: Arc::default(), latest: Mutex::default(), ended };
+    page().merge(api(source, ended))
+}
+
+/// Serves the page at `/` and its files below `/assets/`: nothing of the network is in them.
+pub fn page() -> Router {
     Router::new()
         .route("/", get(async || ([(header::CONTENT_TYPE, HTML)], include_str!("page/index.html"))))
         .route("/assets/{name}", get(asset))
+        .layer(axum::middleware::map_response(harden))
+}
+
+/// Serves the document as JSON at `/api/network`, and one after another as server-sent events at `/api/events`. Streams of events end
+/// when `ended` fires, so that a server can end in peace.
+///
+/// At most 64 streams are open at a time. One that does not read its events gets the newest when it does, so that nothing queues, and
+/// gives its place to another.
+pub fn api(source: ViewSource, ended: CancellationToken) -> Router {
+    let shared = Shared { source, clients: Arc::default(), latest: Mutex::default(), ended };
+    Router::new()
         .route("/api/network", get(network))
         .route("/api/events", get(events))
         .layer(axum::middleware::map_response(harden))

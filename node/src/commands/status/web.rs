@@ -1,13 +1,13 @@
 //! `hanse status --web`: the network on a page, live.
 
 use std::collections::{BTreeMap, HashMap};
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_protocol::{Advert, Identity, ModelId, PeerId};
+use hanse_router::gateway::serve_routes;
 use hanse_router::view::{ViewSource, routes};
 use hanse_router::{ExpertLayout, ExpertNetwork, NetworkConfig};
 use serde::Serialize;
@@ -18,6 +18,8 @@ use crate::cli::JoinArgs;
 use crate::output;
 use crate::output::say;
 
+/// Pages and other readers at a time.
+const MAX_CONNECTIONS: usize = 256;
 /// Requests in flight may take this long when the program is asked to end.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -54,33 +56,13 @@ pub(super) async fn serve(join: &JoinArgs, address: SocketAddr, shown: Shown, js
     } else {
         say!("model {model_id}\nshown at http://{address}/\n\nctrl-C ends it");
     }
-    let serving = axum::serve(listener, app).with_graceful_shutdown(ended.clone().cancelled_owned()).into_future();
-    tokio::pin!(serving);
-    let outcome = tokio::select! {
-        outcome = &mut serving => outcome,
-        asked = asked_to_end() => {
-            asked?;
-            ended.cancel();
-            // Who does not read the end of an answer is not waited for.
-            tokio::time::timeout(GRACE, serving).await.unwrap_or(Ok(()))
-        }
+    let asked = async {
+        crate::commands::gateway::ended().await;
+        ended.cancel();
     };
+    let outcome = serve_routes(listener, app, MAX_CONNECTIONS, GRACE, asked).await;
     network.shutdown().await;
     Ok(outcome?)
-}
-
-async fn asked_to_end() -> anyhow::Result<()> {
-    #[cfg(unix)]
-    {
-        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-        tokio::select! {
-            asked = tokio::signal::ctrl_c() => asked?,
-            _ = terminate.recv() => {}
-        }
-    }
-    #[cfg(not(unix))]
-    tokio::signal::ctrl_c().await?;
-    Ok(())
 }
 
 /// The layers of a model by what its hosts say: most of them, since a single one may say anything. Nobody computes here, so that the

@@ -1,6 +1,7 @@
 // A conversation through the OpenAI-compatible API of the same server, and which peers computed the answers.
 
 import { element, peerColour, plural, short, swatch } from "./format.js";
+import { authorized, events } from "./stream.js";
 
 const PATH = "/v1/chat/completions";
 
@@ -10,8 +11,8 @@ export class Chat {
   /** The answer in progress. */
   #answer = null;
 
-  constructor({ talk, form, prompt, send, fresh, key, keyLabel }) {
-    Object.assign(this, { talk, form, prompt, send, key, keyLabel });
+  constructor({ talk, form, prompt, send, fresh }) {
+    Object.assign(this, { talk, form, prompt, send });
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (this.#answer) this.#answer.abort.abort();
@@ -67,26 +68,16 @@ export class Chat {
   }
 
   async #stream(answer) {
-    const headers = { "content-type": "application/json" };
-    if (this.key.value) headers.authorization = `Bearer ${this.key.value}`;
-    const body = JSON.stringify({ model: this.#view?.name, messages: this.#messages, stream: true, stream_options: { include_usage: true } });
+    const headers = authorized({ "content-type": "application/json" });
+    const body = JSON.stringify({
+      model: this.#view?.name, messages: this.#messages, stream: true, stream_options: { include_usage: true },
+    });
     const response = await fetch(PATH, { method: "POST", headers, body, signal: answer.abort.signal });
     if (!response.ok) {
-      if (response.status === 401) this.keyLabel.hidden = false;
       const document = await response.json().catch(() => null);
       throw new Error(document?.error?.message ?? `the server answered ${response.status}`);
     }
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
-      const lines = (rest + value).split("\n");
-      rest = lines.pop();
-      for (const line of lines) {
-        if (line.startsWith("data:")) this.#take(answer, line.slice(5).trim());
-      }
-    }
+    for await (const data of events(response)) this.#take(answer, data);
   }
 
   #take(answer, data) {

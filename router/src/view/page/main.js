@@ -6,6 +6,7 @@ import { element, plural, ranges } from "./format.js";
 import { ExpertMap } from "./map.js";
 import { PeerTable } from "./peers.js";
 import { Sparkline } from "./speed.js";
+import { key } from "./stream.js";
 import { Trace } from "./trace.js";
 
 const by = (id) => document.getElementById(id);
@@ -16,7 +17,7 @@ const trace = new Trace({
   canvas: by("trace"), scroll: by("trace-scroll"), share: by("share"), legend: by("trace-legend"), note: by("trace-note"), hold: by("hold"),
 });
 const chat = new Chat({
-  talk: by("talk"), form: by("say"), prompt: by("prompt"), send: by("send"), fresh: by("chat-new"), key: by("key"), keyLabel: by("key-label"),
+  talk: by("talk"), form: by("say"), prompt: by("prompt"), send: by("send"), fresh: by("chat-new"),
 });
 let chosen = null;
 let latest = null;
@@ -101,4 +102,20 @@ function onLost() {
   say("This page has lost its server and shows what was last known", true);
 }
 
-follow(onView, onLost);
+/** Asks for an API key, and goes on when one is given. */
+function onRefused() {
+  by("live-text").textContent = "closed";
+  by("door").hidden = false;
+  by("door-note").textContent = key.value ? "This key is not one of the server's." : "This server asks for an API key.";
+  by("key").focus();
+  return new Promise((resolve) => {
+    by("door").onsubmit = (event) => {
+      event.preventDefault();
+      key.value = by("key").value.trim();
+      by("door").hidden = true;
+      resolve();
+    };
+  });
+}
+
+follow({ onView, onLost, onRefused });
