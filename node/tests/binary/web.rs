@@ -1,4 +1,4 @@
-//! `hanse status --web`: a page that is served until it is told to end.
+//! The page of `hanse status --web` and of a gateway, served until it is told to end.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -58,6 +58,32 @@ fn status_on_the_web_shows_killed_and_silent_peers_within_three_seconds_and_ends
 
     signal(web.id(), "TERM");
     assert_eq!(web.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_gateway_shows_its_network_and_ends_soon_although_a_page_is_open() {
+    let nodes = Node::halves();
+    let home = home();
+    let args = ["gateway", "--json", "--listen", "127.0.0.1:0", "--bootstrap"];
+    let mut gateway = hanse(&home);
+    gateway.args(args).arg(nodes[0].address()).arg("--model").arg(tiny_moe());
+    let mut gateway = gateway.stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(gateway.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let ready: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("ready line {line:?}: {error}"));
+    let address = ready["url"].as_str().unwrap().strip_prefix("http://").unwrap();
+    let document = document(address);
+    assert_eq!((&document["chat"], &document["name"]), (&Value::Bool(true), &ready["model"]));
+    let mut events = BufReader::new(ask(address, "/api/events"));
+    let mut event = String::new();
+    while !event.starts_with("data:") {
+        event.clear();
+        assert!(events.read_line(&mut event).unwrap() > 0, "an event");
+    }
+    let began = Instant::now();
+    signal(gateway.id(), "TERM");
+    assert_eq!(gateway.wait().unwrap().code(), Some(0));
+    assert!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
 }
 
 #[test]

@@ -5,6 +5,8 @@ import { authorized, events } from "./stream.js";
 
 const PATH = "/v1/chat/completions";
 
+const share = (part) => (part < 0.01 ? "< 1 %" : `${Math.round(100 * part)} %`);
+
 export class Chat {
   #messages = [];
   #view = null;
@@ -37,7 +39,7 @@ export class Chat {
   #clear() {
     this.#answer?.abort.abort();
     this.#messages = [];
-    this.talk.replaceChildren(element("li", "hint", "What you write goes to this server only. Peers see hidden states of a few layers, never the text."));
+    this.talk.replaceChildren(element("li", "hint", "What you write goes to this server only. Peers see hidden states, never the text."));
   }
 
   async #ask() {
@@ -53,6 +55,8 @@ export class Chat {
     const answer = { body, footer, line, text: "", tokens: 0, first: 0, last: 0, abort: new AbortController(), before: this.#calls() };
     this.#answer = answer;
     this.send.textContent = "Stop";
+    // It is read out when it is whole.
+    this.talk.setAttribute("aria-busy", "true");
     const messages = this.#messages;
     try {
       await this.#stream(answer);
@@ -65,6 +69,7 @@ export class Chat {
     else line.remove();
     if (this.#answer === answer) this.#answer = null;
     this.send.textContent = "Send";
+    this.talk.setAttribute("aria-busy", "false");
   }
 
   async #stream(answer) {
@@ -109,7 +114,7 @@ export class Chat {
     made.sort((a, b) => b[1] - a[1]);
     const peers = made.map(([peer, calls]) => {
       peerColour(peer);
-      return element("span", "id", swatch(peer), `${short(peer)} ${Math.round((100 * calls) / all)} %`);
+      return element("span", "id", swatch(peer), `${short(peer)} ${share(calls / all)}`);
     });
     if (answer.tokens > 0) answer.footer.replaceChildren(element("span", "", `${plural(answer.tokens, "token")}${speed}`), ...peers);
   }

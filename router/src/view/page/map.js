@@ -99,8 +99,22 @@ export class ExpertMap {
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     context.textAlign = "right";
+    // Layers with holes are always named; of the others as many as there is room for.
+    const middle = (row) => HEAD + (row + 0.5) * height;
+    const broken = layers.flatMap((layer, row) => (layer.replicas.includes(0) ? [row] : []));
     const rows = [1, 2, 4, 8, 16].find((every) => every * height >= 13) ?? 32;
-    layers.forEach((layer, row) => row % rows === 0 && context.fillText(layer.layer, LABEL - 7, HEAD + (row + 0.5) * height));
+    const isFree = (row) => broken.every((other) => Math.abs(other - row) * height >= 12);
+    layers.forEach((layer, row) => row % rows === 0 && isFree(row) && context.fillText(layer.layer, LABEL - 7, middle(row)));
+    context.fillStyle = this.#palette.hole;
+    context.font = "bold 11px system-ui, sans-serif";
+    let named = -100;
+    for (const row of broken) {
+      if (middle(row) - named < 12) continue;
+      named = middle(row);
+      context.fillText(`✕ ${layers[row].layer}`, LABEL - 7, named);
+    }
+    context.fillStyle = this.#palette.soft;
+    context.font = "11px system-ui, sans-serif";
     context.textAlign = "center";
     const every = [1, 2, 4, 8, 16, 32].find((every) => every * width >= 22) ?? 64;
     for (let expert = 0; expert < columns; expert += every) context.fillText(expert, LABEL + (expert + 0.5) * width, HEAD / 2);
