@@ -369,7 +369,10 @@ pub(crate) struct StatusArgs {
     /// A model folder or a model id; needed only when the network hosts several models.
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
-    /// One JSON document on standard output and nothing else.
+    /// Show the network on a web page, live, until ctrl-C; by default at 127.0.0.1:8081.
+    #[arg(long, value_name = "IP:PORT", num_args = 0..=1, default_missing_value = "127.0.0.1:8081")]
+    pub(crate) web: Option<SocketAddr>,
+    /// One JSON document on standard output and nothing else; with --web, one line when the page is served.
     #[arg(long)]
     pub(crate) json: bool,
 }

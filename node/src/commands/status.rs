@@ -1,5 +1,7 @@
 //! `hanse status`: what a network hosts.
 
+mod web;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
 use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId};
+use hanse_router::client::layout_of;
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
@@ -52,7 +55,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     if args.join.bootstrap.is_empty() && !args.join.mdns {
         crate::cli::usage_error("give --bootstrap ADDR of a member of the network, or --mdns");
     }
-    let wanted = args.model.as_deref().map(wanted_model).transpose()?;
+    let wanted = args.model.as_deref().map(Wanted::open).transpose()?;
     let identity = Identity::generate();
     let discovery = Discovery::start(
         &identity,
@@ -67,8 +70,8 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     .await?;
     discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
     let mut models = hosted_models(&discovery).await;
-    let model = match wanted {
-        Some(model) => Some(model),
+    let model = match &wanted {
+        Some(wanted) => Some(wanted.id),
         None if models.len() > 1 => {
             let ids: Vec<String> = models.keys().map(ToString::to_string).collect();
             bail!("the network hosts several models; choose one with --model: {}", ids.join(", "));
@@ -76,6 +79,12 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
         None => models.keys().next().copied(),
     };
     let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
+    if let Some(address) = args.web {
+        discovery.shutdown().await;
+        let id = model.context("nobody hosts a model that could be shown: name one with --model")?;
+        let shown = shown(id, wanted, &adverts)?;
+        return web::serve(&args.join, address, shown, args.json).await;
+    }
     let endpoint = bind_any(&identity)?;
     let rows = adverts.iter().map(|(peer, advert)| peer_row(&discovery, &endpoint, &args.join.network, *peer, advert));
     let mut peers = futures::future::join_all(rows).await;
@@ -90,11 +99,30 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
 }
 
 /// A model named by its id or by a folder that holds it.
-fn wanted_model(text: &str) -> anyhow::Result<ModelId> {
-    if let Ok(id) = text.parse() {
-        return Ok(id);
+struct Wanted {
+    id: ModelId,
+    folder: Option<Folder>,
+}
+
+impl Wanted {
+    fn open(text: &str) -> anyhow::Result<Self> {
+        if let Ok(id) = text.parse() {
+            return Ok(Self { id, folder: None });
+        }
+        let folder = Folder::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
+        Ok(Self { id: folder.id(), folder: Some(folder) })
     }
-    Ok(Folder::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?.id())
+}
+
+/// What a page of the model is about: its experts by its folder, or by what its hosts say.
+fn shown(id: ModelId, wanted: Option<Wanted>, adverts: &[(PeerId, Advert)]) -> anyhow::Result<web::Shown> {
+    let name = |folder: &Folder| folder.checkpoint.dir().file_name().map(|name| name.to_string_lossy().into_owned());
+    let folder = wanted.and_then(|wanted| wanted.folder);
+    let layout = match &folder {
+        Some(folder) => layout_of(folder.checkpoint.spec()),
+        None => web::layout(adverts).context("nobody hosts this model: only its folder could tell its experts")?,
+    };
+    Ok(web::Shown { id, name: folder.as_ref().and_then(name).unwrap_or_else(|| id.to_string()), layout })
 }
 
 fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {

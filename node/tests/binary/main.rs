@@ -9,6 +9,8 @@ mod members;
 mod owner;
 #[cfg(unix)]
 mod testnet;
+#[cfg(unix)]
+mod web;
 mod weights;
 
 use std::io::{BufRead, BufReader};
