@@ -390,9 +390,13 @@ pub(crate) struct StatusArgs {
     #[arg(long, value_name = "DIR|ID")]
     pub(crate) model: Option<String>,
     /// Look again and again, every two seconds or as many as given.
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "web", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) watch: Option<u64>,
-    /// One JSON document on standard output and nothing else; with --watch, a line for each look.
+    /// Show the network on a web page, live, until ctrl-C; by default at 127.0.0.1:8081.
+    #[arg(long, value_name = "IP:PORT", num_args = 0..=1, default_missing_value = "127.0.0.1:8081")]
+    pub(crate) web: Option<SocketAddr>,
+    /// One JSON document on standard output and nothing else; with --watch, a line for each look; with --web, one line when the page is
+    /// served.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -1,7 +1,10 @@
 //! Who hosts what: the live list of peers with their adverts, connections and measured speed, shared by all requests.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+mod departed;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, Path, PeerId, Welcome};
@@ -9,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::plan::Candidate;
 use crate::stats::{AnsweredCall, Expectation, PeerStats};
+use departed::Departed;
 
 /// A peer that failed once is set aside this long; each further failure in a row doubles it.
 const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
@@ -16,6 +20,9 @@ const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 const RELAY_PENALTY: Duration = Duration::from_millis(20);
 /// The longest time a failing peer is set aside before it is tried again.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
+
+/// Calls of each peer that an overview looks back on.
+const LATEST_CALLS: usize = 256;
 
 /// A client whose last call was sent no longer ago is at work.
 const ACTIVE: Duration = Duration::from_secs(2);
@@ -70,11 +77,33 @@ pub fn ranges(numbers: &[u32]) -> String {
     text.join(",")
 }
 
+/// Whether a peer can be called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub enum PeerState {
+    /// It is called.
+    #[serde(rename = "connected")]
+    Connected,
+    /// It failed or was too late, and is not called before it has answered a probe.
+    #[serde(rename = "set aside")]
+    SetAside,
+    /// It said that it is leaving, and is called only if nobody else can be.
+    #[serde(rename = "draining")]
+    Draining,
+    /// It is known, and was not connected yet.
+    #[serde(rename = "connecting")]
+    Connecting,
+    /// It was connected, and is no more.
+    #[serde(rename = "lost")]
+    Lost,
+}
+
 /// One peer as others may look at it.
 #[derive(Debug, Clone)]
 pub struct PeerReport {
     /// Who it is.
     pub peer: PeerId,
+    /// Whether it can be called.
+    pub state: PeerState,
     /// What it last said of itself.
     pub advert: Advert,
     /// The way in use, if connected.
@@ -104,9 +133,39 @@ struct Member {
     busy_until: Option<Instant>,
     /// Set aside after a failure, until a probe (not before this time) shows that it answers again.
     probe_at: Option<Instant>,
+    /// When its last connection ended, if it had one and has none now.
+    lost_at: Option<Instant>,
 }
 
 impl Member {
+    fn state(&self) -> PeerState {
+        match &self.link {
+            Some(link) if link.connection.is_closed() => PeerState::Lost,
+            Some(_) if self.probe_at.is_some() => PeerState::SetAside,
+            Some(_) if self.advert.draining => PeerState::Draining,
+            Some(_) => PeerState::Connected,
+            None if self.lost_at.is_some() => PeerState::Lost,
+            None => PeerState::Connecting,
+        }
+    }
+
+    fn lose(&mut self) {
+        if self.link.take().is_some() {
+            self.lost_at = Some(Instant::now());
+        }
+    }
+
+    fn report(&self, peer: PeerId, latest: usize) -> PeerReport {
+        PeerReport {
+            peer,
+            state: self.state(),
+            advert: self.advert.clone(),
+            address: self.link.as_ref().map(|link| link.path.clone()),
+            round_trip: self.link.as_ref().map(|link| link.connection.round_trip()),
+            stats: self.stats.latest(latest),
+        }
+    }
+
     /// What the connection's round trip counts for; zero when there is no connection.
     fn round_trip(&self) -> Duration {
         let Some(link) = &self.link else { return Duration::ZERO };
@@ -122,12 +181,32 @@ pub struct Directory {
     members: RwLock<HashMap<PeerId, Member>>,
     /// When the last call was sent, to whomever.
     last_call: Mutex<Option<Instant>>,
+    /// How many look on, and want to be told of a peer that dies although nobody calls it.
+    watchers: Arc<AtomicUsize>,
+    departed: Departed,
     changes: watch::Sender<u64>,
+}
+
+/// Somebody looks at a directory: as long as this lives, peers are asked whether they are there also while no requests run.
+#[derive(Debug)]
+pub struct Watching(Arc<AtomicUsize>);
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Directory {
     pub(crate) fn new(layout: ExpertLayout) -> Self {
-        Self { layout, members: RwLock::default(), last_call: Mutex::default(), changes: watch::channel(0).0 }
+        Self {
+            layout,
+            members: RwLock::default(),
+            last_call: Mutex::default(),
+            watchers: Arc::default(),
+            departed: Departed::default(),
+            changes: watch::channel(0).0,
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, HashMap<PeerId, Member>> {
@@ -147,6 +226,13 @@ impl Directory {
         self.changes.subscribe()
     }
 
+    /// Has peers that die noticed within seconds for as long as the result lives, whether requests run or not.
+    #[must_use]
+    pub fn watch(&self) -> Watching {
+        self.watchers.fetch_add(1, Ordering::Relaxed);
+        Watching(self.watchers.clone())
+    }
+
     /// The model's experts.
     #[must_use]
     pub fn layout(&self) -> &ExpertLayout {
@@ -161,7 +247,7 @@ impl Directory {
                 let differs = member.advert.hosted != advert.hosted || member.advert.draining != advert.draining;
                 let moved = |link: &Link| matches!(&link.path, Path::Data(at) if !advert.data_addresses.contains(at));
                 if member.link.as_ref().is_some_and(moved) {
-                    member.link = None;
+                    member.lose();
                 }
                 member.advert = advert;
                 if !differs {
@@ -179,6 +265,7 @@ impl Directory {
                         failures_in_a_row: 0,
                         busy_until: None,
                         probe_at: None,
+                        lost_at: None,
                     },
                 );
             }
@@ -190,7 +277,7 @@ impl Directory {
     pub(crate) fn connected(&self, peer: PeerId, link: Link) {
         if let Some(member) = self.write().get_mut(&peer) {
             member.link = Some(link);
-            member.probe_at = None;
+            (member.probe_at, member.lost_at) = (None, None);
         }
         self.changed();
     }
@@ -202,14 +289,19 @@ impl Directory {
 
     pub(crate) fn disconnected(&self, peer: &PeerId) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.link = None;
+            member.lose();
         }
         self.changed();
     }
 
     pub(crate) fn remove(&self, peer: &PeerId) {
-        if self.write().remove(peer).is_some() {
+        let removed = self.write().remove(peer);
+        if let Some(mut member) = removed {
             tracing::info!(%peer, "peer left");
+            member.lose();
+            if let Some(lost_at) = member.lost_at {
+                self.departed.add(lost_at, member.report(*peer, LATEST_CALLS));
+            }
         }
         self.changed();
     }
@@ -243,11 +335,11 @@ impl Directory {
         self.changed();
     }
 
-    /// Whether requests run, and `peer` might be called for them but has answered no call for `silent`.
+    /// Whether requests run or somebody looks on, and `peer` might be called but has answered no call for `silent`.
     pub(crate) fn is_owed_a_heartbeat(&self, peer: &PeerId, now: Instant, silent: Duration) -> bool {
         let last_call = *self.last_call.lock().unwrap_or_else(PoisonError::into_inner);
         let elapsed = |at: Instant| now.saturating_duration_since(at);
-        last_call.is_some_and(|at| elapsed(at) < ACTIVE)
+        (last_call.is_some_and(|at| elapsed(at) < ACTIVE) || self.watchers.load(Ordering::Relaxed) > 0)
             && self.read().get(peer).is_some_and(|member| {
                 member.probe_at.is_none() && member.stats.last_answer.is_none_or(|at| elapsed(at) >= silent)
             })
@@ -370,17 +462,25 @@ impl Directory {
     /// All known peers, ordered by peer id.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerReport> {
+        self.reports(usize::MAX)
+    }
+
+    /// All known peers and those that were lost within the last minute, ordered by peer id. Made to be asked often: the durations
+    /// of calls are those of the latest few hundred.
+    #[must_use]
+    pub fn overview(&self) -> Vec<PeerReport> {
+        let mut reports = self.reports(LATEST_CALLS);
+        let known: HashSet<PeerId> = reports.iter().map(|report| report.peer).collect();
+        reports.extend(
+            self.departed.within_a_minute(Instant::now()).into_iter().filter(|gone| !known.contains(&gone.peer)),
+        );
+        reports.sort_unstable_by_key(|report| report.peer);
+        reports
+    }
+
+    fn reports(&self, latest: usize) -> Vec<PeerReport> {
         let members = self.read();
-        let mut reports: Vec<PeerReport> = members
-            .iter()
-            .map(|(&peer, member)| PeerReport {
-                peer,
-                advert: member.advert.clone(),
-                address: member.link.as_ref().map(|link| link.path.clone()),
-                round_trip: member.link.as_ref().map(|link| link.connection.round_trip()),
-                stats: member.stats.clone(),
-            })
-            .collect();
+        let mut reports: Vec<PeerReport> = members.iter().map(|(&peer, member)| member.report(peer, latest)).collect();
         reports.sort_unstable_by_key(|report| report.peer);
         reports
     }

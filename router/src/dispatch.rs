@@ -3,6 +3,8 @@
 mod combine;
 mod hedge;
 mod pieces;
+mod tally;
+mod trace;
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -15,6 +17,10 @@ use crate::network::ExpertNetwork;
 use crate::stats::{AnsweredCall, NetworkUse};
 pub(crate) use hedge::HedgeBudget;
 use pieces::Layer;
+pub(crate) use tally::Tally;
+use trace::Recording;
+pub(crate) use trace::Tracer;
+pub use trace::{CallTrace, LayerTrace, PassTrace};
 
 /// Why a layer could not be computed by the network.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +50,8 @@ fn reason_text(reason: &Option<String>) -> String {
 pub struct Usage {
     pub(crate) counts: NetworkUse,
     pub(crate) answered_by: BTreeSet<PeerId>,
+    /// The pass in progress, if it is one of those that are written down.
+    recording: Option<Recording>,
 }
 
 impl Usage {
@@ -95,14 +103,34 @@ impl ExpertNetwork {
         let answer_row = width * routing.top_k.max(1) * self.config.wire.bytes_per_value();
         let fitting = FrameLimits::default().max_body_bytes as usize / answer_row.max(1);
         let chunk = self.directory.max_rows().min(fitting).max(1);
+        self.tally.add(layer, &routing.experts);
+        self.enter(layer, routing.rows(), usage);
         let mut output = Vec::with_capacity(hidden.len());
         for first in (0..routing.rows()).step_by(chunk) {
             let last = routing.rows().min(first + chunk);
             let wanted = group_by_expert(routing, first..last);
             let rows = &hidden[first * width..last * width];
             output.extend(Layer::new(self, layer, rows, usage, patience).run(wanted).await?);
+            if let Some(recording) = &mut usage.recording {
+                recording.end_calls();
+            }
+        }
+        if self.directory.layout().layers.last_key_value().is_some_and(|(&last, _)| layer == last)
+            && let Some(recording) = usage.recording.take()
+        {
+            self.tracer.finish(recording);
         }
         Ok(output)
+    }
+
+    /// Begins a layer in the trace of a pass that is written down.
+    fn enter(&self, layer: u32, rows: usize, usage: &mut Usage) {
+        if self.directory.layout().layers.first_key_value().is_some_and(|(&first, _)| layer == first) {
+            usage.recording = self.tracer.begin();
+        }
+        if let Some(recording) = &mut usage.recording {
+            recording.begin_layer(layer, rows);
+        }
     }
 
     fn check(&self, layer: u32, hidden: &[f32], routing: &Routing) -> Result<usize, DispatchError> {
@@ -211,13 +239,13 @@ enum CallFailure {
 }
 
 /// Makes one call and decodes its answer to `[rows, hidden_size]`: the frame's rows with [`Combine::Peer`], one row per
-/// assignment with [`Combine::Client`]. `usual` is what it should take.
+/// assignment with [`Combine::Client`]; and tells how long the peer computed. `usual` is what it should take.
 async fn call(
     network: &ExpertNetwork,
     peer: PeerId,
     outgoing: &Outgoing,
     usual: Duration,
-) -> Result<Vec<f32>, CallFailure> {
+) -> Result<(Vec<f32>, Duration), CallFailure> {
     let Some(link) = network.directory.link(&peer) else { return Err(CallFailure::Failed("not connected".into())) };
     let started = Instant::now();
     network.directory.sent(&peer, started);
@@ -246,7 +274,7 @@ async fn call(
     let (assignments, queued_rows) = (outgoing.assignments, answer.queued_rows);
     let answered = AnsweredCall { latency: now - started, compute, usual, assignments, queued_rows };
     network.directory.answered(&peer, now, answered);
-    Ok(values)
+    Ok((values, compute))
 }
 
 fn failure_text(peer: PeerId, error: &CallError) -> String {

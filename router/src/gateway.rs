@@ -30,15 +30,17 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hanse_model::{ChatTemplate, VocabularyToken};
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::client::Client;
+use crate::view::{self, ViewSource};
 use ask::Kind;
 use error::ApiError;
 use grammar::Grammars;
 pub use keys::{KeyError, Keys};
 use metrics::Metrics;
-pub use server::serve;
+pub use server::{serve, serve_routes};
 
 /// How a gateway behaves.
 #[derive(Debug, Clone)]
@@ -162,6 +164,14 @@ impl GatewayApp {
     #[must_use]
     pub fn merge(self, routes: Router) -> Self {
         Self { router: self.router.merge(routes), ..self }
+    }
+
+    /// Serves the page that shows the network, too: see [`view::page`] and [`view::api`]. What it shows needs a key where one is asked
+    /// for. Its streams end when `ended` fires.
+    #[must_use]
+    pub fn with_page(self, source: ViewSource, ended: CancellationToken) -> Self {
+        let keyed = middleware::from_fn_with_state(self.gateway.clone(), keys::check);
+        self.merge(view::page()).merge(view::api(source, ended).layer(keyed))
     }
 
     /// From now on `/health` says that this gateway is about to end.

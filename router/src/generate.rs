@@ -159,7 +159,7 @@ pub enum GenerateError {
 /// row and `[rows, vocab]`.
 ///
 /// # Errors
-/// See [`GenerateError`]: an empty or too long text, or a failed forward pass.
+/// An empty or too long text, or a failed forward pass.
 pub fn logits(
     trunk: &Trunk,
     experts: &mut dyn Experts,

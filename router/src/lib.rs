@@ -139,11 +139,13 @@ pub mod plan;
 mod remote;
 pub mod search;
 pub mod stats;
+#[cfg(feature = "gateway")]
+pub mod view;
 pub mod weights;
 
 pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
-pub use directory::{Directory, ExpertLayout, Missing, PeerReport};
-pub use dispatch::{DispatchError, Usage};
+pub use directory::{Directory, ExpertLayout, Missing, PeerReport, PeerState, Watching};
+pub use dispatch::{CallTrace, DispatchError, LayerTrace, PassTrace, Usage};
 pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
 pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::directory::{Directory, ExpertLayout, Missing};
-use crate::dispatch::HedgeBudget;
+use crate::dispatch::{HedgeBudget, PassTrace, Tally, Tracer};
 use crate::fallback::{Fallback, Orphans};
 use crate::membership::Membership;
 use crate::search::PeerSearch;
@@ -118,6 +118,8 @@ pub struct ExpertNetwork {
     request_ids: AtomicU64,
     pub(crate) hedges: HedgeBudget,
     pub(crate) orphans: Orphans,
+    pub(crate) tally: Tally,
+    pub(crate) tracer: Tracer,
     /// Differs between clients, so that they do not all choose the same among equal peers.
     pub(crate) salt: u64,
     discovery: Discovery,
@@ -138,8 +140,44 @@ impl ExpertNetwork {
         config: NetworkConfig,
     ) -> Result<Self, JoinError> {
         let deadline = tokio::time::Instant::now() + config.join_timeout;
+        let network = Self::start(identity, model, layout, config).await?;
+        network.or_shut_down(network.wait_complete(deadline).await).await?;
+        Ok(network)
+    }
+
+    /// Joins without waiting for peers that host the model's experts: to see what there is of it.
+    ///
+    /// # Errors
+    /// As [`Self::join`], except that no expert is missed.
+    pub async fn watch(
+        identity: &Identity,
+        model: ModelId,
+        layout: ExpertLayout,
+        config: NetworkConfig,
+    ) -> Result<Self, JoinError> {
+        let deadline = tokio::time::Instant::now() + config.join_timeout;
+        let network = Self::start(identity, model, layout, config).await?;
+        network.or_shut_down(network.wait_reachable(deadline).await).await?;
+        Ok(network)
+    }
+
+    /// Leaves nothing running after an error.
+    async fn or_shut_down(&self, joined: Result<(), JoinError>) -> Result<(), JoinError> {
+        if joined.is_err() {
+            self.shutdown().await;
+        }
+        joined
+    }
+
+    async fn start(
+        identity: &Identity,
+        model: ModelId,
+        layout: ExpertLayout,
+        config: NetworkConfig,
+    ) -> Result<Self, JoinError> {
         let discovery = join_control_plane(identity, &config).await?;
         let endpoint = bind_any(identity)?;
+        let tally = Tally::new(&layout);
         let directory = Arc::new(Directory::new(layout));
         let membership = Arc::new(Membership {
             search: PeerSearch::new(discovery.clone(), model, directory.layout().layers.keys().copied()),
@@ -150,26 +188,21 @@ impl ExpertNetwork {
         });
         let cancel = CancellationToken::new();
         let membership = AbortOnDropHandle::new(tokio::spawn(membership.run(cancel.clone())));
-        let network = Self {
+        Ok(Self {
             config,
             model,
             directory,
             request_ids: AtomicU64::new(1),
             hedges: HedgeBudget::default(),
             orphans: Orphans::default(),
+            tally,
+            tracer: Tracer::default(),
             salt: RandomState::new().hash_one(identity.peer_id()),
             discovery,
             endpoint,
             cancel,
             _membership: membership,
-        };
-        match network.wait_complete(deadline).await {
-            Ok(()) => Ok(network),
-            Err(error) => {
-                network.shutdown().await;
-                Err(error)
-            }
-        }
+        })
     }
 
     pub(crate) fn next_request_id(&self) -> u64 {
@@ -186,6 +219,18 @@ impl ExpertNetwork {
     #[must_use]
     pub fn directory(&self) -> &Directory {
         &self.directory
+    }
+
+    /// For each expert of `layer` the number of rows that this client has sent to it; empty for a layer without experts.
+    #[must_use]
+    pub fn calls(&self, layer: u32) -> Vec<u64> {
+        self.tally.of(layer)
+    }
+
+    /// A recent forward pass call by call, and how long ago it began. A few passes in a second are written down.
+    #[must_use]
+    pub fn latest_trace(&self) -> Option<(Duration, PassTrace)> {
+        self.tracer.latest().map(|(began, trace)| (began.elapsed(), trace))
     }
 
     /// Waits until `peers` peers are connected, at most for `timeout`; returns how many are.
@@ -218,12 +263,16 @@ impl ExpertNetwork {
         }
     }
 
-    async fn wait_covered(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
-        let left = || deadline.saturating_duration_since(tokio::time::Instant::now());
-        self.discovery.wait_connected(left()).await.map_err(|reason| JoinError::Unreachable {
+    async fn wait_reachable(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        self.discovery.wait_connected(left).await.map_err(|reason| JoinError::Unreachable {
             addresses: self.config.bootstrap.clone(),
             reason: Box::new(reason),
-        })?;
+        })
+    }
+
+    async fn wait_covered(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
+        self.wait_reachable(deadline).await?;
         let mut changes = self.directory.subscribe();
         // A network that hosts other models only is recognised early, or the wrong folder would look like a slow network.
         let mut check_models = tokio::time::interval(Duration::from_secs(3));

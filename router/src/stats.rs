@@ -82,6 +82,12 @@ pub struct Expectation {
 }
 
 impl PeerStats {
+    /// The same, with the durations of only the latest `calls` calls.
+    pub(crate) fn latest(&self, calls: usize) -> Self {
+        let skipped = self.samples.len().saturating_sub(calls);
+        Self { samples: self.samples.iter().skip(skipped).copied().collect(), ..*self }
+    }
+
     /// Notes a call answered at `now`.
     pub fn answered(&mut self, now: Instant, call: AnsweredCall) {
         let AnsweredCall { latency, compute, usual, assignments, queued_rows } = call;

@@ -2,6 +2,7 @@
 //!
 //! Everything here panics when something is not as it should be: that is a failed test.
 
+pub mod browser;
 pub mod cases;
 pub mod fake;
 pub mod givers;

@@ -53,6 +53,7 @@ pub(super) const STATUS: &str = "\
 Examples:
   hanse status --bootstrap ADDR
   hanse status --bootstrap ADDR --watch
+  hanse status --bootstrap ADDR --web
   hanse status --mdns --model ID --json";
 
 pub(super) const INSPECT: &str = "\

@@ -27,7 +27,7 @@ pub(crate) struct GatewayArgs {
     /// A file with an API key on each line: only who has one may ask. Everybody may by default.
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// An origin whose web pages may ask from a browser, such as https://example.org; may be given more than once.
+    /// An origin whose web pages may ask from a browser, such as `https://example.org`; may be given more than once.
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) cors_origin: Vec<String>,
     /// Memory for the keys and values of all requests together; bounds the context too.

@@ -5,8 +5,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use hanse_router::EngineConfig;
 use hanse_router::gateway::{GatewayApp, GatewayConfig, Keys, serve};
+use hanse_router::view::ViewSource;
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 use super::client;
 use crate::cli::GatewayArgs;
@@ -42,24 +44,35 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         ..GatewayConfig::new(name.clone())
     };
     let prepared = client.clone();
-    let app = tokio::task::spawn_blocking(move || GatewayApp::new(prepared, config)).await??;
+    let mut app = tokio::task::spawn_blocking(move || GatewayApp::new(prepared, config)).await??;
+    let pages = CancellationToken::new();
+    if let Some(source) = ViewSource::client(&client, &name, true) {
+        app = app.with_page(source, pages.clone());
+    }
     let url = format!("http://{}", listener.local_addr()?);
     let model_id = client.network().map(|network| network.model().to_string());
     if args.json {
         output::json(&Ready { url, model: name, model_id })?;
     } else {
         say!("serving {name} at {url}/v1");
+        if client.network().is_some() {
+            say!("its network is shown at {url}/");
+        }
         if !args.listen.ip().is_loopback() && args.api_key_file.is_none() {
             eprintln!("everybody who reaches {} may ask: give --api-key-file to choose who", args.listen);
         }
     }
-    serve(listener, app, ended()).await?;
+    let ended = async {
+        ended().await;
+        pages.cancel();
+    };
+    serve(listener, app, ended).await?;
     client.close().await;
     Ok(())
 }
 
 /// Completes when this process is told to end.
-async fn ended() {
+pub(crate) async fn ended() {
     #[cfg(unix)]
     let terminated = async {
         match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {

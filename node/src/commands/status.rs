@@ -1,6 +1,7 @@
 //! `hanse status`: what a network hosts.
 
 mod report;
+mod web;
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
 use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId};
+use hanse_router::client::layout_of;
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
 
@@ -67,7 +69,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     if args.join.bootstrap.is_empty() && !args.join.mdns {
         crate::cli::usage_error("give --bootstrap ADDR of a member of the network, or --mdns");
     }
-    let wanted = args.model.as_deref().map(wanted_model).transpose()?;
+    let wanted = args.model.as_deref().map(Wanted::open).transpose()?;
     let identity = Identity::generate();
     let discovery = Discovery::start(
         &identity,
@@ -80,19 +82,30 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
         },
     )
     .await?;
-    let view = View { network: args.join.network.clone(), endpoint: bind_any(&identity)?, discovery, wanted };
+    let view = View {
+        network: args.join.network.clone(),
+        endpoint: bind_any(&identity)?,
+        discovery,
+        wanted: wanted.as_ref().map(|wanted| wanted.id),
+    };
+    if let Some(address) = args.web {
+        let adverts = view.adverts().await;
+        view.close().await;
+        let (model, adverts) = adverts?;
+        let id = model.context("nobody hosts a model that could be shown: name one with --model")?;
+        let shown = shown(id, wanted, &adverts)?;
+        return web::serve(&args.join, address, shown, args.json).await;
+    }
     let shown = tokio::select! {
         shown = show(&view, &args) => shown,
         interrupted = tokio::signal::ctrl_c(), if args.watch.is_some() => interrupted.context("cannot hear ctrl-C"),
     };
-    view.endpoint.close().await;
-    view.discovery.shutdown().await;
+    view.close().await;
     shown
 }
 
 /// Looks once, or again and again.
 async fn show(view: &View, args: &StatusArgs) -> anyhow::Result<()> {
-    view.discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
     let is_terminal = std::io::stdout().is_terminal();
     loop {
         let document = view.look().await?;
@@ -126,7 +139,9 @@ struct View {
 }
 
 impl View {
-    async fn look(&self) -> anyhow::Result<Document> {
+    /// The model that is meant, if there is one, with the adverts of those who host it.
+    async fn adverts(&self) -> anyhow::Result<(Option<ModelId>, Vec<(PeerId, Advert)>)> {
+        self.discovery.wait_connected(JOIN_TIMEOUT).await.context("no peer reachable")?;
         let mut models = hosted_models(&self.discovery).await;
         let model = match self.wanted {
             Some(model) => Some(model),
@@ -137,20 +152,49 @@ impl View {
             None => models.keys().next().copied(),
         };
         let adverts = model.and_then(|model| models.remove(&model)).unwrap_or_default();
+        Ok((model, adverts))
+    }
+
+    async fn look(&self) -> anyhow::Result<Document> {
+        let (model, adverts) = self.adverts().await?;
         let Self { network, discovery, endpoint, .. } = self;
         let rows = adverts.iter().map(|(peer, advert)| peer_row(discovery, endpoint, network, *peer, advert));
         let mut peers = futures::future::join_all(rows).await;
         peers.sort_by(|a, b| a.peer_id.cmp(&b.peer_id));
         Ok(Document { model_id: model.map(|id| id.to_string()), layers: layer_rows(&adverts), peers })
     }
+
+    async fn close(&self) {
+        self.endpoint.close().await;
+        self.discovery.shutdown().await;
+    }
 }
 
 /// A model named by its id or by a folder that holds it.
-fn wanted_model(text: &str) -> anyhow::Result<ModelId> {
-    if let Ok(id) = text.parse() {
-        return Ok(id);
+struct Wanted {
+    id: ModelId,
+    folder: Option<Folder>,
+}
+
+impl Wanted {
+    fn open(text: &str) -> anyhow::Result<Self> {
+        if let Ok(id) = text.parse() {
+            return Ok(Self { id, folder: None });
+        }
+        let folder = Folder::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?;
+        Ok(Self { id: folder.id(), folder: Some(folder) })
     }
-    Ok(Folder::open(Path::new(text)).with_context(|| format!("{text:?} is no model id; as a folder"))?.id())
+}
+
+/// What a page of the model is about: its experts by its folder, or by what its hosts say.
+fn shown(id: ModelId, wanted: Option<Wanted>, adverts: &[(PeerId, Advert)]) -> anyhow::Result<web::Shown> {
+    let name = |folder: &Folder| folder.checkpoint.dir().file_name().map(|name| name.to_string_lossy().into_owned());
+    let folder = wanted.and_then(|wanted| wanted.folder);
+    let layout = match &folder {
+        Some(folder) => layout_of(folder.checkpoint.spec()),
+        None => web::layout(adverts).context("nobody hosts this model: only its folder could tell its experts")?,
+    };
+    Ok(web::Shown { id, name: folder.as_ref().and_then(name).unwrap_or_else(|| id.to_string()), layout })
 }
 
 fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {

@@ -11,6 +11,8 @@ mod owner;
 #[cfg(unix)]
 mod testnet;
 mod tools;
+#[cfg(unix)]
+mod web;
 mod weights;
 
 use std::io::{BufRead, BufReader};

@@ -15,6 +15,7 @@ use futures::stream::FuturesUnordered;
 use hanse_protocol::{ExpertRows, PeerId};
 
 use super::combine::{add_answers, as_answer};
+use super::trace::Reason;
 use super::{CallFailure, DispatchError, Outgoing, Usage, call, outgoing};
 use crate::fallback::Fallback;
 use crate::network::ExpertNetwork;
@@ -32,6 +33,16 @@ enum Why {
     Hedge,
     /// The call is late: its peer is not to be relied on.
     Rescue,
+}
+
+impl Why {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::First => Reason::First,
+            Self::Retry => Reason::Retry,
+            Self::Hedge | Self::Rescue => Reason::Hedge,
+        }
+    }
 }
 
 struct Piece {
@@ -67,7 +78,7 @@ enum Event {
     Answered {
         piece: usize,
         outgoing: Outgoing,
-        result: Result<Vec<f32>, CallFailure>,
+        result: Result<(Vec<f32>, Duration), CallFailure>,
     },
     /// Slower than nineteen of twenty calls; late after the given time more.
     Slow {
@@ -184,7 +195,7 @@ impl<'a> Layer<'a> {
         for share in shares {
             let mut tried = tried.clone();
             tried.push(share.peer);
-            self.start(parent, share.peer, share.assignments, tried)?;
+            self.start(parent, share.peer, share.assignments, tried, why)?;
             match why {
                 Why::First => self.network.hedges.earn(),
                 Why::Retry => self.usage.counts.retries += 1,
@@ -235,6 +246,7 @@ impl<'a> Layer<'a> {
         peer: PeerId,
         assignments: Vec<ExpertRows>,
         tried: Vec<PeerId>,
+        why: &Why,
     ) -> Result<(), DispatchError> {
         let piece = self.pieces.len();
         let request_id = self.network.next_request_id();
@@ -242,6 +254,9 @@ impl<'a> Layer<'a> {
             .map_err(DispatchError::Invalid)?;
         self.usage.counts.frames += 1;
         self.usage.counts.bytes_sent += outgoing.bytes;
+        if let Some(recording) = &mut self.usage.recording {
+            recording.sent(piece, peer, outgoing.rows.len(), assignments.len(), why.reason());
+        }
 
         let expected = self.network.directory.expectation(&peer, outgoing.assignments, Instant::now());
         let late = expected.late.min(self.network.config.call_timeout);
@@ -313,7 +328,10 @@ impl<'a> Layer<'a> {
                     Err(self.no_replica())
                 }
             },
-            Event::Answered { piece, outgoing, result: Ok(values) } => {
+            Event::Answered { piece, outgoing, result: Ok((values, compute)) } => {
+                if let Some(recording) = &mut self.usage.recording {
+                    recording.ended(piece, Some(compute));
+                }
                 if let Some(peer) = self.pieces[piece].tried.last() {
                     self.usage.answered_by.insert(*peer);
                 }
@@ -360,6 +378,9 @@ impl<'a> Layer<'a> {
 
     fn on_failure(&mut self, piece: usize, failure: CallFailure) -> Result<(), DispatchError> {
         let now = Instant::now();
+        if let Some(recording) = &mut self.usage.recording {
+            recording.ended(piece, None);
+        }
         let peer = self.pieces[piece].tried.last().copied();
         let text = match failure {
             CallFailure::Busy { retry_after, text } => {

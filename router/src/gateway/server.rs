@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -29,9 +30,28 @@ pub async fn serve(
     app: GatewayApp,
     ended: impl Future<Output = ()>,
 ) -> Result<(), GatewayError> {
+    let (max_connections, drain_timeout) = (app.gateway.config.max_connections, app.gateway.config.drain_timeout);
+    let ended = async {
+        ended.await;
+        app.drain();
+    };
+    serve_routes(listener, app.router.clone(), max_connections, drain_timeout, ended).await
+}
+
+/// Serves any routes in the same way: so many connections at a time until `ended` completes, and for `drain_timeout` those that have
+/// a request in flight.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_routes(
+    listener: TcpListener,
+    routes: Router,
+    max_connections: usize,
+    drain_timeout: Duration,
+    ended: impl Future<Output = ()>,
+) -> Result<(), GatewayError> {
     listener.local_addr()?;
-    let config = &app.gateway.config;
-    let places = Arc::new(Semaphore::new(config.max_connections.max(1)));
+    let places = Arc::new(Semaphore::new(max_connections.max(1)));
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -58,7 +78,7 @@ pub async fn serve(
         };
         // Tokens go out one by one.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(app.router.clone());
+        let service = TowerToHyperService::new(routes.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -68,8 +88,7 @@ pub async fn serve(
         });
     }
     drop(listener);
-    app.drain();
-    if tokio::time::timeout(config.drain_timeout, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(drain_timeout, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests in flight did not end in time");
     }
     Ok(())

@@ -73,9 +73,10 @@ impl SwarmTask {
     /// Opens other circuits in time for those that their relays will end.
     pub(super) fn renew_circuits(&mut self) {
         let now = Instant::now();
-        self.renewals.retain(|_, at| now < *at + RENEWAL_RETRY);
         let limits = &self.circuit_limits;
         let worn = self.swarm.behaviour().frames.worn(|circuit| limits.get(&relay_of(circuit)?).copied());
+        // A renewal that has succeeded does not hold up the next one.
+        self.renewals.retain(|peer, at| now < *at + RENEWAL_RETRY && worn.iter().any(|(other, _)| other == peer));
         for (peer, circuit) in worn {
             if let Entry::Vacant(renewal) = self.renewals.entry(peer) {
                 renewal.insert(now);
