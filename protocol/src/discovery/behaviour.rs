@@ -31,8 +31,8 @@ const MAX_CONNECTIONS: u32 = 1024;
 /// Over TCP and QUIC, by both sides at once, through a relay, punched, and for AutoNAT's tests.
 const MAX_CONNECTIONS_PER_PEER: u32 = 16;
 const MAX_PENDING_INCOMING: u32 = 128;
-/// Also how fresh a lane's round trip is, which is measured at once when there is a new one. A member of a large network has hundreds of
-/// connections: pings every five seconds were most of its traffic at rest.
+/// Also how fresh a lane's round trip is, which is measured at once when there is a new one. Not more often: a member of a large network
+/// has hundreds of connections.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
