@@ -1,6 +1,6 @@
 //! A network of real control planes in one process: Kademlia, records and adverts as everywhere, connected by memory instead of sockets.
 //!
-//! Members host what [`choose`] gives them and publish it; a client that joins then finds them as every client does, by [`PeerSearch`].
+//! Members host what [`choose`] gives them and publish it; a client that joins then finds them as every client does, by `PeerSearch`.
 //! Nothing is virtual here but the transport: times are real and depend on the machine that all members share, bytes do not.
 
 mod client;
