@@ -91,7 +91,7 @@ pub enum GatewayError {
     #[error("{0:?} is no origin: write it as https://example.org")]
     Origin(String),
     /// The socket failed.
-    #[error("cannot serve: {0}")]
+    #[error("cannot serve")]
     Serve(#[from] std::io::Error),
 }
 
