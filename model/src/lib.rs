@@ -70,6 +70,6 @@ pub use spec::{
     AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
     RopeSpec, SharedExpertSpec,
 };
-pub use stop::{StopOutput, StopStrings};
+pub use stop::{StopOutput, StopStrings, overlap};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};
 pub use trunk::{ForwardError, LogitsWanted, Segment, Trunk};

@@ -46,7 +46,8 @@ impl StopStrings {
     }
 }
 
-/// Bytes of the longest end of `text` that is a beginning of `stop`.
-fn overlap(text: &str, stop: &str) -> usize {
+/// Bytes of the longest end of `text` that is a beginning of `stop`, but not all of it: what has to be held back until more of the text
+/// tells whether it becomes one.
+pub fn overlap(text: &str, stop: &str) -> usize {
     stop.char_indices().map(|(at, _)| at).rev().find(|at| text.ends_with(&stop[..*at])).unwrap_or(0)
 }

@@ -5,6 +5,7 @@ mod commands;
 mod model;
 mod output;
 mod paths;
+mod signals;
 
 use std::process::ExitCode;
 

@@ -14,6 +14,7 @@ use super::generate::show;
 use crate::cli::DemoArgs;
 use crate::model::Folder;
 use crate::output::say;
+use crate::signals::told_to_end;
 use crate::{output, paths};
 
 const DEFAULT_PROMPT: &str = "Once upon a time, there was a little fox named Pip.";
@@ -53,17 +54,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     if args.kill && args.replicas < 2 {
         crate::cli::usage_error("--kill needs --replicas 2 or more: with one replica the killed experts are gone");
     }
-    #[cfg(unix)]
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    #[cfg(unix)]
-    let terminated = terminate.recv();
-    #[cfg(not(unix))]
-    let terminated = std::future::pending::<Option<()>>();
+    let ended = told_to_end()?;
     // Dropping the demo's future ends its volunteers.
     tokio::select! {
         outcome = demo(args) => outcome,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-        _ = terminated => bail!("terminated"),
+        why = ended => bail!("{why}"),
     }
 }
 

@@ -14,6 +14,7 @@ use super::client;
 use crate::cli::GatewayArgs;
 use crate::output;
 use crate::output::say;
+use crate::signals::told_to_end;
 
 #[derive(Serialize)]
 struct Ready {
@@ -49,6 +50,7 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
     if let Some(source) = ViewSource::client(&client, &name, true) {
         app = app.with_page(source, pages.clone());
     }
+    let ended = told_to_end()?;
     let url = format!("http://{}", listener.local_addr()?);
     let model_id = client.network().map(|network| network.model().to_string());
     if args.json {
@@ -63,27 +65,10 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         }
     }
     let ended = async {
-        ended().await;
+        ended.await;
         pages.cancel();
     };
     serve(listener, app, ended).await?;
     client.close().await;
     Ok(())
-}
-
-/// Completes when this process is told to end.
-pub(crate) async fn ended() {
-    #[cfg(unix)]
-    let terminated = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => signal.recv().await,
-            Err(_) => std::future::pending().await,
-        }
-    };
-    #[cfg(not(unix))]
-    let terminated = std::future::pending::<Option<()>>();
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminated => {}
-    }
 }

@@ -24,6 +24,7 @@ use tokio::io::AsyncReadExt;
 use crate::cli::NodeArgs;
 use crate::model::Model;
 use crate::output::say;
+use crate::signals::told_to_end;
 use crate::{output, paths};
 
 /// A node that was asked to leave has gone after this, whatever its clients do.
@@ -293,14 +294,9 @@ fn is_loopback(address: &Multiaddr) -> bool {
 }
 
 /// Completes when the node should leave, with the reason.
-fn leave_signal(until_stdin_closes: bool) -> anyhow::Result<impl Future<Output = &'static str>> {
-    #[cfg(unix)]
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+fn leave_signal(until_stdin_closes: bool) -> std::io::Result<impl Future<Output = &'static str>> {
+    let ended = told_to_end()?;
     Ok(async move {
-        #[cfg(unix)]
-        let terminated = terminate.recv();
-        #[cfg(not(unix))]
-        let terminated = std::future::pending::<Option<()>>();
         let stdin_closed = async {
             if !until_stdin_closes {
                 std::future::pending::<()>().await;
@@ -309,8 +305,7 @@ fn leave_signal(until_stdin_closes: bool) -> anyhow::Result<impl Future<Output =
             let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
         };
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => "interrupted",
-            _ = terminated => "terminated",
+            why = ended => why,
             () = stdin_closed => "standard input closed",
         }
     })

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 
 use crate::cli::{ChaosArgs, OrderArgs, TestnetCommand, UpArgs};
 use crate::model::Folder;
+use crate::signals::told_to_end;
 use crate::{output, paths};
 
 /// A volunteer that `--kill-every` killed is started again after this part of the interval.
@@ -67,14 +68,13 @@ async fn up(args: UpArgs) -> anyhow::Result<()> {
     if args.replicas > args.nodes {
         crate::cli::usage_error("--replicas must not be larger than --nodes: a volunteer hosts an expert once");
     }
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let ended = told_to_end()?;
     let state = state_dir(args.state.as_deref());
     let control = Control::open(&state).await?;
     // Dropping the future ends its volunteers.
     tokio::select! {
         outcome = serve(&args, &control, &state) => outcome,
-        _ = tokio::signal::ctrl_c() => Ok(()),
-        _ = terminate.recv() => Ok(()),
+        _ = ended => Ok(()),
     }
 }
 
@@ -240,12 +240,11 @@ async fn run_chaos(args: ChaosArgs) -> anyhow::Result<()> {
         ..ChaosConfig::new(std::env::current_exe()?, dir, id, seed)
     };
     let began = Instant::now();
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let ended = told_to_end()?;
     let say = |line: &str| eprintln!("{:7.1} s  {line}", began.elapsed().as_secs_f64());
     let report = tokio::select! {
         report = chaos::run(config, say) => report?,
-        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
-        _ = terminate.recv() => bail!("terminated"),
+        why = ended => bail!("{why}"),
     };
     if args.json {
         output::json(&report)?;

@@ -1,5 +1,6 @@
 //! Calls of tools in what a model writes.
 
+use hanse_model::overlap;
 use serde_json::{Value, json};
 
 use super::ask::random_seed;
@@ -48,11 +49,6 @@ impl CallFinder {
             None => (held, Vec::new()),
         }
     }
-}
-
-/// Bytes of the longest end of `text` that is a beginning of `mark`.
-fn overlap(text: &str, mark: &str) -> usize {
-    (1..mark.len()).rev().find(|&length| mark.is_char_boundary(length) && text.ends_with(&mark[..length])).unwrap_or(0)
 }
 
 /// All calls in a text that consists of nothing else; `None` if there is something else or nothing.

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::JoinArgs;
 use crate::output;
 use crate::output::say;
+use crate::signals::told_to_end;
 
 /// Pages and other readers at a time.
 const MAX_CONNECTIONS: usize = 256;
@@ -50,6 +51,7 @@ pub(super) async fn serve(join: &JoinArgs, address: SocketAddr, shown: Shown, js
     let network = Arc::new(network);
     let ended = CancellationToken::new();
     let app = routes(ViewSource::network(network.clone(), &shown.name), ended.clone());
+    let told = told_to_end()?;
     let model_id = shown.id.to_string();
     if json {
         output::json(&Ready { address, model_id })?;
@@ -57,7 +59,7 @@ pub(super) async fn serve(join: &JoinArgs, address: SocketAddr, shown: Shown, js
         say!("model {model_id}\nshown at http://{address}/\n\nctrl-C ends it");
     }
     let asked = async {
-        crate::commands::gateway::ended().await;
+        told.await;
         ended.cancel();
     };
     let outcome = serve_routes(listener, app, MAX_CONNECTIONS, GRACE, asked).await;
