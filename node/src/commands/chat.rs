@@ -14,6 +14,7 @@ use super::client;
 use super::generate::{footer, show};
 use crate::cli::ChatArgs;
 use crate::output::say;
+use crate::signals::Interrupts;
 
 const HELP: &str = "\
 /help          shows this
@@ -72,12 +73,13 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
     // The answer needs room too, but not so much that the model forgets at once.
     let limit = context.saturating_sub(args.max_tokens.min(context / 4));
     let mut conversation = Conversation::new(args.system.clone());
+    let mut interrupts = Interrupts::catch().context("cannot hear ctrl-C")?;
     let mut lines = Lines::open()?;
     let mut seed = args.sampling.seed.unwrap_or_else(rand::random);
     // The last question, if it got no answer.
     let mut unanswered: Option<String> = None;
     eprintln!("/help shows what you can do here");
-    while let Some(line) = lines.next().await? {
+    while let Some(line) = lines.next(&mut interrupts).await? {
         let question = match Input::of(&line) {
             Input::Nothing => continue,
             Input::Quit => break,
@@ -119,7 +121,7 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
                     let turns = if dropped == 1 { "turn was".to_owned() } else { format!("{dropped} turns were") };
                     eprintln!("[the oldest {turns} forgotten: the context has {context} tokens]");
                 }
-                answer(client, args, seed, prompt).await
+                answer(client, args, seed, prompt, &mut interrupts).await
             }
             Err(error) => Err(error),
         };
@@ -142,7 +144,15 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
 }
 
 /// Streams one answer; ctrl-C ends it, and what was said until then counts.
-async fn answer(client: &Client, args: &ChatArgs, seed: u64, prompt: Vec<u32>) -> anyhow::Result<String> {
+async fn answer(
+    client: &Client,
+    args: &ChatArgs,
+    seed: u64,
+    prompt: Vec<u32>,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<String> {
+    // One that came as the last answer ended was meant for that.
+    interrupts.forget();
     let chosen = &args.sampling;
     let recommended = client.defaults().sampling(seed);
     let sampling = SamplingParams {
@@ -157,8 +167,7 @@ async fn answer(client: &Client, args: &ChatArgs, seed: u64, prompt: Vec<u32>) -
     loop {
         let token = tokio::select! {
             token = generation.next() => token,
-            interrupted = tokio::signal::ctrl_c() => {
-                interrupted.context("cannot hear ctrl-C")?;
+            () = interrupts.next() => {
                 say!("");
                 eprintln!("[stopped after {count} tokens]");
                 return Ok(text);

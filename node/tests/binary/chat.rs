@@ -84,6 +84,7 @@ mod terminal {
 
     use tempfile::TempDir;
 
+    use crate::testnet::Up;
     use crate::{PATIENCE, home, tiny_moe, waits_for};
 
     const CTRL_C: &str = "\x03";
@@ -102,7 +103,7 @@ mod terminal {
             let home = home();
             let program = env!("CARGO_BIN_EXE_hanse");
             let model = tiny_moe();
-            let line = format!("{program} chat --local --temperature 0 --model {} {more}", model.display());
+            let line = format!("{program} chat --temperature 0 --model {} {more}", model.display());
             let mut command = Command::new("script");
             command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
             command.env("HOME", home.path()).env("XDG_CACHE_HOME", home.path()).env("TERM", "xterm");
@@ -144,7 +145,9 @@ mod terminal {
 
         fn ends(mut self) {
             waits_for("the program ends", || self.child.try_wait().unwrap().is_some());
-            assert!(self.child.wait().unwrap().success());
+            self.screen.extend(self.shown.iter().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()));
+            let status = self.child.wait().unwrap();
+            assert!(status.success(), "{status}: {:?}", self.screen);
         }
     }
 
@@ -158,7 +161,7 @@ mod terminal {
 
     #[test]
     fn at_a_terminal_lines_are_edited_and_called_back() {
-        let mut terminal = Terminal::chat("--max-tokens 8");
+        let mut terminal = Terminal::chat("--local --max-tokens 8");
         terminal.shows("> ");
         // Backspace takes the x away.
         terminal.types("/rex\x7ftry\r");
@@ -173,7 +176,10 @@ mod terminal {
 
     #[test]
     fn ctrl_c_stops_the_answer_and_at_the_prompt_the_program() {
-        let mut terminal = Terminal::chat("--max-tokens 490");
+        // A token takes a tenth of a second at least, so that the answer has not ended when it is stopped.
+        let network = Up::start(&["--nodes", "2", "--rtt", "20ms"]);
+        let bootstrap = network.ready["bootstrap"].as_str().unwrap();
+        let mut terminal = Terminal::chat(&format!("--max-tokens 490 --bootstrap {bootstrap}"));
         terminal.shows("> ");
         terminal.types("Once upon a time\r");
         // The answer has begun.

@@ -10,14 +10,14 @@ use tempfile::TempDir;
 use crate::{document_of, hanse, home, run, signal, text, tiny_moe, waits_for};
 
 /// A network in the foreground of a process; killed when dropped.
-struct Up {
+pub(crate) struct Up {
     child: Child,
-    ready: Value,
+    pub(crate) ready: Value,
     home: TempDir,
 }
 
 impl Up {
-    fn start(args: &[&str]) -> Self {
+    pub(crate) fn start(args: &[&str]) -> Self {
         let home = home();
         let mut command = hanse(&home);
         command.args(["testnet", "up", "--json", "--state"]).arg(home.path().join("state")).args(args);

@@ -7,6 +7,8 @@ use rustyline::config::Configurer;
 use rustyline::error::ReadlineError;
 use rustyline::{Config, DefaultEditor};
 
+use crate::signals::Interrupts;
+
 const PROMPT: &str = "> ";
 /// The longest line that is read from a pipe.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -30,7 +32,7 @@ impl Lines {
     }
 
     /// The next line; `None` at the end, which ctrl-C and ctrl-D are too. A dropped future leaves a thread that reads one line more.
-    pub(super) async fn next(&mut self) -> anyhow::Result<Option<String>> {
+    pub(super) async fn next(&mut self, interrupts: &mut Interrupts) -> anyhow::Result<Option<String>> {
         match self {
             Self::Terminal(place) => {
                 let Some(mut editor) = place.take() else { return Ok(None) };
@@ -47,7 +49,7 @@ impl Lines {
                 let reading = tokio::task::spawn_blocking(read_line);
                 tokio::select! {
                     line = reading => line?,
-                    interrupted = tokio::signal::ctrl_c() => interrupted.map(|()| None).context("cannot hear ctrl-C"),
+                    () = interrupts.next() => Ok(None),
                 }
             }
         }
