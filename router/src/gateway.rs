@@ -40,7 +40,7 @@ use error::ApiError;
 use grammar::Grammars;
 pub use keys::{KeyError, Keys};
 use metrics::Metrics;
-pub use server::{serve, serve_routes};
+pub use server::{SocketLimits, serve, serve_routes};
 
 /// How a gateway behaves.
 #[derive(Debug, Clone)]
@@ -55,14 +55,12 @@ pub struct GatewayConfig {
     pub max_body_bytes: usize,
     /// How long a request may take to arrive.
     pub body_timeout: Duration,
-    /// Connections at a time; more wait to be accepted.
-    pub max_connections: usize,
-    /// How long requests in flight may go on after the gateway was told to end.
-    pub drain_timeout: Duration,
+    /// What its connections may cost.
+    pub sockets: SocketLimits,
 }
 
 impl GatewayConfig {
-    /// No keys, no other web pages, 4 MiB in 30 seconds, 1024 connections, 30 seconds to drain.
+    /// No keys, no other web pages, 4 MiB in 30 seconds, sockets as by default.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         Self {
@@ -71,8 +69,7 @@ impl GatewayConfig {
             cors_origins: Vec::new(),
             max_body_bytes: 4 << 20,
             body_timeout: Duration::from_secs(30),
-            max_connections: 1024,
-            drain_timeout: Duration::from_secs(30),
+            sockets: SocketLimits::default(),
         }
     }
 }

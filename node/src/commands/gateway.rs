@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_router::EngineConfig;
-use hanse_router::gateway::{GatewayApp, GatewayConfig, Keys, serve};
+use hanse_router::gateway::{GatewayApp, GatewayConfig, Keys, SocketLimits, serve};
 use hanse_router::view::ViewSource;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -41,7 +41,7 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         keys,
         cors_origins: args.cors_origin.clone(),
         max_body_bytes: usize::try_from(args.max_body.as_u64()).unwrap_or(usize::MAX),
-        drain_timeout: Duration::from_secs(args.drain),
+        sockets: SocketLimits { drain_timeout: Duration::from_secs(args.drain), ..SocketLimits::default() },
         ..GatewayConfig::new(name.clone())
     };
     let prepared = client.clone();

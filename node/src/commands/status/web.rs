@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use hanse_protocol::{Advert, Identity, ModelId, PeerId};
-use hanse_router::gateway::serve_routes;
+use hanse_router::gateway::{SocketLimits, serve_routes};
 use hanse_router::view::{ViewSource, routes};
 use hanse_router::{ExpertLayout, ExpertNetwork, NetworkConfig};
 use serde::Serialize;
@@ -18,11 +18,6 @@ use crate::cli::JoinArgs;
 use crate::output;
 use crate::output::say;
 use crate::signals::told_to_end;
-
-/// Pages and other readers at a time.
-const MAX_CONNECTIONS: usize = 256;
-/// Requests in flight may take this long when the program is asked to end.
-const GRACE: Duration = Duration::from_secs(2);
 
 /// The model that is shown.
 pub(super) struct Shown {
@@ -62,7 +57,10 @@ pub(super) async fn serve(join: &JoinArgs, address: SocketAddr, shown: Shown, js
         told.await;
         ended.cancel();
     };
-    let outcome = serve_routes(listener, app, MAX_CONNECTIONS, GRACE, asked).await;
+    // Pages read what is there already: nothing takes longer.
+    let limits =
+        SocketLimits { max_connections: 256, drain_timeout: Duration::from_secs(2), ..SocketLimits::default() };
+    let outcome = serve_routes(listener, app, limits, asked).await;
     network.shutdown().await;
     Ok(outcome?)
 }
