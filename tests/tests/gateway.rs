@@ -278,6 +278,17 @@ fn what_makes_no_sense_is_refused_in_openais_words_and_others_are_served_meanwhi
         assert_eq!(served.get("/v1/completions").await.0, 405);
         let large = json!({ "model": "tiny-moe", "prompt": "x".repeat(10 << 20) });
         assert_eq!(served.ask("/v1/completions", &large).await.0, 413);
+        // A client that does not look before it has sent everything.
+        let (address, large) = (served.address, large.to_string());
+        let answer = tokio::task::spawn_blocking(move || {
+            let mut socket = std::net::TcpStream::connect(address).unwrap();
+            let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", large.len());
+            socket.write_all(&[head.as_bytes(), large.as_bytes()].concat()).unwrap();
+            let mut answer = String::new();
+            socket.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        assert!(answer.await.unwrap().starts_with("HTTP/1.1 413"));
         assert_eq!(served.ask("/v1/chat/completions", &chat(json!({}))).await.0, 200);
         assert!(served.get("/metrics").await.1.contains("hanse_responses_total{route=\"/v1/chat/completions\",status=\"400\"}"));
         assert_eq!(served.get("/health").await, (200, r#"{"status":"ok"}"#.to_owned()));

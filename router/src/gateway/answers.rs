@@ -24,6 +24,9 @@ use crate::generate::{GenerateError, ScoredToken, Token};
 /// A stream that has nothing to say shows that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// A body that is so many times larger than allowed is not even read.
+const ABSURD: usize = 8;
+
 /// Something that one generation says.
 enum Event {
     /// Before all else, where it is wanted.
@@ -55,9 +58,9 @@ pub(super) async fn respond(gateway: &Arc<Gateway>, kind: Kind, request: Request
 
 async fn read(gateway: &Gateway, request: Request) -> Result<Body, ApiError> {
     let limit = gateway.config.max_body_bytes;
-    let reading = axum::body::to_bytes(request.into_body(), limit);
-    let read = tokio::time::timeout(gateway.config.body_timeout, reading).await.map_err(|_| ApiError::too_slow())?;
-    let bytes = read.map_err(|_| ApiError::too_large(limit))?;
+    let reading = collect(request.into_body(), limit);
+    let bytes =
+        tokio::time::timeout(gateway.config.body_timeout, reading).await.map_err(|_| ApiError::too_slow())??;
     let mut json = serde_json::Deserializer::from_slice(&bytes);
     let body = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let param = Some(error.path().to_string()).filter(|path| path != ".").unwrap_or_default();
@@ -65,6 +68,25 @@ async fn read(gateway: &Gateway, request: Request) -> Result<Body, ApiError> {
     })?;
     json.end().map_err(|error| ApiError::invalid("", format!("The request is not JSON: {error}")))?;
     Ok(body)
+}
+
+/// The bytes of a body of at most `limit`. Many clients look for an answer only after they have sent everything, and to close the
+/// connection before would take it from them: what is too much is read and forgotten, so long as it is not absurd.
+async fn collect(body: axum::body::Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    let mut chunks = body.into_data_stream();
+    let (mut bytes, mut length) = (Vec::new(), 0_usize);
+    while let Some(chunk) = chunks.next().await {
+        let Ok(chunk) = chunk else { return Err(ApiError::invalid("", "The request ends too early.")) };
+        length = length.saturating_add(chunk.len());
+        if length <= limit {
+            bytes.extend_from_slice(&chunk);
+        } else if length <= limit.saturating_mul(ABSURD) {
+            bytes = Vec::new();
+        } else {
+            break;
+        }
+    }
+    if length > limit { Err(ApiError::too_large(limit)) } else { Ok(bytes) }
 }
 
 /// Starts all generations of a request.
