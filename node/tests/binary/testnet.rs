@@ -44,7 +44,7 @@ impl Up {
         document_of(&command.output().unwrap())
     }
 
-    fn states(&self) -> Vec<String> {
+    pub(crate) fn states(&self) -> Vec<String> {
         let status = self.status();
         status["nodes"].as_array().unwrap().iter().map(|node| node["state"].as_str().unwrap().to_owned()).collect()
     }
