@@ -30,6 +30,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hanse_model::{ChatTemplate, VocabularyToken};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
@@ -103,6 +104,8 @@ struct Gateway {
     vocabulary: Vec<VocabularyToken>,
     template: Option<ChatTemplate>,
     grammars: Grammars,
+    /// Who has it compiles a format.
+    compiling: Arc<Semaphore>,
     metrics: Metrics,
     draining: AtomicBool,
 }
@@ -132,6 +135,7 @@ impl GatewayApp {
             vocabulary,
             template,
             grammars,
+            compiling: Arc::new(Semaphore::new(1)),
             draining: AtomicBool::new(false),
             client,
             config,

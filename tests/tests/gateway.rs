@@ -195,14 +195,18 @@ fn answers_obey_a_json_schema_and_calls_are_made_of_tools_that_must_be_called() 
             "properties": { "name": { "type": "string", "maxLength": 12 }, "age": { "type": "integer", "minimum": 0, "maximum": 99 },
                 "good": { "type": "boolean" } } });
         for seed in 0..4 {
-            let body = json!({ "model": "tiny-moe", "messages": user(PROMPT), "max_tokens": 480, "temperature": 1, "seed": seed,
+            let body = json!({ "model": "tiny-moe", "messages": user(PROMPT), "max_tokens": 480, "temperature": 1, "seed": seed, "n": 3,
                 "response_format": { "type": "json_schema", "json_schema": { "name": "fox", "schema": schema } } });
             let (status, document) = served.ask("/v1/chat/completions", &body).await;
             assert_eq!(status, 200, "{document}");
-            let text = document["choices"][0]["message"]["content"].as_str().unwrap();
-            let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
-            assert!(value["name"].is_string() && value["good"].is_boolean() && value["age"].as_u64().unwrap() < 100);
-            assert_eq!(document["choices"][0]["finish_reason"], "stop");
+            let choices = document["choices"].as_array().unwrap();
+            assert_eq!(choices.len(), 3);
+            for choice in choices {
+                let text = choice["message"]["content"].as_str().unwrap();
+                let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+                assert!(value["name"].is_string() && value["good"].is_boolean() && value["age"].as_u64().unwrap() < 100);
+                assert_eq!(choice["finish_reason"], "stop");
+            }
         }
         let tools = json!([{ "type": "function", "function": { "name": "feed", "description": "Feeds somebody",
             "parameters": { "type": "object", "properties": { "whom": { "enum": ["fox", "owl"] } }, "required": ["whom"],

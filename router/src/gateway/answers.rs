@@ -41,8 +41,18 @@ type Events = SelectAll<BoxStream<'static, (usize, Result<Event, GenerateError>)
 pub(super) async fn respond(gateway: &Arc<Gateway>, kind: Kind, request: Request) -> Result<Response, ApiError> {
     let body = read(gateway, request).await?;
     let shared = gateway.clone();
+    // Formats are compiled one after the other, so that strangers' schemas do not take all threads at once.
+    let turn = match body.may_have_a_format() {
+        true => gateway.compiling.clone().acquire_owned().await.ok(),
+        false => None,
+    };
     // Long prompts and large schemas take their time.
-    let asked = tokio::task::spawn_blocking(move || Ask::new(&shared, kind, body)).await;
+    let asked = tokio::task::spawn_blocking(move || {
+        let ask = Ask::new(&shared, kind, body);
+        drop(turn);
+        ask
+    });
+    let asked = asked.await;
     let ask = asked.map_err(|_| ApiError::from(GenerateError::Cancelled))??;
     let writer = Writer::new(&ask, super::unix_seconds(), &gateway.config.name);
     let mut events = run(gateway, &ask);

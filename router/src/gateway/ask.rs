@@ -291,15 +291,17 @@ fn stops(body: &Body) -> Result<Vec<String>, ApiError> {
 
 fn grammar(gateway: &Gateway, body: &Body, tools: &Tools<'_>) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
     let grammars = &gateway.grammars;
-    if tools.required {
-        return Ok(Some(grammars.tool_call(&tools.offered)));
-    }
-    Ok(match &body.response_format {
-        None | Some(ResponseFormat::Text) => None,
-        Some(ResponseFormat::JsonObject) => Some(grammars.json(serde_json::json!({ "type": "object" }))),
-        Some(ResponseFormat::JsonSchema { json_schema }) => {
-            let missing = || ApiError::invalid("response_format", "`json_schema` has no `schema`.");
-            Some(grammars.json(json_schema.schema.clone().ok_or_else(missing)?))
+    let compiled = if tools.required {
+        grammars.tool_call(&tools.offered)
+    } else {
+        match &body.response_format {
+            None | Some(ResponseFormat::Text) => return Ok(None),
+            Some(ResponseFormat::JsonObject) => grammars.json(serde_json::json!({ "type": "object" })),
+            Some(ResponseFormat::JsonSchema { json_schema }) => {
+                let missing = || ApiError::invalid("response_format", "`json_schema` has no `schema`.");
+                grammars.json(json_schema.schema.clone().ok_or_else(missing)?)
+            }
         }
-    })
+    };
+    compiled.map(Some).map_err(|error| GenerateError::Grammar(error).into())
 }

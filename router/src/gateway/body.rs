@@ -36,6 +36,13 @@ pub(super) struct Body {
     pub(super) tool_choice: Option<ToolChoice>,
 }
 
+impl Body {
+    /// Whether its answers may have to obey a format.
+    pub(super) fn may_have_a_format(&self) -> bool {
+        self.response_format.is_some() || self.tool_choice.is_some()
+    }
+}
+
 /// A text, tokens, or several of either.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]

@@ -1,6 +1,6 @@
 //! Answers that obey a format: JSON schemas and calls of tools, by llguidance.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use hanse_model::VocabularyToken;
 use llguidance::api::TopLevelGrammar;
@@ -42,16 +42,22 @@ impl Grammars {
         Self(Arc::new(Shared { vocabulary, end, factory: OnceLock::new() }))
     }
 
-    /// Answers that are JSON of this schema.
-    pub(super) fn json(&self, mut schema: Value) -> Arc<dyn Grammar> {
+    /// Answers that are JSON of this schema. Takes seconds for a schema that means harm.
+    ///
+    /// # Errors
+    /// Says what is wrong with the schema, or that it is too large.
+    pub(super) fn json(&self, mut schema: Value) -> Result<Arc<dyn Grammar>, String> {
         if let Some(schema) = schema.as_object_mut() {
             schema.insert("x-guidance".into(), json!({ "whitespace_pattern": WHITE_SPACE }));
         }
-        Arc::new(Format { grammars: self.clone(), grammar: TopLevelGrammar::from_json_schema(schema) })
+        self.compile(TopLevelGrammar::from_json_schema(schema))
     }
 
-    /// Answers that are a call of one of these tools.
-    pub(super) fn tool_call(&self, tools: &[&Tool]) -> Arc<dyn Grammar> {
+    /// Answers that are a call of one of these tools. Takes as long as [`json`](Self::json).
+    ///
+    /// # Errors
+    /// As [`json`](Self::json), of the tools' parameters.
+    pub(super) fn tool_call(&self, tools: &[&Tool]) -> Result<Arc<dyn Grammar>, String> {
         let call = |tool: &&Tool| {
             let arguments = tool.function.parameters.clone().unwrap_or_else(|| json!({ "type": "object" }));
             json!({
@@ -66,7 +72,15 @@ impl Grammars {
             "x-guidance": { "whitespace_pattern": WHITE_SPACE },
         });
         let lark = format!("start: \"{CALL_BEGINS}\\n\" call \"\\n{CALL_ENDS}\"\ncall: %json {calls}\n");
-        Arc::new(Format { grammars: self.clone(), grammar: TopLevelGrammar::from_lark(lark) })
+        self.compile(TopLevelGrammar::from_lark(lark))
+    }
+
+    fn compile(&self, grammar: TopLevelGrammar) -> Result<Arc<dyn Grammar>, String> {
+        let matcher = Matcher::new(self.0.factory()?.create_parser(grammar));
+        match matcher.get_error() {
+            Some(error) => Err(error),
+            None => Ok(Arc::new(Format(Mutex::new(matcher)))),
+        }
     }
 }
 
@@ -100,10 +114,8 @@ impl Shared {
     }
 }
 
-struct Format {
-    grammars: Grammars,
-    grammar: TopLevelGrammar,
-}
+/// A format, compiled once for all answers of a request: what each of them begins with.
+struct Format(Mutex<Matcher>);
 
 impl std::fmt::Debug for Format {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -113,12 +125,8 @@ impl std::fmt::Debug for Format {
 
 impl Grammar for Format {
     fn begin(&self) -> Result<Box<dyn Constraint>, String> {
-        let factory = self.grammars.0.factory()?;
-        let matcher = Matcher::new(factory.create_parser(self.grammar.clone()));
-        match matcher.get_error() {
-            Some(error) => Err(error),
-            None => Ok(Box::new(Matching(matcher))),
-        }
+        let matcher = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Box::new(Matching(matcher.deep_clone())))
     }
 }
 
