@@ -4,7 +4,7 @@
 #
 #   tests/docker.sh [IMAGE]
 #
-# Needs a running Docker engine, `docker compose` or `docker-compose`, and curl. IMAGE is one that exists; without it the image is built
+# Needs a running Docker engine, `docker compose` or `docker-compose`, and curl 7.82 or later. IMAGE is one that exists; without it the image is built
 # as docker/Dockerfile says, which needs the internet. HANSE_BINARY=FILE puts a program that is built already into it instead; then only
 # debian:bookworm-slim is needed. HANSE_PORT is the gateway's port here, 18080 by default.
 set -euo pipefail
@@ -69,9 +69,9 @@ in_mid_stream() {
         local asked=$!
         until [ "$(wc -l < "$scratch/stream")" -gt 40 ] || ! kill -0 $asked 2> /dev/null; do sleep 0.01; done
         "$@" > /dev/null
-        before=$(grep -c '"text"' "$scratch/stream")
+        before=$(grep -c '"text"' "$scratch/stream" || true)
         wait $asked || fail "$what: the stream broke"
-        after=$(grep -c '"text"' "$scratch/stream")
+        after=$(grep -c '"text"' "$scratch/stream" || true)
         [ "$(text "$scratch/stream")" = "$expected" ] || fail "$what: another answer: $(text "$scratch/stream")"
         if [ "$before" -lt "$after" ]; then
             say "$what after $before of $after pieces at the latest: the same answer"
@@ -161,9 +161,12 @@ wait
 for failed in "$scratch"/failed*; do
     if [ -e "$failed" ]; then fail "a request failed during the restarts, or had another answer: $(cat "$failed")"; fi
 done
+for stream in 1 2 3 4; do [ -e "$scratch/count$stream" ] || fail "stream $stream had no answer during the restarts"; done
 answers=$(cat "$scratch"/count* | paste -sd+)
 say "all volunteers restarted under load: $((answers)) answers, all the same, no request failed"
 
 down
 say "brought down"
-[ -z "$(docker ps --all --quiet --filter "name=$project")" ] || { echo "containers are left"; exit 1; }
+left=$(docker ps --all --quiet --filter "name=$project"; docker volume ls --quiet --filter "name=$project"
+    docker network ls --quiet --filter "name=$project"; docker images --quiet "$project*")
+[ -z "$left" ] || { echo "FAILED: left behind: $left"; exit 1; }

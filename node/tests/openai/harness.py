@@ -50,6 +50,7 @@ for sample in results["samples"]["choice"]:
     for choice, score, (told, _greedy) in zip(case["choices"], case["scores"], sample["filtered_resps"], strict=True):
         begins = len(tokenizer(case["context"])["input_ids"])
         expected = sum(score["logprobs"][begins:])
+        # At most a dozen log-probabilities, each of which the gateway may round by 1e-5.
         if not math.isclose(float(told), expected, abs_tol=1e-4):
             sys.exit(f"{case['context']!r} + {choice!r}: {told}, and hanse score says {expected}")
         compared += 1

@@ -23,7 +23,6 @@ use crate::generate::{GenerateError, ScoredToken, Token};
 
 /// A stream that has nothing to say shows that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-
 /// A body that is so many times larger than allowed is not even read.
 const ABSURD: usize = 8;
 
@@ -47,12 +46,12 @@ pub(super) async fn respond(gateway: &Arc<Gateway>, kind: Kind, request: Request
         false => None,
     };
     // Long prompts and large schemas take their time.
-    let asked = tokio::task::spawn_blocking(move || {
-        let ask = Ask::new(&shared, kind, body);
-        drop(turn);
-        ask
+    let made = tokio::task::spawn_blocking(move || {
+        // Kept to the end of the work, also when nobody waits for it any more.
+        let _turn = turn;
+        Ask::new(&shared, kind, body)
     });
-    let asked = asked.await;
+    let asked = made.await;
     let ask = asked.map_err(|_| ApiError::from(GenerateError::Cancelled))??;
     let writer = Writer::new(&ask, super::unix_seconds(), &gateway.config.name);
     let mut events = run(gateway, &ask);
