@@ -103,7 +103,8 @@ mod terminal {
             let home = home();
             let program = env!("CARGO_BIN_EXE_hanse");
             let model = tiny_moe();
-            let line = format!("{program} chat --temperature 0 --model {} {more}", model.display());
+            // A shell that stays in between would get the ctrl-C too, and end with an error of its own.
+            let line = format!("exec {program} chat --temperature 0 --model {} {more}", model.display());
             let mut command = Command::new("script");
             command.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
             command.env("HOME", home.path()).env("XDG_CACHE_HOME", home.path()).env("TERM", "xterm");
