@@ -51,6 +51,9 @@ pub(crate) enum Command {
     /// Have a paused node take calls again.
     #[command(after_help = examples::RESUME)]
     Resume(ControlArgs),
+    /// Whether the node that runs on this machine has loaded what it is to host: exit code 0, and 1 until then.
+    #[command(after_help = examples::READY)]
+    Ready(ControlArgs),
     /// Continue a prompt.
     Generate(GenerateArgs),
     /// Talk with a model.

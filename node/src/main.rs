@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             Command::Node(args) => commands::node::run(args).await,
             Command::Pause(args) => commands::pause::run(args, Control::Pause).await,
             Command::Resume(args) => commands::pause::run(args, Control::Resume).await,
+            Command::Ready(args) => commands::pause::run(args, Control::Ready).await,
             Command::Gateway(args) => commands::gateway::run(args).await,
             Command::Generate(args) => commands::generate::run(args).await,
             Command::Chat(args) => commands::chat::run(args).await,

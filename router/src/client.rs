@@ -174,6 +174,12 @@ impl Client {
         Self { core: self.core, engine: Arc::new(Engine::new(config)) }
     }
 
+    /// What generations may use.
+    #[must_use]
+    pub fn engine_config(&self) -> EngineConfig {
+        self.engine.config()
+    }
+
     /// What the generations in progress are using.
     #[must_use]
     pub fn engine(&self) -> EngineStatus {

@@ -36,7 +36,7 @@ pub struct EngineConfig {
     pub kv_bytes: usize,
     /// Sequences that advance together.
     pub max_sequences: usize,
-    /// Requests that may wait to be among them; more are refused.
+    /// Requests that may wait to be among them; more are refused. While memory is short, more wait and fewer advance.
     pub max_waiting: usize,
 }
 
@@ -44,6 +44,14 @@ impl Default for EngineConfig {
     /// 4 GiB, 256 sequences, 1024 waiting.
     fn default() -> Self {
         Self { kv_bytes: 4 << 30, max_sequences: 256, max_waiting: 1024 }
+    }
+}
+
+impl EngineConfig {
+    /// The most requests that it has at a time.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.max_sequences.max(1).saturating_add(self.max_waiting)
     }
 }
 
@@ -107,6 +115,10 @@ impl Engine {
         self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn config(&self) -> EngineConfig {
+        self.config
+    }
+
     pub(crate) fn status(&self) -> EngineStatus {
         let state = self.state();
         EngineStatus { waiting: state.status.waiting + state.arrived.len(), ..state.status.clone() }
@@ -142,7 +154,7 @@ impl Engine {
     fn enqueue(&self, sequence: Sequence, prompt: u64) -> Result<(), GenerateError> {
         let mut state = self.state();
         let waiting = state.status.waiting + state.arrived.len();
-        if waiting >= self.config.max_waiting {
+        if state.status.running + waiting >= self.config.capacity() {
             return Err(GenerateError::Busy { waiting });
         }
         state.status.prompt_tokens += prompt;

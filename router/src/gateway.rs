@@ -19,7 +19,6 @@ mod tools;
 mod write;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -52,7 +51,8 @@ pub struct GatewayConfig {
     pub keys: Option<Keys>,
     /// Web pages of these origins may ask, from a browser.
     pub cors_origins: Vec<String>,
-    /// The largest request, in bytes.
+    /// The largest request, in bytes. Requests of 64 KiB and more share room for eight of the largest; one that finds none is told
+    /// to come back.
     pub max_body_bytes: usize,
     /// How long a request may take to arrive.
     pub body_timeout: Duration,
@@ -93,6 +93,14 @@ pub enum GatewayError {
     Serve(#[from] std::io::Error),
 }
 
+/// How many of the largest bodies may be read and looked through at a time: what is parsed takes several times its bytes.
+const LARGEST_AT_ONCE: usize = 8;
+
+/// Bytes as a number of permits.
+fn kibibytes(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 10)).unwrap_or(u32::MAX)
+}
+
 /// What all requests share.
 #[derive(Debug)]
 struct Gateway {
@@ -106,11 +114,12 @@ struct Gateway {
     grammars: Grammars,
     /// Who has it compiles a format.
     compiling: Arc<Semaphore>,
+    /// Room for large bodies, in KiB.
+    bodies: Arc<Semaphore>,
     metrics: Metrics,
-    draining: AtomicBool,
 }
 
-/// The routes of a gateway, and the means to tell it that it is about to end.
+/// The routes of a gateway.
 #[derive(Debug, Clone)]
 pub struct GatewayApp {
     gateway: Arc<Gateway>,
@@ -136,7 +145,7 @@ impl GatewayApp {
             template,
             grammars,
             compiling: Arc::new(Semaphore::new(1)),
-            draining: AtomicBool::new(false),
+            bodies: Arc::new(Semaphore::new(kibibytes(config.max_body_bytes) as usize * LARGEST_AT_ONCE)),
             client,
             config,
         });
@@ -173,11 +182,6 @@ impl GatewayApp {
     pub fn with_page(self, source: ViewSource, ended: CancellationToken) -> Self {
         let keyed = middleware::from_fn_with_state(self.gateway.clone(), keys::check);
         self.merge(view::page()).merge(view::api(source, ended).layer(keyed))
-    }
-
-    /// From now on `/health` says that this gateway is about to end.
-    fn drain(&self) {
-        self.gateway.draining.store(true, Ordering::Relaxed);
     }
 }
 
@@ -223,7 +227,6 @@ async fn completions(State(gateway): Shared, request: Request) -> Result<Respons
 async fn health(State(gateway): Shared) -> Response {
     let missing = gateway.client.network().map(|network| network.directory().missing());
     let (status, text) = match missing {
-        _ if gateway.draining.load(Ordering::Relaxed) => (StatusCode::SERVICE_UNAVAILABLE, "draining".to_owned()),
         Some(missing) if !missing.is_empty() => {
             (StatusCode::SERVICE_UNAVAILABLE, format!("no peer hosts these experts: {missing}"))
         }

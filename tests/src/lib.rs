@@ -10,4 +10,5 @@ pub mod net;
 /// Reading the reference cases: the same code as in the tests of `hanse-model`.
 #[path = "../../model/tests/common/mod.rs"]
 pub mod reference;
+pub mod served;
 pub mod stranger;

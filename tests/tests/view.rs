@@ -209,3 +209,31 @@ fn a_network_can_be_watched_while_experts_are_missing_and_not_where_nobody_answe
         assert!(matches!(error, hanse_router::JoinError::Unreachable { .. }), "{error}");
     });
 }
+
+#[test]
+fn pages_that_are_open_but_not_read_keep_nobody_out() {
+    runtime().block_on(async {
+        let net = Net::start(&tiny_moe(), &["all"]).await;
+        let client = net.client().await;
+        let (address, ended) = serve(ViewSource::client(&client, "tiny", true).unwrap()).await;
+        let mut stalled = Vec::new();
+        for _ in 0..64 {
+            stalled.push(ask(address, "/api/events").await);
+        }
+        let mut late = ask(address, "/api/events").await;
+        let mut status = String::new();
+        late.read_line(&mut status).await.unwrap();
+        assert!(status.starts_with("HTTP/1.1 503"), "nobody is sent away at once: {status}");
+        let began = Instant::now();
+        loop {
+            let mut newcomer = ask(address, "/api/events").await;
+            if event(&mut newcomer).await.is_some() {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(20));
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        ended.cancel();
+        client.close().await;
+    });
+}

@@ -31,6 +31,11 @@ Examples:
   hanse resume
   hanse resume --data-dir /var/lib/hanse";
 
+pub(super) const READY: &str = "\
+Examples:
+  hanse ready
+  until hanse ready --data-dir /var/lib/hanse; do sleep 1; done";
+
 pub(super) const GENERATE: &str = "\
 Examples:
   hanse generate --model DIR --bootstrap ADDR --prompt 'Once upon a time'

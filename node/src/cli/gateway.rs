@@ -39,7 +39,7 @@ pub(crate) struct GatewayArgs {
     /// Requests that may wait to join them; more are refused with status 429.
     #[arg(long, default_value_t = 256, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub(crate) max_waiting: u32,
-    /// The largest request.
+    /// The largest request; eight of the largest may be read at a time.
     #[arg(long, default_value = "4MiB", value_name = "SIZE")]
     pub(crate) max_body: bytesize::ByteSize,
     /// Seconds that requests in flight may go on after the gateway was told to end.

@@ -16,6 +16,11 @@ use crate::output;
 use crate::output::say;
 use crate::signals::told_to_end;
 
+/// Connections beside those of requests that are being answered: pages, monitoring, idle ones.
+const OTHER_CONNECTIONS: usize = 256;
+/// Open files that are no connections to this gateway: the model's, the network's.
+const OTHER_FILES: u64 = 256;
+
 #[derive(Serialize)]
 struct Ready {
     url: String,
@@ -36,12 +41,18 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         max_sequences: args.max_sequences as usize,
         max_waiting: args.max_waiting as usize,
     });
+    let max_connections = client.engine_config().capacity() + OTHER_CONNECTIONS;
+    allow_files(max_connections as u64 + OTHER_FILES);
     let name = args.name.clone().unwrap_or_else(|| args.client.model.short_name());
     let config = GatewayConfig {
         keys,
         cors_origins: args.cors_origin.clone(),
         max_body_bytes: usize::try_from(args.max_body.as_u64()).unwrap_or(usize::MAX),
-        sockets: SocketLimits { drain_timeout: Duration::from_secs(args.drain), ..SocketLimits::default() },
+        sockets: SocketLimits {
+            max_connections,
+            drain_timeout: Duration::from_secs(args.drain),
+            ..SocketLimits::default()
+        },
         ..GatewayConfig::new(name.clone())
     };
     let prepared = client.clone();
@@ -71,4 +82,22 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
     serve(listener, app, ended).await?;
     client.close().await;
     Ok(())
+}
+
+/// Has the system let this process have so many files open, as far as its owner allows: by default many systems allow 1024.
+fn allow_files(wanted: u64) {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let limit = getrlimit(Resource::Nofile);
+        let Some(current) = limit.current.filter(|&current| current < wanted) else { return };
+        let most = limit.maximum.map_or(wanted, |maximum| wanted.min(maximum));
+        let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit });
+        if raised.is_err() || most < wanted {
+            let allowed = if raised.is_err() { current } else { most };
+            eprintln!("{wanted} files may be needed and {allowed} may be open (`ulimit -n`): less is served at a time");
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = wanted;
 }

@@ -163,8 +163,10 @@ async fn serve(
             request = next_request(&mut control) => Some(request),
             _ = looks.tick() => None,
         };
-        if let Some(request) = &request {
-            comfort.ask(request.command == Command::Pause);
+        match request.as_ref().map(|request| request.command) {
+            Some(Command::Pause) => comfort.ask(true),
+            Some(Command::Resume) => comfort.ask(false),
+            Some(Command::Ready) | None => {}
         }
         let load = load_average().map(|average| others.update(Instant::now(), cpu_time(), average));
         let reason = comfort.reason(minute_of_day(), load);
@@ -180,8 +182,10 @@ async fn serve(
             paused_for = reason;
         }
         if let Some(request) = request {
+            let is_early = request.command == Command::Ready && !is_loaded;
+            let answer = if is_early { "error: experts are still being loaded".to_owned() } else { state };
             // Who asked may have gone.
-            let _ = request.answer.send(state);
+            let _ = request.answer.send(answer);
         }
     }
 }

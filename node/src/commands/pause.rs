@@ -1,4 +1,4 @@
-//! `hanse pause` and `hanse resume`: tell the node that runs on this machine.
+//! `hanse pause`, `hanse resume` and `hanse ready`: tell or ask the node that runs on this machine.
 
 use anyhow::{Context as _, bail};
 use hanse_node::owner::control::{Command, ask};

@@ -1,4 +1,4 @@
-//! `hanse pause` and `hanse resume`: a socket in the data folder of the running node, for its owner alone.
+//! `hanse pause`, `hanse resume` and `hanse ready`: a socket in the data folder of the running node, for its owner alone.
 //!
 //! One line with a command, one line with the answer.
 
@@ -24,6 +24,8 @@ pub enum Command {
     Pause,
     /// Take calls again.
     Resume,
+    /// Say whether all that is to be hosted is loaded.
+    Ready,
 }
 
 impl Command {
@@ -31,6 +33,7 @@ impl Command {
         match self {
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Ready => "ready",
         }
     }
 }
@@ -112,7 +115,7 @@ async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
 
 async fn answer(mut stream: UnixStream, requests: &mpsc::Sender<Request>) -> io::Result<()> {
     let line = read_line(&mut stream).await?;
-    let known = [Command::Pause, Command::Resume].into_iter().find(|command| command.word() == line);
+    let known = [Command::Pause, Command::Resume, Command::Ready].into_iter().find(|command| command.word() == line);
     let text = match known {
         None => format!("error: {line:?} is not a command"),
         Some(command) => {

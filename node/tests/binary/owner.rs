@@ -62,7 +62,9 @@ fn a_node_pauses_and_resumes_when_its_owner_says_so() {
     };
     assert_eq!(say("pause"), "paused: asked to\n");
     assert_eq!(say("pause"), "paused: asked to\n");
+    assert_eq!(say("ready"), "paused: asked to\n");
     assert_eq!(say("resume"), "serving\n");
+    assert_eq!(say("ready"), "serving\n");
     signal(node.child.id(), "TERM");
     waits_for("the node leaves", || node.child.try_wait().unwrap().is_some());
     let output = run(["pause", "--data-dir", data_dir]);

@@ -159,14 +159,17 @@ fn a_node_that_is_killed_while_it_fetches_goes_on_where_it_was() {
 
 #[cfg(unix)]
 #[test]
-fn a_node_that_still_fetches_leaves_when_asked_to() {
+fn a_node_that_still_fetches_is_not_ready_and_leaves_when_asked_to() {
     let founder = Node::with(&tiny_moe(), ["--experts", "0:0", "--give-rate", "512KiB"]);
-    let (cache, home) = (home(), home());
+    let (cache, home, data) = (home(), home(), home());
     let mut command = hanse(&home);
     command.args(["node", "--json", "--threads", "1", "--listen", LOOPBACK, "--model", &id(&founder)]);
-    command.args(joins(&founder, cache.path(), &["--experts", "all"]));
+    command.args(joins(&founder, cache.path(), &["--experts", "all"])).arg("--data-dir").arg(data.path());
     let mut child = Killed(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     waits_for("something is fetched", || !blobs(cache.path()).is_empty());
+    let early = run(["ready", "--data-dir", data.path().to_str().unwrap()]);
+    assert_eq!(early.status.code(), Some(1));
+    assert!(text(&early.stderr).contains("experts are still being loaded"), "{}", text(&early.stderr));
     let asked = Instant::now();
     signal(child.0.id(), "TERM");
     waits_for("it leaves", || child.0.try_wait().unwrap().is_some());

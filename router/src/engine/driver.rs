@@ -248,8 +248,10 @@ impl Driver {
     fn end(&mut self, mut ended: Vec<End>) {
         // From behind, so that the other indices stay true.
         ended.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
-        for (index, end) in ended {
-            let sequence = self.active.remove(index);
+        let ended: Vec<_> = ended.into_iter().map(|(index, end)| (self.active.remove(index), end)).collect();
+        // Before they are told, so that whoever asks again at once finds room.
+        self.report();
+        for (sequence, end) in ended {
             // There is room, or it would not have had this step; perhaps nobody listens any more.
             let _ = sequence.steps().try_send(Step::End(end));
             self.keep(sequence);

@@ -11,10 +11,11 @@ use axum::response::{IntoResponse, Response};
 use futures::stream::{self, BoxStream, SelectAll};
 use futures::{Stream, StreamExt};
 use serde_json::Value;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::Gateway;
 use super::ask::{Ask, Kind};
-use super::body::Body;
+use super::body::read;
 use super::error::ApiError;
 use super::tools::CallFinder;
 use super::write::{self, Writer};
@@ -23,8 +24,8 @@ use crate::generate::{GenerateError, ScoredToken, Token};
 
 /// A stream that has nothing to say shows that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// A body that is so many times larger than allowed is not even read.
-const ABSURD: usize = 8;
+/// How long a request waits for its turn to have its format compiled.
+const COMPILE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Something that one generation says.
 enum Event {
@@ -38,26 +39,25 @@ type Events = SelectAll<BoxStream<'static, (usize, Result<Event, GenerateError>)
 
 /// Answers a request to one of the two endpoints.
 pub(super) async fn respond(gateway: &Arc<Gateway>, kind: Kind, request: Request) -> Result<Response, ApiError> {
-    let body = read(gateway, request).await?;
+    let (body, room) = read(gateway, request).await?;
     let shared = gateway.clone();
     // Formats are compiled one after the other, so that strangers' schemas do not take all threads at once.
     let turn = match body.may_have_a_format() {
-        true => gateway.compiling.clone().acquire_owned().await.ok(),
+        true => Some(turn(gateway).await?),
         false => None,
     };
     // Long prompts and large schemas take their time.
     let made = tokio::task::spawn_blocking(move || {
         // Kept to the end of the work, also when nobody waits for it any more.
-        let _turn = turn;
+        let _held = (turn, room);
         Ask::new(&shared, kind, body)
     });
-    let asked = made.await;
-    let ask = asked.map_err(|_| ApiError::from(GenerateError::Cancelled))??;
+    let ask = made.await.map_err(|_| ApiError::defect())??;
     let writer = Writer::new(&ask, super::unix_seconds(), &gateway.config.name);
     let mut events = run(gateway, &ask);
     // What is refused at once has a status of its own, in a stream too.
     let first = match events.next().await {
-        Some((_, Err(error))) => return Err(error.into()),
+        Some((_, Err(error))) => return Err(ApiError::of(kind, &error)),
         first => first,
     };
     let events = stream::iter(first).chain(events);
@@ -65,37 +65,10 @@ pub(super) async fn respond(gateway: &Arc<Gateway>, kind: Kind, request: Request
     if answer.ask.stream { Ok(answer.stream(events)) } else { answer.whole(events).await }
 }
 
-async fn read(gateway: &Gateway, request: Request) -> Result<Body, ApiError> {
-    let limit = gateway.config.max_body_bytes;
-    let reading = collect(request.into_body(), limit);
-    let bytes =
-        tokio::time::timeout(gateway.config.body_timeout, reading).await.map_err(|_| ApiError::too_slow())??;
-    let mut json = serde_json::Deserializer::from_slice(&bytes);
-    let body = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let param = Some(error.path().to_string()).filter(|path| path != ".").unwrap_or_default();
-        ApiError::invalid(param, format!("The request is not as it should be: {error}"))
-    })?;
-    json.end().map_err(|error| ApiError::invalid("", format!("The request is not JSON: {error}")))?;
-    Ok(body)
-}
-
-/// The bytes of a body of at most `limit`. Many clients look for an answer only after they have sent everything, and to close the
-/// connection before would take it from them: what is too much is read and forgotten, so long as it is not absurd.
-async fn collect(body: axum::body::Body, limit: usize) -> Result<Vec<u8>, ApiError> {
-    let mut chunks = body.into_data_stream();
-    let (mut bytes, mut length) = (Vec::new(), 0_usize);
-    while let Some(chunk) = chunks.next().await {
-        let Ok(chunk) = chunk else { return Err(ApiError::invalid("", "The request ends too early.")) };
-        length = length.saturating_add(chunk.len());
-        if length <= limit {
-            bytes.extend_from_slice(&chunk);
-        } else if length <= limit.saturating_mul(ABSURD) {
-            bytes = Vec::new();
-        } else {
-            break;
-        }
-    }
-    if length > limit { Err(ApiError::too_large(limit)) } else { Ok(bytes) }
+async fn turn(gateway: &Gateway) -> Result<OwnedSemaphorePermit, ApiError> {
+    let turn = tokio::time::timeout(COMPILE_PATIENCE, gateway.compiling.clone().acquire_owned()).await;
+    let late = || ApiError::busy("Many requests wait for their formats to be compiled.");
+    turn.ok().and_then(Result::ok).ok_or_else(late)
 }
 
 /// Starts all generations of a request.
@@ -249,7 +222,7 @@ impl Answer {
         let mut all: Vec<Addition> = self.choices.iter().map(|_| Addition::default()).collect();
         let mut events = std::pin::pin!(events);
         while let Some((index, event)) = events.next().await {
-            let more = self.add(index, event?);
+            let more = self.add(index, event.map_err(|error| ApiError::of(self.ask.kind, &error))?);
             let (Some(choice), Some(whole)) = (self.choices.get_mut(index), all.get_mut(index)) else { continue };
             choice.begun = true;
             whole.text += &more.text;
@@ -274,7 +247,7 @@ impl Answer {
             }
             let (documents, done) = match events.next().await {
                 Some((index, Ok(event))) => (answer.piece(index, event), false),
-                Some((_, Err(error))) => (vec![ApiError::from(error).document().to_string()], true),
+                Some((_, Err(error))) => (vec![ApiError::of(answer.ask.kind, &error).document().to_string()], true),
                 None => (answer.last(), true),
             };
             Some((stream::iter(documents), (answer, events, done)))

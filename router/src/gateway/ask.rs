@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::Gateway;
 use super::body::{Body, Logprobs, OneOrMany, Prompts, ResponseFormat, Tool, ToolChoice};
 use super::error::ApiError;
-use crate::generate::{GenerateError, GenerateRequest, Grammar};
+use crate::generate::{GenerateRequest, Grammar};
 
 /// Answers of one request, over all its prompts.
 const MOST_CHOICES: usize = 64;
@@ -26,6 +26,16 @@ const DEFAULT_COMPLETION: u64 = 16;
 pub(super) enum Kind {
     Chat,
     Text,
+}
+
+impl Kind {
+    /// The field that says what to continue.
+    pub(super) fn prompt(self) -> &'static str {
+        match self {
+            Self::Chat => "messages",
+            Self::Text => "prompt",
+        }
+    }
 }
 
 /// What is to be done.
@@ -58,15 +68,23 @@ impl Ask {
             Kind::Chat => vec![chat_prompt(gateway, &body, tools.shown)?],
             Kind::Text => text_prompts(gateway, &body)?,
         };
-        let n = body.n.unwrap_or(1).max(1) as usize;
+        let n = body.n.unwrap_or(1) as usize;
+        if n == 0 {
+            return Err(ApiError::invalid("n", "`n` must be 1 at least."));
+        }
         if body.best_of.is_some_and(|best_of| best_of as usize != n) {
             return Err(ApiError::invalid("best_of", "`best_of` other than `n` is not supported."));
         }
         if body.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
             return Err(ApiError::invalid("suffix", "`suffix` is not supported."));
         }
-        if prompts.len().saturating_mul(n) > MOST_CHOICES {
-            return Err(ApiError::invalid("n", format!("A request may have {MOST_CHOICES} answers at most.")));
+        // More than that would be refused whenever it is asked.
+        let most = MOST_CHOICES.min(gateway.client.engine_config().capacity());
+        if prompts.len().saturating_mul(n) > most {
+            return Err(ApiError::invalid(
+                "n",
+                format!("A request may have {most} answers at most, over all its prompts."),
+            ));
         }
         let (logprobs, top_logprobs) = logprobs(kind, &body)?;
         let echo = kind == Kind::Text && body.echo.unwrap_or(false);
@@ -150,7 +168,7 @@ fn chat_prompt(gateway: &Gateway, body: &Body, tools: &[Tool]) -> Result<Vec<u32
     let tools = (!tools.is_empty()).then_some(tools);
     let text = template.render_with(&messages, tools, true);
     let text = text.map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-    encode(gateway, &text, false)
+    encode(gateway, Kind::Chat, &text)
 }
 
 /// A message in the form that chat templates read: the content one text, arguments of calls as objects.
@@ -184,10 +202,14 @@ fn message(at: usize, given: &Map<String, Value>) -> Result<Map<String, Value>, 
 }
 
 fn text_prompts(gateway: &Gateway, body: &Body) -> Result<Vec<Vec<u32>>, ApiError> {
-    let encoded = |texts: &[String]| texts.iter().map(|text| encode(gateway, text, true)).collect::<Result<_, _>>();
+    let encoded =
+        |texts: &[String]| texts.iter().map(|text| encode(gateway, Kind::Text, text)).collect::<Result<_, _>>();
     let prompts: Vec<Vec<u32>> = match &body.prompt {
         None => return Err(ApiError::invalid("prompt", "`prompt` is missing.")),
-        Some(Prompts::Text(text)) => vec![encode(gateway, text, true)?],
+        Some(Prompts::Texts(none)) if none.is_empty() => {
+            return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
+        }
+        Some(Prompts::Text(text)) => vec![encode(gateway, Kind::Text, text)?],
         Some(Prompts::Texts(texts)) if texts.len() <= MOST_CHOICES => encoded(texts)?,
         Some(Prompts::Tokens(tokens)) => vec![tokens.clone()],
         Some(Prompts::ManyTokens(many)) if many.len() <= MOST_CHOICES => many.clone(),
@@ -195,31 +217,34 @@ fn text_prompts(gateway: &Gateway, body: &Body) -> Result<Vec<Vec<u32>>, ApiErro
     };
     let vocab_size = gateway.client.spec().vocab_size;
     if let Some(&token) = prompts.iter().flatten().find(|token| **token as usize >= vocab_size) {
-        return Err(GenerateError::from(ForwardError::TokenOutOfRange { token, vocab_size }).into());
+        return Err(ApiError::of(Kind::Text, &ForwardError::TokenOutOfRange { token, vocab_size }.into()));
     }
     Ok(prompts)
 }
 
-fn encode(gateway: &Gateway, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
+/// Tokens of a text. A chat's template writes the special ones itself.
+fn encode(gateway: &Gateway, kind: Kind, text: &str) -> Result<Vec<u32>, ApiError> {
     let tokenizer = gateway.client.tokenizer().ok_or_else(ApiError::not_found)?;
-    tokenizer.encode(text, special).map_err(|error| GenerateError::from(error).into())
+    tokenizer.encode(text, kind == Kind::Text).map_err(|error| ApiError::of(kind, &error.into()))
 }
 
 /// Whether log probabilities are wanted, and of how many tokens in each place.
 fn logprobs(kind: Kind, body: &Body) -> Result<(bool, usize), ApiError> {
-    let (wanted, top) = match (kind, body.logprobs) {
-        (_, None) => (false, 0),
-        (_, Some(Logprobs::Wanted(wanted))) => (wanted, if wanted { body.top_logprobs.unwrap_or(0) } else { 0 }),
-        (Kind::Text, Some(Logprobs::Count(count))) => (true, count),
-        (Kind::Chat, Some(Logprobs::Count(_))) => {
+    let (param, wanted, top) = match (kind, body.logprobs, body.top_logprobs) {
+        (Kind::Text, None, _) => ("logprobs", false, 0),
+        (Kind::Text, Some(Logprobs::Wanted(wanted)), _) => ("logprobs", wanted, 0),
+        (Kind::Text, Some(Logprobs::Count(count)), _) => ("logprobs", true, count),
+        (Kind::Chat, Some(Logprobs::Wanted(true)), top) => ("top_logprobs", true, top.unwrap_or(0)),
+        (Kind::Chat, None | Some(Logprobs::Wanted(false)), None | Some(0)) => ("top_logprobs", false, 0),
+        (Kind::Chat, None | Some(Logprobs::Wanted(false)), Some(_)) => {
+            return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true."));
+        }
+        (Kind::Chat, Some(Logprobs::Count(_)), _) => {
             return Err(ApiError::invalid("logprobs", "`logprobs` is true or false; `top_logprobs` is a number."));
         }
     };
     if top > MOST_LOGPROBS {
-        return Err(ApiError::invalid(
-            "top_logprobs",
-            format!("At most {MOST_LOGPROBS} log probabilities in a place."),
-        ));
+        return Err(ApiError::invalid(param, format!("At most {MOST_LOGPROBS} log probabilities in a place.")));
     }
     Ok((wanted, top as usize))
 }
@@ -248,10 +273,13 @@ fn sampling(gateway: &Gateway, body: &Body) -> Result<SamplingParams, ApiError> 
     }
     let biases = body.logit_bias.iter().flatten().map(|(token, bias)| Some((token.parse().ok()?, *bias)));
     let logit_bias: Option<Vec<(u32, f32)>> = biases.collect();
-    let logit_bias = logit_bias
-        .filter(|biases| biases.len() <= MOST_BIASES && biases.iter().all(|(_, bias)| (-100.0..=100.0).contains(bias)));
+    let vocab_size = gateway.client.spec().vocab_size;
+    let is_fine = |(token, bias): &(u32, f32)| (*token as usize) < vocab_size && (-100.0..=100.0).contains(bias);
+    let logit_bias = logit_bias.filter(|biases| biases.len() <= MOST_BIASES && biases.iter().all(is_fine));
     let Some(logit_bias) = logit_bias else {
-        let text = format!("`logit_bias` maps at most {MOST_BIASES} token numbers to values between -100 and 100.");
+        let text = format!(
+            "`logit_bias` maps at most {MOST_BIASES} token numbers below {vocab_size} to values between -100 and 100."
+        );
         return Err(ApiError::invalid("logit_bias", text));
     };
     let seed = body.seed.map_or_else(random_seed, |seed| seed as u64);
@@ -303,5 +331,6 @@ fn grammar(gateway: &Gateway, body: &Body, tools: &Tools<'_>) -> Result<Option<A
             }
         }
     };
-    compiled.map(Some).map_err(|error| GenerateError::Grammar(error).into())
+    let param = if tools.required { "tools" } else { "response_format" };
+    compiled.map(Some).map_err(|error| ApiError::invalid(param, format!("This format cannot be obeyed: {error}.")))
 }

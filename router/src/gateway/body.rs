@@ -1,10 +1,22 @@
-//! What may be asked: the fields of OpenAI's requests that mean something here. Others are ignored, as its server does with those
-//! that it does not know.
+//! What may be asked: the fields of OpenAI's requests that mean something here, and how they are read. Others are ignored, as its
+//! server does with those that it does not know.
 
 use std::collections::BTreeMap;
 
+use axum::body::HttpBody as _;
+use axum::extract::Request;
+use futures::StreamExt;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::Gateway;
+use super::error::ApiError;
+
+/// A body of so many bytes needs no room among the bodies of all: what is small gets in always.
+const SMALL: usize = 64 << 10;
+/// A body that is so many times larger than allowed is not even read.
+const ABSURD: usize = 8;
 
 /// A request to either endpoint; each looks at its own fields.
 #[derive(Debug, Default, Deserialize)]
@@ -116,4 +128,51 @@ pub(super) enum ToolChoice {
 #[derive(Debug, Deserialize)]
 pub(super) struct Named {
     pub(super) name: String,
+}
+
+/// A request's body, and the room for it among the bodies of all, if it is large.
+pub(super) async fn read(
+    gateway: &Gateway,
+    request: Request,
+) -> Result<(Body, Option<OwnedSemaphorePermit>), ApiError> {
+    let limits = &gateway.config;
+    let body = request.into_body();
+    let most = body.size_hint().upper().and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+    let most = most.min(limits.max_body_bytes);
+    let room = match most > SMALL {
+        true => gateway.bodies.clone().try_acquire_many_owned(super::kibibytes(most)).map(Some).map_err(|_| ()),
+        false => Ok(None),
+    };
+    let reading = collect(body, limits.max_body_bytes, room.is_ok());
+    let bytes = tokio::time::timeout(limits.body_timeout, reading).await.map_err(|_| ApiError::too_slow())??;
+    let room = room.map_err(|()| ApiError::busy("Many large requests are being read."))?;
+    let mut json = serde_json::Deserializer::from_slice(&bytes);
+    let body = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        // Where it is not known what is wrong.
+        let param = if matches!(path.as_str(), "." | "?") { String::new() } else { path };
+        ApiError::invalid(param, format!("The request is not as it should be: {}", error.into_inner()))
+    })?;
+    json.end().map_err(|error| ApiError::invalid("", format!("The request is not JSON: {error}")))?;
+    Ok((body, room))
+}
+
+/// The bytes of a body of at most `limit`; none of them unless they are to be `kept`. Many clients look for an answer only after they
+/// have sent everything, and to close the connection before would take it from them: what is too much is read and forgotten, so long
+/// as it is not absurd.
+async fn collect(body: axum::body::Body, limit: usize, kept: bool) -> Result<Vec<u8>, ApiError> {
+    let mut chunks = body.into_data_stream();
+    let (mut bytes, mut length) = (Vec::new(), 0_usize);
+    while let Some(chunk) = chunks.next().await {
+        let Ok(chunk) = chunk else { return Err(ApiError::invalid("", "The request ends too early.")) };
+        length = length.saturating_add(chunk.len());
+        if length > limit.saturating_mul(ABSURD) {
+            break;
+        } else if length > limit {
+            bytes = Vec::new();
+        } else if kept {
+            bytes.extend_from_slice(&chunk);
+        }
+    }
+    if length > limit { Err(ApiError::too_large(limit)) } else { Ok(bytes) }
 }

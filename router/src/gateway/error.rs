@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use hanse_model::ForwardError;
 use serde_json::{Value, json};
 
+use super::ask::Kind;
 use crate::generate::GenerateError;
 
 /// An error as a client gets it.
@@ -68,37 +69,50 @@ impl ApiError {
     }
 }
 
-impl From<GenerateError> for ApiError {
-    fn from(error: GenerateError) -> Self {
-        let message = chain(&error);
+impl ApiError {
+    /// Too much is asked at a time.
+    pub(super) fn busy(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("rate_limit_exceeded"),
+            retry_after: Some(1),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
+        }
+    }
+
+    /// This server is at fault.
+    pub(super) fn defect() -> Self {
+        let message = "This server has failed; its log says more.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// Why a generation for a request of this `kind` failed.
+    pub(super) fn of(kind: Kind, error: &GenerateError) -> Self {
+        let message = chain(error);
+        let prompt = kind.prompt();
         match error {
             GenerateError::PromptTooLong { tokens, context } => Self {
                 code: Some("context_length_exceeded"),
                 ..Self::invalid(
-                    "messages",
+                    prompt,
                     format!(
-                        "This model's maximum context length is {context} tokens, and your messages have {tokens}: \
+                        "This model's maximum context length is {context} tokens, and your {prompt} has {tokens}: \
                          leave room for at least one token of the answer."
                     ),
                 )
             },
-            GenerateError::EmptyPrompt => Self::invalid("prompt", message),
+            GenerateError::EmptyPrompt => Self::invalid(prompt, message),
             GenerateError::Sampling(_) => Self::invalid("", message),
             GenerateError::Grammar(_) => Self::invalid("response_format", message),
-            GenerateError::Forward(ForwardError::TokenOutOfRange { .. }) => Self::invalid("prompt", message),
-            GenerateError::Busy { .. } => Self {
-                code: Some("rate_limit_exceeded"),
-                retry_after: Some(1),
-                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "requests", message)
-            },
-            GenerateError::Forward(ForwardError::Experts { .. }) | GenerateError::Cancelled => Self {
+            GenerateError::Forward(ForwardError::TokenOutOfRange { .. }) => Self::invalid(prompt, message),
+            GenerateError::Busy { .. } => Self::busy(message),
+            GenerateError::Forward(ForwardError::Experts { .. }) => Self {
                 code: Some("experts_unavailable"),
                 retry_after: Some(5),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
             },
             _ => {
                 tracing::error!(%message, "a generation failed");
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+                Self::defect()
             }
         }
     }

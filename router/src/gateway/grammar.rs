@@ -77,10 +77,13 @@ impl Grammars {
 
     fn compile(&self, grammar: TopLevelGrammar) -> Result<Arc<dyn Grammar>, String> {
         let matcher = Matcher::new(self.0.factory()?.create_parser(grammar));
-        match matcher.get_error() {
-            Some(error) => Err(error),
-            None => Ok(Arc::new(Format(Mutex::new(matcher)))),
+        if let Some(error) = matcher.get_error() {
+            return Err(words(error));
         }
+        let mut format = Matching(matcher);
+        // A schema may be well-formed and yet have no document, which shows at the first token.
+        format.allowed()?;
+        Ok(Arc::new(Format(Mutex::new(format.0))))
     }
 }
 
@@ -96,13 +99,13 @@ impl Shared {
             true => [&[TokTrie::SPECIAL_TOKEN_MARKER], token.bytes.as_slice()].concat(),
             false => token.bytes.clone(),
         };
-        let words: Vec<Vec<u8>> = self.vocabulary.iter().map(bytes).collect();
-        if end as usize >= words.len() {
+        let vocabulary: Vec<Vec<u8>> = self.vocabulary.iter().map(bytes).collect();
+        if end as usize >= vocabulary.len() {
             return Err("the token that ends an answer is not in the vocabulary".to_owned());
         }
-        let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, end), &words);
+        let trie = TokTrie::from(&TokRxInfo::new(vocabulary.len() as u32, end), &vocabulary);
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut factory = ParserFactory::new_simple(&environment).map_err(|error| error.to_string())?;
+        let mut factory = ParserFactory::new_simple(&environment).map_err(words)?;
         factory.quiet();
         let limits = factory.limits_mut();
         limits.max_grammar_size = GRAMMAR_SIZE;
@@ -111,6 +114,14 @@ impl Shared {
         limits.precompute_large_lexemes = false;
         limits.verbose_errors = false;
         Ok(factory)
+    }
+}
+
+/// The library's errors as a part of a sentence.
+fn words(error: impl std::fmt::Display) -> String {
+    match error.to_string().replace("<non-verbose/>", "").split_whitespace().collect::<Vec<_>>().join(" ") {
+        nothing if nothing == "NoExtensionBias" => "there is no document that obeys it".to_owned(),
+        text => text,
     }
 }
 
@@ -134,7 +145,7 @@ struct Matching(Matcher);
 
 impl Constraint for Matching {
     fn allowed(&mut self) -> Result<Vec<u32>, String> {
-        let mask = self.0.compute_mask_or_eos().map_err(|error| error.to_string())?;
+        let mask = self.0.compute_mask_or_eos().map_err(words)?;
         Ok(mask.as_slice().to_vec())
     }
 
@@ -142,6 +153,6 @@ impl Constraint for Matching {
         if self.0.is_stopped() {
             return Ok(());
         }
-        self.0.consume_token(token).map_err(|error| error.to_string())
+        self.0.consume_token(token).map_err(words)
     }
 }

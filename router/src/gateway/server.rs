@@ -1,16 +1,23 @@
 //! The sockets of a gateway: bounded in number, with a deadline for every request's head and every write, and ended politely.
 
+mod places;
+
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
+
+use places::{Arriving, Leaving, Place, Places};
 
 use super::{GatewayApp, GatewayError};
 
@@ -25,7 +32,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a server's sockets may cost.
 #[derive(Debug, Clone, Copy)]
 pub struct SocketLimits {
-    /// Connections at a time; more wait to be accepted.
+    /// Connections at a time. For one more, that which has waited longest for its other end is closed; while requests are being
+    /// answered on all of them, more wait.
     pub max_connections: usize,
     /// A connection whose other end takes no byte of an answer for so long is closed.
     pub write_timeout: Duration,
@@ -50,10 +58,6 @@ pub async fn serve(
     ended: impl Future<Output = ()>,
 ) -> Result<(), GatewayError> {
     let limits = app.gateway.config.sockets;
-    let ended = async {
-        ended.await;
-        app.drain();
-    };
     serve_routes(listener, app.router.clone(), limits, ended).await
 }
 
@@ -68,7 +72,7 @@ pub async fn serve_routes(
     ended: impl Future<Output = ()>,
 ) -> Result<(), GatewayError> {
     listener.local_addr()?;
-    let places = Arc::new(Semaphore::new(limits.max_connections.max(1)));
+    let places = Places::new(limits.max_connections);
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -77,33 +81,36 @@ pub async fn serve_routes(
         .max_buf_size(MAX_HEAD_BYTES);
     tokio::pin!(ended);
     loop {
-        let accepted = async {
-            let place = places.clone().acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, accepted) = tokio::select! {
-            () = &mut ended => break,
-            accepted = accepted => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
+        let next = async {
+            match listener.accept().await {
+                Ok((stream, _)) => Some((stream, places.enter().await)),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    // Perhaps the system gives no more sockets.
+                    places.evict();
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    None
+                }
             }
         };
+        let next = tokio::select! {
+            () = &mut ended => break,
+            next = next => next,
+        };
+        let Some((stream, place)) = next else { continue };
         // Tokens go out one by one.
         let _ = stream.set_nodelay(true);
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(limits.write_timeout));
-        let service = TowerToHyperService::new(routes.clone());
+        let service = answering(routes.clone(), place.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(Box::pin(stream)), service));
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
+            tokio::select! {
+                ended = connection => if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                },
+                () = place.evicted() => tracing::debug!("connection closed to make place"),
             }
-            drop(place);
         });
     }
     drop(listener);
@@ -113,38 +120,90 @@ pub async fn serve_routes(
     Ok(())
 }
 
+/// `routes` for one connection, whose `place` learns when a request is being answered.
+fn answering(
+    routes: Router,
+    place: Arc<Place>,
+) -> impl Service<Request<Incoming>, Response = Response<Leaving<axum::body::Body>>, Error = Infallible, Future: Send> {
+    let routes = TowerToHyperService::new(routes);
+    service_fn(move |request: Request<Incoming>| {
+        let answer = routes.call(request.map(|body| Arriving::new(body, place.clone())));
+        let place = place.clone();
+        async move { Ok(answer.await?.map(|body| Leaving::new(body, place))) }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::net::{SocketAddr, TcpStream};
+    use std::time::Instant;
 
-    use axum::routing::get;
+    use axum::routing::{get, post};
 
     use super::*;
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn who_does_not_read_an_answer_gives_its_place_to_another() {
+    /// Has `routes` and `/small` served within `limits`.
+    async fn started(routes: Router, limits: SocketLimits) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let routes = routes.route("/small", get(async || "small"));
+        tokio::spawn(serve_routes(listener, routes, limits, std::future::pending()));
+        address
+    }
+
+    fn send(address: SocketAddr, bytes: &str) -> TcpStream {
+        let mut socket = TcpStream::connect(address).unwrap();
+        socket.set_read_timeout(Some(HEAD_TIMEOUT / 2)).unwrap();
+        socket.write_all(bytes.as_bytes()).unwrap();
+        socket
+    }
+
+    fn ask(address: SocketAddr, path: &str) -> TcpStream {
+        send(address, &format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
+    }
+
+    fn answer(mut socket: TcpStream) -> String {
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_does_not_read_an_answer_gives_its_place_to_another() {
         // More than the system's buffers take.
-        let routes =
-            Router::new().route("/", get(async || vec![b'x'; 64 << 20])).route("/small", get(async || "small"));
+        let routes = Router::new().route("/", get(async || vec![b'x'; 64 << 20]));
         let limits =
             SocketLimits { max_connections: 1, write_timeout: Duration::from_millis(200), ..SocketLimits::default() };
-        tokio::spawn(serve_routes(listener, routes, limits, std::future::pending()));
+        let address = started(routes, limits).await;
         let asked = tokio::task::spawn_blocking(move || {
-            let ask = |path: &str| {
-                let mut socket = std::net::TcpStream::connect(address).unwrap();
-                write!(socket, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-                socket.set_read_timeout(Some(HEAD_TIMEOUT / 2)).unwrap();
-                socket
-            };
-            let mut stalled = ask("/");
+            let mut stalled = ask(address, "/");
             // It has the only place.
             stalled.read_exact(&mut [0]).unwrap();
-            let mut answer = String::new();
-            ask("/small").read_to_string(&mut answer).unwrap();
-            answer
+            answer(ask(address, "/small"))
         });
         assert!(asked.await.unwrap().ends_with("small"));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn heads_and_bodies_that_do_not_come_keep_nobody_waiting_and_answers_in_the_making_stay() {
+        let limits = SocketLimits { max_connections: 8, ..SocketLimits::default() };
+        let slow = async || {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            "slow"
+        };
+        let routes = Router::new().route("/slow", get(slow)).route("/body", post(async |body: String| body));
+        let address = started(routes, limits).await;
+        let asked = tokio::task::spawn_blocking(move || {
+            let slow = ask(address, "/slow");
+            let head = "POST /body HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nx";
+            // Three times as many as there are places: none, half a head, half a body.
+            let _stalled: Vec<_> = (0..24).map(|i| send(address, ["", "GET / HT", head][i % 3])).collect();
+            let began = Instant::now();
+            (answer(ask(address, "/small")), began.elapsed(), answer(slow))
+        });
+        let (small, took, slow) = asked.await.unwrap();
+        assert!(small.ends_with("small") && slow.ends_with("slow"), "{small:?} {slow:?}");
+        assert!(took < HEAD_TIMEOUT / 4, "{took:?}");
     }
 }

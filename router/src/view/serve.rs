@@ -73,8 +73,8 @@ pub fn page() -> Router {
 /// Serves the document as JSON at `/api/network`, and one after another as server-sent events at `/api/events`. Streams of events end
 /// when `ended` fires, so that a server can end in peace.
 ///
-/// At most 64 streams are open at a time. One that does not read its events gets the newest when it does, so that nothing queues, and
-/// gives its place to another.
+/// At most 64 streams are open at a time; for one more, that which has been open longest ends. One that does not read its events gets
+/// the newest when it does, so that nothing queues.
 pub fn api(source: ViewSource, ended: CancellationToken) -> Router {
     let shared = Shared { source, clients: Arc::default(), latest: Mutex::default(), ended };
     Router::new()
@@ -131,7 +131,7 @@ fn stream(shared: Arc<Shared>) -> Option<impl Stream<Item = Result<Event, Infall
     Some(futures::stream::unfold(state, async |(shared, place, watching, mut ticks)| {
         tokio::select! {
             () = shared.ended.cancelled() => return None,
-            now = ticks.tick() => if !place.is_kept(now) { return None },
+            _ = ticks.tick() => if !place.is_kept() { return None },
         }
         // JSON is UTF-8 without line breaks.
         let event = Event::default().data(String::from_utf8_lossy(&shared.document()));

@@ -1,6 +1,6 @@
-//! How many pages are open: a bounded number, and those that have stalled make place for others.
+//! How many pages are open: a bounded number, and the one that has been open longest makes place for another.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,17 +8,17 @@ use tokio::time::Instant;
 
 /// The most pages at a time.
 const MOST: usize = 64;
-/// One that has taken nothing for so long gives its place to another if there is no other left.
-const STALLED: Duration = Duration::from_secs(10);
+/// A page may be open for so long at least. That it takes its events is not known: much of them fits into a system's buffers.
+const LEAST: Duration = Duration::from_secs(5);
 
-/// The open pages, each with the time when it last took a document.
+/// The open pages by number, each with the time when it was opened.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Mutex<Places>);
 
 #[derive(Debug, Default)]
 struct Places {
     next: u64,
-    taken: HashMap<u64, Instant>,
+    taken: BTreeMap<u64, Instant>,
 }
 
 /// The place of one page, which is free again when this is dropped.
@@ -33,15 +33,15 @@ impl Clients {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place, if there is one or another page has stalled.
+    /// A place, if there is one or a page has been open long enough: a page whose events end comes back by itself.
     pub(super) fn enter(self: &Arc<Self>, now: Instant) -> Option<Place> {
         let mut places = self.places();
         if places.taken.len() >= MOST {
-            let (&stalled, &at) = places.taken.iter().min_by_key(|(_, at)| **at)?;
-            if now.saturating_duration_since(at) < STALLED {
+            let oldest = places.taken.first_entry()?;
+            if now.saturating_duration_since(*oldest.get()) < LEAST {
                 return None;
             }
-            places.taken.remove(&stalled);
+            oldest.remove();
         }
         let number = places.next;
         places.next += 1;
@@ -51,9 +51,9 @@ impl Clients {
 }
 
 impl Place {
-    /// Notes that the page takes documents; `false` if it has lost its place meanwhile.
-    pub(super) fn is_kept(&self, now: Instant) -> bool {
-        self.clients.places().taken.get_mut(&self.number).map(|at| *at = now).is_some()
+    /// Whether the page still has its place.
+    pub(super) fn is_kept(&self) -> bool {
+        self.clients.places().taken.contains_key(&self.number)
     }
 }
 
@@ -77,14 +77,11 @@ mod tests {
     }
 
     #[test]
-    fn one_that_takes_nothing_loses_its_place_to_another() {
+    fn the_one_that_has_been_open_longest_makes_place() {
         let (clients, start) = (Arc::new(Clients::default()), Instant::now());
         let places: Vec<_> = (0..MOST).map(|_| clients.enter(start).unwrap()).collect();
-        let later = start + STALLED;
-        assert!(places[1..].iter().all(|place| place.is_kept(later)));
-        let newcomer = clients.enter(later).unwrap();
-        assert!(!places[0].is_kept(later) && newcomer.is_kept(later));
-        assert!(clients.enter(later).is_none(), "the others are lively");
+        let newcomer = clients.enter(start + LEAST).unwrap();
+        assert!(!places[0].is_kept() && places[1].is_kept() && newcomer.is_kept());
         drop(places);
         assert_eq!(clients.places().taken.len(), 1, "only the newcomer is left");
     }
