@@ -4,12 +4,16 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+/// A connection keeps its place for so long while it waits, so that what was sent on it is read before it is judged.
+const LEAST: Duration = Duration::from_millis(200);
 
 /// The places of a server's connections.
 #[derive(Debug)]
@@ -53,39 +57,46 @@ impl Places {
     /// A place for a new connection; waits for one while all others are answering requests.
     pub(super) async fn enter(self: &Arc<Self>) -> Arc<Place> {
         loop {
-            let left = self.left.notified();
-            if let Some(place) = self.try_enter() {
-                return Arc::new(place);
+            match self.try_enter() {
+                Ok(place) => return Arc::new(place),
+                Err(Some(soon)) => {
+                    let _ = tokio::time::timeout_at(soon, self.left.notified()).await;
+                }
+                Err(None) => self.left.notified().await,
             }
-            left.await;
         }
     }
 
-    fn try_enter(self: &Arc<Self>) -> Option<Place> {
+    /// A place, or when one may be had by eviction if no other is left before.
+    fn try_enter(self: &Arc<Self>) -> Result<Place, Option<Instant>> {
         let mut taken = self.taken();
-        if taken.connections.len() >= self.most && !taken.evict() {
-            return None;
+        if taken.connections.len() >= self.most {
+            taken.evict()?;
         }
         let (number, evicted) = (taken.next, CancellationToken::new());
         taken.next += 1;
         taken.connections.insert(number, Connection { idle_since: Some(Instant::now()), evicted: evicted.clone() });
-        Some(Place { number, places: self.clone(), evicted })
+        Ok(Place { number, places: self.clone(), evicted })
     }
 
     /// Closes the connection that has waited longest for its other end, if one does.
-    pub(super) fn evict(&self) -> bool {
-        self.taken().evict()
+    pub(super) fn evict(&self) {
+        // Where there is none, others are being served.
+        let _ = self.taken().evict();
     }
 }
 
 impl Taken {
-    fn evict(&mut self) -> bool {
+    fn evict(&mut self) -> Result<(), Option<Instant>> {
         let idle = self.connections.iter().filter_map(|(&number, at)| Some((at.idle_since?, number)));
-        let Some((_, longest)) = idle.min() else { return false };
+        let (since, longest) = idle.min().ok_or(None)?;
+        if since.elapsed() < LEAST {
+            return Err(Some(since + LEAST));
+        }
         if let Some(connection) = self.connections.remove(&longest) {
             connection.evicted.cancel();
         }
-        true
+        Ok(())
     }
 }
 
@@ -206,7 +217,7 @@ mod tests {
         assert!(second.evicted.is_cancelled() && !first.evicted.is_cancelled(), "the first is being answered");
         third.set_idle_since(None);
         drop(second);
-        assert!(places.try_enter().is_none(), "both others are being answered");
+        assert!(places.try_enter().is_err_and(|soon| soon.is_none()), "both others are being answered");
         let waits = tokio::spawn({
             let places = places.clone();
             async move { places.enter().await }
@@ -214,6 +225,8 @@ mod tests {
         tokio::task::yield_now().await;
         assert!(!waits.is_finished());
         first.set_idle_since(Some(Instant::now()));
+        tokio::time::sleep(LEAST / 2).await;
+        assert!(!waits.is_finished(), "what was sent may not have been read yet");
         let fourth = waits.await.unwrap();
         assert!(first.evicted.is_cancelled() && !third.evicted.is_cancelled());
         drop((first, third, fourth));
