@@ -153,6 +153,37 @@ fn the_doctor_says_what_is_wrong_and_fails() {
 }
 
 #[test]
+fn the_doctor_looks_at_the_disk_of_a_folder_that_is_named_from_here() {
+    let here = home();
+    std::fs::write(here.path().join("file"), "").unwrap();
+    // The check of the disk, and that of the key, with both folders there.
+    let asks = |dir: &str| {
+        let mut command = hanse(&here);
+        command.current_dir(&here).args(["doctor", "--json", "--no-upnp", "--listen", LOOPBACK]);
+        let output = command.args(["--cache-dir", dir, "--data-dir", dir]).output().unwrap();
+        let document: Value = serde_json::from_str(&text(&output.stdout)).unwrap();
+        ["disk", "key"].map(|name| {
+            let check = document["checks"].as_array().unwrap().iter().find(|check| check["check"] == name).unwrap();
+            (check["outcome"] == "fail", check["found"].as_str().unwrap().to_owned(), check["advice"].to_string())
+        })
+    };
+    let place = here.path().canonicalize().unwrap();
+    for dir in ["not/there/yet", "."] {
+        let [(failed, found, _), _] = asks(dir);
+        assert!(!failed && found.starts_with(&format!("{}", place.display())), "{dir}: {found}");
+    }
+    for dir in ["file/below", "file"] {
+        for (check, option) in asks(dir).into_iter().zip(["--cache-dir", "--data-dir"]) {
+            let (failed, found, advice) = check;
+            assert!(
+                failed && found.contains("file is no folder") && advice.contains(option),
+                "{dir}: {found} {advice}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_bootstrap_address_that_is_dead_is_a_warning_beside_one_that_lives() {
     let node = Node::start(&tiny_moe(), "0:0", None);
     let (status, checks) =
