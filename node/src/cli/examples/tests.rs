@@ -81,3 +81,17 @@ fn a_line_of_a_shell_is_taken_apart_as_a_shell_does() {
     ];
     assert_eq!(commands(lines), expected);
 }
+
+/// The services that the documentation shows are verified as such by `node/tests/binary/services.rs`.
+#[test]
+fn the_commands_of_documented_services_are_understood() {
+    for page in
+        [include_str!("../../../../docs/run-a-volunteer.md"), include_str!("../../../../docs/operate-a-gateway.md")]
+    {
+        let (_, command) = page.split_once("ExecStart=").expect("a service");
+        let command = commands(command).remove(0);
+        let (program, args) = command.split_first().expect("a command");
+        assert_eq!(program, "/usr/local/bin/hanse");
+        is_understood(&[&["hanse".to_owned()], args].concat());
+    }
+}
