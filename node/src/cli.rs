@@ -78,7 +78,7 @@ pub(crate) enum Command {
     Man(ManArgs),
     /// A network of volunteer processes on this machine, and trouble for it.
     #[cfg(unix)]
-    #[command(subcommand)]
+    #[command(subcommand, after_help = examples::testnet::TESTNET)]
     Testnet(TestnetCommand),
 }
 
@@ -376,8 +376,8 @@ pub(crate) struct ScoreArgs {
     /// A file with the text.
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
-    /// Write the logits at every position here: tensor `logits`, [tokens, vocab], f32.
-    #[arg(long, value_name = "FILE.safetensors")]
+    /// Write the logits at every position to this safetensors file: tensor `logits`, [tokens, vocab], f32.
+    #[arg(long, value_name = "FILE")]
     pub(crate) logits_out: Option<PathBuf>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]

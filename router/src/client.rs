@@ -20,7 +20,7 @@ use crate::generate::{self, GenerateError, GenerateRequest};
 use crate::network::{ExpertNetwork, JoinError, NetworkConfig};
 use crate::remote::RemoteExperts;
 use crate::stats::NetworkUse;
-pub use generation::{Generation, Summary};
+pub use generation::{Generation, Progress, Summary};
 
 /// The client's side of a model: where its files are and how many threads compute the trunk.
 #[derive(Debug, Clone)]

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::mpsc;
 
-use crate::client::{Core, Summary};
+use crate::client::{Core, Progress, Summary};
 use crate::generate::{GenerateError, GenerateRequest, ScoredToken, Token};
 use crate::stats::NetworkUse;
 use driver::Driver;
@@ -82,7 +82,7 @@ pub struct EngineStatus {
 #[derive(Debug)]
 pub(crate) enum Step {
     Prompt(Vec<ScoredToken>),
-    Token(Token),
+    Token(Token, Progress),
     End(Result<Summary, GenerateError>),
 }
 

@@ -143,7 +143,7 @@ pub mod stats;
 pub mod view;
 pub mod weights;
 
-pub use client::{Client, ClientError, Generation, ModelConfig, Score, Summary};
+pub use client::{Client, ClientError, Generation, ModelConfig, Progress, Score, Summary};
 pub use directory::{Directory, ExpertLayout, Missing, PeerReport, PeerState, Watching};
 pub use dispatch::{CallTrace, DispatchError, LayerTrace, PassTrace, Usage};
 pub use engine::{EngineConfig, EngineStatus};

@@ -1,11 +1,14 @@
-//! What `--help` shows at its end: commands to begin with.
+//! What `--help` shows at its end: commands to begin with, in lines that fit 80 columns.
+
+#[cfg(test)]
+mod tests;
 
 pub(super) const HANSE: &str = "\
 Begin with:
-  hanse demo                                      a network on this machine, checked token by token
-  hanse node --model DIR --memory 6GiB            host experts; prints the ADDR that others join through
-  hanse chat --model DIR --bootstrap ADDR         use them
-  hanse doctor --bootstrap ADDR                   what is wrong, if something is";
+  hanse demo                               a network on this machine, checked
+  hanse node --model DIR --memory 6GiB     host experts; prints the ADDR to join
+  hanse chat --model DIR --bootstrap ADDR  use them
+  hanse doctor --bootstrap ADDR            what is wrong, if something is";
 
 pub(super) const DEMO: &str = "\
 Examples:
@@ -16,10 +19,13 @@ Examples:
 pub(super) const NODE: &str = "\
 Examples:
   hanse node --model DIR --memory 6GiB
-  hanse node --model ID --memory 2GiB --bootstrap /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...
-  hanse node --model DIR --experts 0-11:0-63 --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-listen 0.0.0.0:4002
+  hanse node --model ID --memory 2GiB \\
+    --bootstrap /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...
+  hanse node --model DIR --experts 0-11:0-63 \\
+    --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-listen 0.0.0.0:4002
   hanse node --model DIR --memory 6GiB --bootstrap ADDR --plan
-  hanse node --model DIR --memory 6GiB --bootstrap ADDR --max-cores 4 --quiet-hours 18:00-23:00";
+  hanse node --model DIR --memory 6GiB --bootstrap ADDR \\
+    --max-cores 4 --quiet-hours 18:00-23:00";
 
 pub(super) const PAUSE: &str = "\
 Examples:
@@ -39,13 +45,16 @@ Examples:
 pub(super) const GENERATE: &str = "\
 Examples:
   hanse generate --model DIR --bootstrap ADDR --prompt 'Once upon a time'
-  hanse generate --model DIR --local --prompt 'Once upon a time' --temperature 0.8 --seed 7
-  hanse generate --model ID --bootstrap ADDR --prompt-ids 1,2,3 --max-tokens 16 --json";
+  hanse generate --model DIR --local --prompt 'Once upon a time' \\
+    --temperature 0.8 --seed 7
+  hanse generate --model ID --bootstrap ADDR --prompt-ids 1,2,3 \\
+    --max-tokens 16 --json";
 
 pub(super) const CHAT: &str = "\
 Examples:
   hanse chat --model DIR --bootstrap ADDR
-  hanse chat --model ID --bootstrap ADDR --system 'Answer in one sentence.' --temperature 0.7
+  hanse chat --model ID --bootstrap ADDR \\
+    --system 'Answer in one sentence.' --temperature 0.7
   echo 'What is the Hanseatic League?' | hanse chat --model DIR --bootstrap ADDR";
 
 pub(super) const SCORE: &str = "\
@@ -80,7 +89,8 @@ pub(super) const DOCTOR: &str = "\
 Examples:
   hanse doctor
   hanse doctor --bootstrap ADDR --model ID --memory 6GiB
-  hanse doctor --bootstrap ADDR --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-dir /var/lib/hanse --json";
+  hanse doctor --bootstrap ADDR --listen /ip4/0.0.0.0/udp/4001/quic-v1 \\
+    --data-dir /var/lib/hanse --json";
 
 pub(super) const COMPLETIONS: &str = "\
 Examples:
@@ -92,3 +102,72 @@ pub(super) const MAN: &str = "\
 Examples:
   hanse man | man -l -
   hanse man ~/.local/share/man/man1 && man hanse-node";
+
+#[cfg(unix)]
+pub(super) mod testnet {
+    //! Those of `hanse testnet`.
+
+    pub(in super::super) const TESTNET: &str = "\
+Examples:
+  hanse testnet up --nodes 8 --rtt 20ms
+  hanse testnet kill 3
+  hanse testnet heal
+  hanse testnet down
+  hanse testnet chaos --seconds 60";
+
+    pub(in super::super) const UP: &str = "\
+Examples:
+  hanse testnet up
+  hanse testnet up --nodes 8 --rtt 20ms --jitter 5ms --loss 1% --kill-every 10s
+  hanse testnet up --model DIR --unequal 7 --state /tmp/net --json";
+
+    pub(in super::super) const STATUS: &str = "\
+Examples:
+  hanse testnet status
+  hanse testnet status --state /tmp/net --json";
+
+    pub(in super::super) const KILL: &str = "\
+Examples:
+  hanse testnet kill 3
+  hanse testnet kill 3 --state /tmp/net";
+
+    pub(in super::super) const PAUSE: &str = "\
+Examples:
+  hanse testnet pause 3
+  hanse testnet pause 3 --state /tmp/net";
+
+    pub(in super::super) const RESUME: &str = "\
+Examples:
+  hanse testnet resume 3
+  hanse testnet resume 3 --state /tmp/net";
+
+    pub(in super::super) const RESTART: &str = "\
+Examples:
+  hanse testnet restart 3
+  hanse testnet restart 3 --state /tmp/net";
+
+    pub(in super::super) const SLOW: &str = "\
+Examples:
+  hanse testnet slow 3
+  hanse testnet slow 3 --times 4 --state /tmp/net";
+
+    pub(in super::super) const CUT: &str = "\
+Examples:
+  hanse testnet cut 3
+  hanse testnet cut 3 --to --state /tmp/net";
+
+    pub(in super::super) const HEAL: &str = "\
+Examples:
+  hanse testnet heal
+  hanse testnet heal --state /tmp/net";
+
+    pub(in super::super) const DOWN: &str = "\
+Examples:
+  hanse testnet down
+  hanse testnet down --state /tmp/net";
+
+    pub(in super::super) const CHAOS: &str = "\
+Examples:
+  hanse testnet chaos
+  hanse testnet chaos --seconds 60 --seed 7 --nodes 5 --replicas 2 --json";
+}

@@ -11,9 +11,11 @@ use super::ClientArgs;
 #[command(after_help = "\
 Examples:
   hanse gateway --model DIR --bootstrap ADDR
-  hanse gateway --model ID --bootstrap ADDR --listen 0.0.0.0:8080 --api-key-file keys.txt
-  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{\"model\": \"tiny-moe\", \"messages\": [{\"role\": \"user\", \"content\": \"Once upon a time\"}]}'")]
+  hanse gateway --model ID --bootstrap ADDR --listen 0.0.0.0:8080 \\
+    --api-key-file keys.txt
+  curl http://127.0.0.1:8080/v1/chat/completions \\
+    -H 'content-type: application/json' -d '{\"model\": \"tiny-moe\",
+    \"messages\": [{\"role\": \"user\", \"content\": \"Once upon a time\"}]}'")]
 pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,

@@ -5,29 +5,42 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::examples::testnet as examples;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum TestnetCommand {
     /// Start a network and keep it until ctrl-C or `down`.
+    #[command(after_help = examples::UP)]
     Up(UpArgs),
     /// How the volunteers and the paths to them are.
+    #[command(after_help = examples::STATUS)]
     Status(TestnetStatusArgs),
     /// Kill a volunteer, as a crash or a power cut would.
+    #[command(after_help = examples::KILL)]
     Kill(NodeArgs),
     /// Stop a volunteer in its tracks: it keeps its connections and answers nothing.
+    #[command(after_help = examples::PAUSE)]
     Pause(NodeArgs),
     /// Let a paused or slowed volunteer go on.
+    #[command(after_help = examples::RESUME)]
     Resume(NodeArgs),
     /// Start a volunteer again, with the same identity.
+    #[command(after_help = examples::RESTART)]
     Restart(NodeArgs),
     /// Let a volunteer run a part of the time only.
+    #[command(after_help = examples::SLOW)]
     Slow(SlowArgs),
     /// Let nothing through to a volunteer's data plane, or from it; both ways without --to and --from.
+    #[command(after_help = examples::CUT)]
     Cut(CutArgs),
     /// Undo all trouble.
+    #[command(after_help = examples::HEAL)]
     Heal(OrderArgs),
     /// End the network.
+    #[command(after_help = examples::DOWN)]
     Down(OrderArgs),
     /// Start a network of unequal volunteers, break it under load, and check every token.
+    #[command(after_help = examples::CHAOS)]
     Chaos(ChaosArgs),
 }
 

@@ -3,6 +3,8 @@
 mod conversation;
 mod lines;
 
+use std::time::Instant;
+
 use anyhow::{Context as _, bail};
 use conversation::Conversation;
 use futures::StreamExt;
@@ -78,8 +80,10 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
     let mut seed = args.sampling.seed.unwrap_or_else(rand::random);
     // The last question, if it got no answer.
     let mut unanswered: Option<String> = None;
+    // When an answer ended by itself, if it was just now.
+    let mut ended: Option<Instant> = None;
     eprintln!("/help shows what you can do here");
-    while let Some(line) = lines.next(&mut interrupts).await? {
+    while let Some(line) = lines.next(&mut interrupts, ended.take()).await? {
         let question = match Input::of(&line) {
             Input::Nothing => continue,
             Input::Quit => break,
@@ -125,10 +129,12 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
             }
             Err(error) => Err(error),
         };
+        // Whoever stopped it has been heard.
+        ended = (!answered.as_ref().is_ok_and(|answer| answer.stopped)).then(Instant::now);
         match answered {
             // Nothing said, nothing to remember.
-            Ok(text) if text.is_empty() => unanswered = Some(question),
-            Ok(text) => {
+            Ok(Answer { text, .. }) if text.is_empty() => unanswered = Some(question),
+            Ok(Answer { text, .. }) => {
                 unanswered = None;
                 conversation.answered(question, text);
             }
@@ -143,6 +149,12 @@ async fn talk(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What was said, and whether ctrl-C was its end.
+struct Answer {
+    text: String,
+    stopped: bool,
+}
+
 /// Streams one answer; ctrl-C ends it, and what was said until then counts.
 async fn answer(
     client: &Client,
@@ -150,7 +162,7 @@ async fn answer(
     seed: u64,
     prompt: Vec<u32>,
     interrupts: &mut Interrupts,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Answer> {
     // One that came as the last answer ended was meant for that.
     interrupts.forget();
     let chosen = &args.sampling;
@@ -169,8 +181,9 @@ async fn answer(
             token = generation.next() => token,
             () = interrupts.next() => {
                 say!("");
-                eprintln!("[stopped after {count} tokens]");
-                return Ok(text);
+                let told = generation.progress().map(|so_far| footer(count, so_far.timings, &so_far.network));
+                eprintln!("[stopped after {}]", told.unwrap_or_else(|| "0 tokens".to_owned()));
+                return Ok(Answer { text, stopped: true });
             }
         };
         let Some(token) = token else { break };
@@ -183,12 +196,12 @@ async fn answer(
     show(&summary.rest)?;
     text.push_str(&summary.rest);
     say!("");
-    eprintln!("{}", footer(count, summary));
+    eprintln!("[{}]", footer(count, summary.timings, &summary.network));
     if summary.finish_reason == FinishReason::Length {
         let reason = if count >= args.max_tokens { "as long as --max-tokens allows" } else { "the context is full" };
         eprintln!("[cut off: {reason}]");
     }
-    Ok(text)
+    Ok(Answer { text, stopped: false })
 }
 
 #[cfg(test)]

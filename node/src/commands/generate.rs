@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::bail;
 use futures::StreamExt;
 use hanse_model::SamplingParams;
-use hanse_router::{GenerateRequest, NetworkUse, Summary, Timings};
+use hanse_router::{GenerateRequest, NetworkUse, Timings};
 use serde::Serialize;
 
 use super::client;
@@ -99,7 +99,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         show(&tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))?;
     }
     say!("");
-    eprintln!("{}", footer(tokens.len(), summary));
+    eprintln!("[{}]", footer(tokens.len(), summary.timings, &summary.network));
     Ok(())
 }
 
@@ -111,20 +111,16 @@ pub(crate) fn show(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One line about an answer that has ended.
-pub(crate) fn footer(tokens: usize, summary: &Summary) -> String {
-    let speed = summary.timings.tokens_per_second();
-    let network = &summary.network;
+/// What is said of an answer after it: how many tokens, how fast, from whom.
+pub(crate) fn footer(tokens: usize, timings: Timings, network: &NetworkUse) -> String {
+    let speed = timings.tokens_per_second();
+    let answer = format!("{}, {speed:.1} tokens/s", output::count(tokens, "token"));
     if network.frames == 0 {
-        return format!("[{tokens} tokens, {speed:.1} tokens/s, computed here]");
+        return format!("{answer}, computed here");
     }
-    let mut line = format!(
-        "[{tokens} tokens, {speed:.1} tokens/s, {}, {} frames",
-        output::count(network.peers, "peer"),
-        network.frames
-    );
+    let mut line = format!("{answer}, {}, {} frames", output::count(network.peers, "peer"), network.frames);
     if network.retries + network.hedged > 0 {
         line += &format!(", {} retries, {} hedged", network.retries, network.hedged);
     }
-    line + "]"
+    line
 }

@@ -176,6 +176,28 @@ mod terminal {
     }
 
     #[test]
+    fn ctrl_c_just_after_an_answer_was_meant_for_it_and_the_next_ends_the_program() {
+        let mut terminal = Terminal::chat("--local --max-tokens 8");
+        terminal.shows("> ");
+        terminal.types("Once upon a time\r");
+        terminal.shows("tokens/s");
+        terminal.shows("> ");
+        terminal.types(CTRL_C);
+        terminal.shows("(ctrl-C again, ctrl-D or /quit ends)");
+        terminal.shows("> ");
+        terminal.types(CTRL_C);
+        terminal.ends();
+    }
+
+    #[test]
+    fn ctrl_c_ends_the_program_where_nothing_was_asked() {
+        let mut terminal = Terminal::chat("--local --max-tokens 8");
+        terminal.shows("> ");
+        terminal.types(CTRL_C);
+        terminal.ends();
+    }
+
+    #[test]
     fn ctrl_c_stops_the_answer_and_at_the_prompt_the_program() {
         // A token takes a tenth of a second at least, so that the answer has not ended when it is stopped.
         let network = Up::start(&["--nodes", "2", "--rtt", "20ms"]);
@@ -187,6 +209,8 @@ mod terminal {
         terminal.shows("there");
         terminal.types(CTRL_C);
         terminal.shows("[stopped after");
+        let told = terminal.shows("]");
+        assert!(told.contains("tokens/s, ") && told.contains(" peer") && told.contains(" frames"), "{told}");
         terminal.types("/retry\r");
         terminal.shows("there");
         terminal.types(CTRL_C);

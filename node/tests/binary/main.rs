@@ -8,6 +8,8 @@ mod demo;
 mod errors;
 mod members;
 mod owner;
+#[cfg(target_os = "linux")]
+mod services;
 #[cfg(unix)]
 mod testnet;
 mod tools;

@@ -25,6 +25,10 @@ const COMMANDS: &[&str] = &[
     "man",
 ];
 
+#[cfg(unix)]
+const TESTNET: &[&str] =
+    &["up", "status", "kill", "pause", "resume", "restart", "slow", "cut", "heal", "down", "chaos"];
+
 /// What a command that succeeds prints.
 fn printed<const N: usize>(args: [&str; N]) -> String {
     let output = run(args);
@@ -32,18 +36,29 @@ fn printed<const N: usize>(args: [&str; N]) -> String {
     text(&output.stdout)
 }
 
+/// What `--help` says of a command on a terminal that is so wide.
+fn help(command: &[&str], columns: &str) -> String {
+    let output = hanse(&home()).args(command).arg("--help").env("COLUMNS", columns).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
 #[test]
-fn help_of_each_command_ends_with_examples_that_it_understands() {
-    for command in COMMANDS {
-        let help = printed([command, "--help"]);
-        let (_, examples) = help.split_once("Examples:\n").unwrap_or_else(|| panic!("{command} has none"));
-        let known = |option: &str| help.contains(option);
-        for option in examples.split_whitespace().filter(|word| word.starts_with("--")) {
-            assert!(known(&format!("{option} ")) || known(&format!("{option}\n")), "hanse {command} {option}");
+fn help_is_as_wide_as_the_terminal_and_ends_with_examples() {
+    let commands = COMMANDS.iter().map(|&command| vec![command]);
+    #[cfg(unix)]
+    let commands = commands.chain([vec!["testnet"]]).chain(TESTNET.iter().map(|&order| vec!["testnet", order]));
+    for command in commands {
+        let narrow = help(&command, "80");
+        for line in narrow.lines() {
+            // The options that must be given are told in one line.
+            assert!(line.chars().count() <= 80 || line.starts_with("Usage:"), "{command:?}: {line:?}");
         }
-        assert!(examples.lines().any(|line| line.starts_with(&format!("  hanse {command}"))), "{command}: {examples}");
+        assert!(narrow.contains("\nExamples:\n"), "{command:?}: {narrow}");
     }
-    assert!(printed(["--help"]).contains("hanse demo"));
+    let widest = |columns| help(&["node"], columns).lines().map(|line| line.chars().count()).max().unwrap();
+    assert!(widest("50") < widest("80") && (81..=100).contains(&widest("200")), "the terminal decides up to 100");
+    assert!(help(&[], "80").contains("hanse demo"));
 }
 
 #[cfg(unix)]
@@ -74,7 +89,10 @@ fn there_is_a_manual_page_for_each_command() {
     let dir = home();
     let pages = dir.path().join("man1");
     printed(["man", pages.to_str().unwrap()]);
-    for command in COMMANDS {
+    let commands = COMMANDS.iter().map(|command| (*command).to_owned());
+    #[cfg(unix)]
+    let commands = commands.chain(TESTNET.iter().map(|order| format!("testnet-{order}")));
+    for command in commands {
         let page = std::fs::read_to_string(pages.join(format!("hanse-{command}.1"))).unwrap();
         assert!(page.contains("Examples:"), "{command}");
     }
@@ -150,6 +168,37 @@ fn the_doctor_says_what_is_wrong_and_fails() {
     }
     let (status, checks) = doctor(&["--listen", LOOPBACK, "--model", missing.to_str().unwrap()]);
     assert_eq!((status, outcome(&checks, "model")), (Some(1), "fail"));
+}
+
+#[test]
+fn the_doctor_looks_at_the_disk_of_a_folder_that_is_named_from_here() {
+    let here = home();
+    std::fs::write(here.path().join("file"), "").unwrap();
+    // The check of the disk, and that of the key, with both folders there.
+    let asks = |dir: &str| {
+        let mut command = hanse(&here);
+        command.current_dir(&here).args(["doctor", "--json", "--no-upnp", "--listen", LOOPBACK]);
+        let output = command.args(["--cache-dir", dir, "--data-dir", dir]).output().unwrap();
+        let document: Value = serde_json::from_str(&text(&output.stdout)).unwrap();
+        ["disk", "key"].map(|name| {
+            let check = document["checks"].as_array().unwrap().iter().find(|check| check["check"] == name).unwrap();
+            (check["outcome"] == "fail", check["found"].as_str().unwrap().to_owned(), check["advice"].to_string())
+        })
+    };
+    let place = here.path().canonicalize().unwrap();
+    for dir in ["not/there/yet", "."] {
+        let [(failed, found, _), _] = asks(dir);
+        assert!(!failed && found.starts_with(&format!("{}", place.display())), "{dir}: {found}");
+    }
+    for dir in ["file/below", "file"] {
+        for (check, option) in asks(dir).into_iter().zip(["--cache-dir", "--data-dir"]) {
+            let (failed, found, advice) = check;
+            assert!(
+                failed && found.contains("file is no folder") && advice.contains(option),
+                "{dir}: {found} {advice}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -24,24 +24,40 @@ pub struct Summary {
     pub network: NetworkUse,
 }
 
+/// What a generation has cost as of one of its tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// How long it has taken.
+    pub timings: Timings,
+    /// As [`Summary::network`].
+    pub network: NetworkUse,
+}
+
 /// The tokens of one generation as they come. Dropping it ends the generation.
 #[derive(Debug)]
 pub struct Generation {
     steps: mpsc::Receiver<Step>,
     prompt: Vec<ScoredToken>,
+    progress: Option<Progress>,
     summary: Option<Summary>,
     ended: bool,
 }
 
 impl Generation {
     pub(super) fn new(steps: mpsc::Receiver<Step>) -> Self {
-        Self { steps, prompt: Vec::new(), summary: None, ended: false }
+        Self { steps, prompt: Vec::new(), progress: None, summary: None, ended: false }
     }
 
     /// How it ended; `None` before the stream's end and after an error.
     #[must_use]
     pub fn summary(&self) -> Option<&Summary> {
         self.summary.as_ref()
+    }
+
+    /// What it had cost as of the last token that came out of the stream, for who does not wait for the end; `None` before the first.
+    #[must_use]
+    pub fn progress(&self) -> Option<&Progress> {
+        self.progress.as_ref()
     }
 
     /// What the model thought of the prompt's tokens, if that was asked for; complete as soon as the first token or the end has come.
@@ -65,7 +81,10 @@ impl Stream for Generation {
                     self.prompt.append(&mut tokens);
                     continue;
                 }
-                Some(Step::Token(token)) => return Poll::Ready(Some(Ok(token))),
+                Some(Step::Token(token, progress)) => {
+                    self.progress = Some(progress);
+                    return Poll::Ready(Some(Ok(token)));
+                }
                 _ => self.ended = true,
             }
             return Poll::Ready(match step {

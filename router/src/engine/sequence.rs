@@ -9,7 +9,7 @@ use hanse_model::{
 use tokio::sync::mpsc;
 
 use super::Step;
-use crate::client::Summary;
+use crate::client::{Progress, Summary};
 use crate::dispatch::Usage;
 use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, ScoredToken, Timings, Token};
 
@@ -209,7 +209,8 @@ impl Sequence {
         self.tokens.push(id);
         let top = top_log_softmax(logits, self.request.top_logprobs);
         // Who has gone is noticed before the next step; who is slow has been waited for.
-        let _ = self.steps.try_send(Step::Token(Token { id, text, logprob: log_softmax_at(logits, id), top }));
+        let token = Token { id, text, logprob: log_softmax_at(logits, id), top };
+        let _ = self.steps.try_send(Step::Token(token, self.progress()));
         if is_end || stopped {
             return Ok(Some(FinishReason::Stop));
         }
@@ -246,9 +247,14 @@ impl Sequence {
                 reason = FinishReason::Stop;
             }
         }
+        let Progress { timings, network } = self.progress();
+        Ok(Summary { finish_reason: reason, rest, timings, network })
+    }
+
+    fn progress(&self) -> Progress {
         let prefilled = self.prefilled.unwrap_or(self.began);
         let prefill: Duration = prefilled - self.began;
         let timings = Timings { prefill, decode: prefilled.elapsed(), decode_steps: self.decode_steps };
-        Ok(Summary { finish_reason: reason, rest, timings, network: self.network.counts() })
+        Progress { timings, network: self.network.counts() }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -21,6 +21,9 @@ const LITTLE_BYTES: u64 = 1 << 30;
 
 /// Whether there is a key, and only its owner can read it.
 pub(super) fn key(data_dir: &Path) -> Check {
+    if let Err(error) = nearest(data_dir) {
+        return Check::fail("key", format!("{error:#}"), "move the file away, or name another folder with --data-dir");
+    }
     let path = data_dir.join("identity.key");
     let shown = path.display();
     match path.try_exists() {
@@ -58,8 +61,14 @@ pub(super) fn gpu() -> Check {
 
 /// Whether the disk that holds `dir`, which need not exist yet, is fast enough and has `needed` bytes.
 pub(super) fn disk(dir: &Path, needed: Option<u64>) -> Check {
-    let existing = dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
-    let measured = speed(existing);
+    let existing = match nearest(dir) {
+        Ok(existing) => existing,
+        Err(error) => {
+            let advice = "move the file away, or name another folder with --cache-dir";
+            return Check::fail("disk", format!("{error:#}"), advice);
+        }
+    };
+    let measured = speed(&existing);
     let (written, read) = match measured {
         Ok(speed) => speed,
         Err(error) => {
@@ -69,7 +78,7 @@ pub(super) fn disk(dir: &Path, needed: Option<u64>) -> Check {
     };
     let per_second = |speed: f64| output::bytes(speed as u64);
     let speeds = format!("writes {}/s, reads {}/s", per_second(written), per_second(read));
-    let free = free_bytes(existing);
+    let free = free_bytes(&existing);
     let room = free.map_or_else(String::new, |free| format!(", {} free", output::bytes(free)));
     let found = format!("{}: {speeds}{room}", existing.display());
     if let (Some(free), Some(needed)) = (free, needed)
@@ -89,6 +98,19 @@ pub(super) fn disk(dir: &Path, needed: Option<u64>) -> Check {
         return Check::warn("disk", found, "loading experts takes long: another disk for --cache-dir would help");
     }
     Check::ok("disk", found)
+}
+
+/// The folder in which `dir` is or would be made: itself or the first above it that is there.
+///
+/// # Errors
+/// If what is there is no folder, so that `dir` cannot be made.
+fn nearest(dir: &Path) -> anyhow::Result<PathBuf> {
+    // Above a relative path there is the current folder, which its own ancestors do not name.
+    let dir = std::path::absolute(dir).with_context(|| format!("cannot tell where {dir:?} is"))?;
+    // A link that leads nowhere is in the way too.
+    let existing = dir.ancestors().find(|dir| dir.symlink_metadata().is_ok()).unwrap_or(&dir);
+    anyhow::ensure!(existing.is_dir(), "{} is no folder", existing.display());
+    Ok(existing.to_owned())
 }
 
 /// Bytes that are written and read in a second.

@@ -8,7 +8,7 @@ use super::{Document, LayerRow, PeerRow};
 use crate::output;
 
 /// Characters of a list of experts that are shown.
-const LONGEST_LIST: usize = 36;
+const LONGEST_LIST: usize = 34;
 /// Characters of an address that are shown: any of IPv4 with its port.
 const LONGEST_ADDRESS: usize = 21;
 
@@ -18,7 +18,7 @@ pub(super) fn report(document: &Document) -> String {
         return "the network is reachable, but nobody hosts a model".to_owned();
     };
     if document.peers.is_empty() {
-        return format!("nobody hosts model {model}");
+        return format!("model {model}\nnobody hosts it");
     }
     let experts: u64 = document.layers.iter().map(|row| u64::from(row.experts)).sum();
     let missing: usize = document.layers.iter().map(|row| row.missing.len()).sum();
@@ -102,6 +102,13 @@ mod tests {
         LayerRow { layer, experts: 256, missing, min_replicas: replicas.0, max_replicas: replicas.1 }
     }
 
+    fn assert_fits(text: &str) {
+        println!("{text}");
+        for line in text.lines() {
+            assert!(line.chars().count() <= 80, "{line:?}");
+        }
+    }
+
     fn peer(address: &str) -> PeerRow {
         PeerRow {
             peer_id: hanse_protocol::PeerId::random().to_string(),
@@ -121,10 +128,7 @@ mod tests {
         layers[40] = layer(43, odd, (0, 12));
         let peers = vec![peer("192.168.100.200:65535"), peer("[2001:db8:1111:2222:3333:4444:5555:6666]:65535")];
         let text = report(&Document { model_id: Some("c6".repeat(32)), layers, peers });
-        println!("{text}");
-        for line in text.lines() {
-            assert!(line.chars().count() <= 80, "{line:?}");
-        }
+        assert_fits(&text);
         let rows: Vec<&str> = text.lines().filter(|line| line.contains(" 256 ")).collect();
         assert_eq!(rows.len(), 3, "{rows:?}");
         assert!(rows[0].contains("3-42") && rows[0].contains("1 to 12"), "{rows:?}");
@@ -132,6 +136,52 @@ mod tests {
         assert!(rows[2].contains("44-60"), "{rows:?}");
         assert!(text.contains("128 experts have no host"), "{text}");
         assert!(text.contains("192.168.100.200:65535") && text.contains("[2001:db8:…"), "{text}");
+    }
+
+    #[test]
+    fn peers_of_all_kinds_are_told_apart_in_80_columns() {
+        let circuit = format!(
+            "/ip6/2001:db8:1111:2222:3333:4444:5555:6666/udp/65535/quic-v1/p2p/{}/p2p-circuit",
+            hanse_protocol::PeerId::random()
+        );
+        let far = "[2001:db8:1111:2222:3333:4444:5555:6666]:65535";
+        let peers =
+            [("direct", false), ("relayed", false), ("unreachable", false), ("direct", true), ("relayed", true)]
+                .into_iter()
+                .flat_map(|(reachability, draining)| {
+                    [far, &circuit].map(|address| PeerRow { reachability, draining, ..peer(address) })
+                });
+        let silent = PeerRow { addresses: Vec::new(), round_trip_ms: None, load: 0.0, ..peer("") };
+        let peers: Vec<PeerRow> = peers.chain([silent]).collect();
+        let document = Document { model_id: Some("c6".repeat(32)), layers: vec![layer(0, vec![], (1, 2))], peers };
+        let text = report(&document);
+        assert_fits(&text);
+        for peer in &document.peers {
+            let tail = &peer.peer_id[peer.peer_id.len() - 10..];
+            let rows: Vec<&str> = text.lines().filter(|line| line.contains(tail)).collect();
+            let [row] = rows[..] else { panic!("one row for {tail}: {rows:?}") };
+            let reach = if peer.draining { "paused" } else { peer.reachability };
+            assert!(row.contains(reach) && row.contains(" 14848 "), "{row}");
+            assert!(row.contains(if peer.load > 0.0 { " 100 % " } else { " 0 % " }), "{row}");
+            assert!(row.contains(if peer.round_trip_ms.is_some() { " 1234.5 ms " } else { " - " }), "{row}");
+        }
+    }
+
+    #[test]
+    fn a_list_of_experts_fits_80_columns_wherever_it_is_cut() {
+        for (step, first) in (2..54).flat_map(|step| (0..step).map(move |first| (step, first))) {
+            let missing = (0..1024).filter(|expert| expert % step != first).collect::<Vec<u32>>();
+            let row = |number| LayerRow { experts: 1024, ..layer(number, missing.clone(), (0, 1200)) };
+            let table = layers(&[row(100), row(101)]).to_string();
+            table.lines().for_each(|line| assert_fits(line.trim_end()));
+        }
+    }
+
+    #[test]
+    fn a_model_that_nobody_hosts_is_named_in_80_columns() {
+        let text = report(&Document { model_id: Some("c6".repeat(32)), layers: Vec::new(), peers: Vec::new() });
+        assert_fits(&text);
+        assert!(text.contains(&"c6".repeat(32)) && text.contains("nobody hosts it"), "{text}");
     }
 
     #[test]
