@@ -60,6 +60,15 @@ peers() {
         sleep 0.2
     done
 }
+# Waits until every expert is hosted so often at least: volunteers that start at about the same time may choose alike, and move later.
+replicas() {
+    local deadline=$((SECONDS + 300)) fewest
+    until fewest=$(curl --silent --fail "$url/api/network" | grep -oE '"replicas":\[[0-9,]*\]' | grep -oE '[0-9]+' | sort -n | head -1) \
+        && [ "${fewest:-0}" -ge "$1" ]; do
+        [ $SECONDS -lt $deadline ] || fail "an expert has $fewest replicas, not $1"
+        sleep 0.5
+    done
+}
 # Asks for a stream and does something while it comes; the answer must be what came in peace.
 in_mid_stream() {
     local what=$1 try before after
@@ -72,7 +81,7 @@ in_mid_stream() {
         before=$(grep -c '"text"' "$scratch/stream" || true)
         wait $asked || fail "$what: the stream broke"
         after=$(grep -c '"text"' "$scratch/stream" || true)
-        [ "$(text "$scratch/stream")" = "$expected" ] || fail "$what: another answer: $(text "$scratch/stream")"
+        [ "$(text "$scratch/stream")" = "$expected" ] || fail "$what: another answer: $(text "$scratch/stream"); at last: $(tail -c 400 "$scratch/stream")"
         if [ "$before" -lt "$after" ]; then
             say "$what after $before of $after pieces at the latest: the same answer"
             return
@@ -81,6 +90,7 @@ in_mid_stream() {
         docker network connect "${project}_default" "$(container volunteer3)" 2> /dev/null || true
         all_healthy
         peers 4
+        replicas 2
     done
     fail "$what: the answer was complete each time before it had happened"
 }
@@ -117,6 +127,7 @@ fi
 compose up -d --no-build > "$scratch/up" 2>&1 || { cat "$scratch/up"; fail "up"; }
 all_healthy
 peers 4
+replicas 2
 say "a bootstrap, four volunteers and a gateway are up"
 
 for service in bootstrap volunteer1 volunteer2 volunteer3 volunteer4 gateway; do
@@ -139,6 +150,7 @@ in_mid_stream "killed" docker kill "$(container volunteer2)"
 peers 3
 compose up -d --no-build > /dev/null 2>&1
 peers 4
+replicas 2
 say "the killed volunteer is back"
 
 in_mid_stream "cut off" docker network disconnect "${project}_default" "$(container volunteer3)"
@@ -147,6 +159,7 @@ ask '"max_tokens": 64' > "$scratch/answer"
 [ "$(text "$scratch/answer")" = "$short" ] || fail "another answer while one is cut off"
 docker network connect "${project}_default" "$(container volunteer3)"
 peers 4
+replicas 2
 say "the volunteer that was cut off is back"
 
 for stream in 1 2 3 4; do load $stream & done
@@ -154,6 +167,7 @@ for service in volunteer1 volunteer2 volunteer3 volunteer4; do
     compose restart --timeout 30 $service > /dev/null 2>&1
     all_healthy
     peers 4
+    replicas 2
     say "$service restarted"
 done
 touch "$scratch/enough"

@@ -48,10 +48,12 @@ impl Turns {
         Self { pace, seed, round: 0, drawn: false }
     }
 
-    /// When to look for the first time, or again.
+    /// When to look for the first time, or again. The first time comes soon: others may have chosen at the same time as this one, and
+    /// alike.
     pub fn next_look(&mut self, now: Duration) -> Duration {
         self.round += 1;
-        now + self.pace.interval.mul_f64(0.75 + 0.5 * lot([self.seed, self.round, 2]))
+        let interval = if self.round == 1 { self.pace.interval / 6 } else { self.pace.interval };
+        now + interval.mul_f64(0.75 + 0.5 * lot([self.seed, self.round, 2]))
     }
 
     /// What to do, given what the network looks like `now`; the arguments are those of [`rebalance`].
