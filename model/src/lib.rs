@@ -49,6 +49,7 @@ mod lanes;
 mod linear;
 mod rope;
 mod sampling;
+mod share;
 mod spec;
 mod stop;
 mod tokenizer;
