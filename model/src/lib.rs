@@ -47,6 +47,7 @@ mod gate;
 mod generation;
 mod lanes;
 mod linear;
+pub mod peak;
 mod rope;
 mod sampling;
 mod share;
