@@ -140,7 +140,7 @@ const TILE_COLUMNS: usize = 12;
 const MIN_TASK: usize = 1 << 17;
 
 /// Multiplications in all below which another thread is not worth waking: about 50 microseconds of one core.
-pub(crate) const MIN_SHARED: usize = 1 << 19;
+const MIN_SHARED: usize = 1 << 19;
 
 /// Splits `outputs` into ranges of columns such that a task has about [`MIN_TASK`] multiplications or more, and there
 /// are not many more tasks than it takes to keep `threads` busy.

@@ -465,6 +465,10 @@ pub(crate) enum BenchPart {
     Limits,
     /// How fast rows are written and read in each wire dtype.
     Wire,
+    /// How fast the model's experts are computed, as shares of what the machine does at best.
+    Experts,
+    /// How fast everything but the experts is computed.
+    Trunk,
     /// One expert call.
     Call,
     /// One expert call beside an echo of the same bytes over bare QUIC.
@@ -480,7 +484,7 @@ pub(crate) enum BenchPart {
 impl BenchPart {
     /// Whether volunteers have to be started for it.
     pub(crate) fn needs_network(self) -> bool {
-        !matches!(self, Self::Limits | Self::Wire)
+        !matches!(self, Self::Limits | Self::Wire | Self::Experts | Self::Trunk)
     }
 }
 

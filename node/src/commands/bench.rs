@@ -4,10 +4,12 @@
 
 mod call;
 mod crowd;
+mod experts;
 mod floor;
 mod generate;
 mod limits;
 mod memory;
+mod trunk;
 mod wire;
 
 use std::path::PathBuf;
@@ -35,6 +37,10 @@ struct Document {
     limits: Option<limits::Report>,
     #[serde(rename = "dtypes", skip_serializing_if = "Option::is_none")]
     codecs: Option<wire::Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<experts::Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trunk: Option<trunk::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
     call: Option<call::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,12 +79,28 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let bar = output::spinner("measuring the machine");
     let limits = if wanted(BenchPart::Limits) { Some(tokio::task::spawn_blocking(limits::run).await??) } else { None };
     let codecs = if wanted(BenchPart::Wire) { Some(tokio::task::spawn_blocking(wire::run).await??) } else { None };
+    let experts = if wanted(BenchPart::Experts) {
+        bar.set_message("computing experts");
+        let dir = dir.clone();
+        Some(tokio::task::spawn_blocking(move || experts::run(&dir)).await??)
+    } else {
+        None
+    };
+    let trunk = if wanted(BenchPart::Trunk) {
+        bar.set_message("computing the trunk");
+        let dir = dir.clone();
+        Some(tokio::task::spawn_blocking(move || trunk::run(&dir)).await??)
+    } else {
+        None
+    };
     let mut document = Document {
         model: dir.clone(),
         nodes: args.nodes,
         wire: args.wire.to_string(),
         limits,
         codecs,
+        experts,
+        trunk,
         call: None,
         floor: None,
         crowd: None,
@@ -130,6 +152,8 @@ fn print_report(document: &Document) -> anyhow::Result<()> {
     say!("{}, {} volunteers on loopback, {} on the wire\n", document.model.display(), document.nodes, document.wire);
     document.limits.as_ref().map_or(Ok(()), limits::Report::print)?;
     document.codecs.as_ref().map_or(Ok(()), wire::Report::print)?;
+    document.experts.as_ref().map_or(Ok(()), experts::Report::print)?;
+    document.trunk.as_ref().map_or(Ok(()), trunk::Report::print)?;
     document.call.as_ref().map_or(Ok(()), call::Report::print)?;
     document.floor.as_ref().map_or(Ok(()), floor::Report::print)?;
     document.crowd.as_ref().map_or(Ok(()), crowd::Report::print)?;
