@@ -42,8 +42,8 @@ instantiate! {
     /// `out = softmax(scale * query . keys) . values` for each query.
     ///
     /// # Safety
-    /// The machine must have `isa`. Keys and values have as many positions as queries see, which is at least one; the
-    /// pointers are good for `head_dim` values, and nobody else touches the results.
+    /// The machine must have `isa`. There is a query, and each sees a position at least; keys and values have all that are
+    /// seen; the pointers are good for `head_dim` values, and nobody else touches the results.
     pub(crate) fn attend(group: Group<'_>) = attend_with
 }
 
@@ -67,8 +67,9 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
     let pieces = pieces::<R>(queries, first, last);
     // `[queries, positions]`, and `[queries, head_dim]` with room for whole vectors.
     let (width, dims) = (last - first, group.head_dim.next_multiple_of(LANES));
-    let mut scores = vec![0.0f32; queries.len() * width];
-    let mut sums = vec![0.0f32; queries.len() * dims];
+    let mut scratch = vec![0.0f32; queries.len() * (width + dims + 1)];
+    let (scores, rest) = scratch.split_at_mut(queries.len() * width);
+    let (sums, totals) = rest.split_at_mut(queries.len() * dims);
     unsafe {
         for piece in &pieces {
             let scores = Rows { values: scores.as_mut_ptr().add(piece.number * width + piece.from - first), width };
@@ -78,9 +79,8 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
                 score::<L, 1, K>(group, *piece, scores);
             }
         }
-        let mut totals = Vec::with_capacity(queries.len());
-        for (query, scores) in queries.iter().zip(scores.chunks_mut(width)) {
-            totals.push(exponentials::<L>(&mut scores[query.start - first..query.end - first]));
+        for (number, (query, scores)) in queries.iter().zip(scores.chunks_mut(width)).enumerate() {
+            totals[number] = exponentials::<L>(&mut scores[query.start - first..query.end - first]);
         }
         for piece in &pieces {
             let weights = Rows { values: scores.as_mut_ptr().add(piece.number * width + piece.from - first), width };
@@ -93,7 +93,7 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
         }
         for ((query, sums), total) in queries.iter().zip(sums.chunks_mut(dims)).zip(totals) {
             for part in sums.chunks_exact_mut(LANES) {
-                L::store(L::div(L::load(part.as_ptr()), L::splat(total)), part.as_mut_ptr());
+                L::store(L::div(L::load(part.as_ptr()), L::splat(*total)), part.as_mut_ptr());
             }
             std::ptr::copy_nonoverlapping(sums.as_ptr(), query.out, group.head_dim);
         }
@@ -120,9 +120,11 @@ struct Rows {
 /// Cuts the work such that every query meets each of its positions once, in ascending order: with tiles of `R` queries
 /// where all of them see the positions, and alone elsewhere. Block by block, all queries of each.
 fn pieces<const R: usize>(queries: &[Query], first: usize, last: usize) -> Vec<Piece> {
-    let mut pieces = Vec::with_capacity((last - first).div_ceil(BLOCK) * queries.len().div_ceil(R));
-    for block in (first..last).step_by(BLOCK) {
-        let block_end = last.min(block + BLOCK);
+    // One tile has nobody to share with.
+    let size = if queries.len() <= R { (last - first).max(1) } else { BLOCK };
+    let mut pieces = Vec::with_capacity((last - first).div_ceil(size) * queries.len().div_ceil(R));
+    for block in (first..last).step_by(size) {
+        let block_end = last.min(block + size);
         for (tile_number, tile) in queries.chunks(R).enumerate() {
             let mut from = tile.iter().fold(block, |from, query| from.max(query.start));
             let mut to = tile.iter().fold(block_end, |to, query| to.min(query.end));
