@@ -1,6 +1,9 @@
 //! The inner loops. An output is one dot product: sixteen lanes, each a chain of fused multiply-adds in ascending
 //! order, the end of a row padded with zeros, then one fixed tree of additions. Tiles only decide how many outputs
 //! are computed side by side.
+//!
+//! At few rows the limit is reading weights from memory, which takes asking for them ahead; at many it is the rate of
+//! multiplications, which takes sums that stay in registers.
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
@@ -99,8 +102,9 @@ unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
         } else if shape.rows >= 2 {
             tile::<L, W, 2, C, true>(x, w, y, shape, row, column);
             row = 2;
-        } else {
-            return tile::<L, W, 1, C, true>(x, w, y, shape, row, column);
+        } else if shape.rows == 1 {
+            tile::<L, W, 1, C, true>(x, w, y, shape, row, column);
+            row = 1;
         }
         while L::WIDE && shape.rows - row >= 4 {
             tile::<L, W, 4, C, false>(x, w, y, shape, row, column);
@@ -116,6 +120,8 @@ unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
     }
 }
 
+/// `R` rows and `C` columns. The `FIRST` tile of some columns, which reads their weights from memory, asks for those that
+/// come after them.
 #[inline(always)]
 unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST: bool>(
     x: *const f32,
