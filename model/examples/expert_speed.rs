@@ -19,7 +19,7 @@ fn checkpoint(dtype: &str, value_bytes: usize) -> tempfile::TempDir {
     let config = serde_json::json!({
         "model_type": "olmoe", "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": 1,
         "num_attention_heads": 16, "num_experts": EXPERTS, "num_experts_per_tok": 8, "vocab_size": 2,
-        "tie_word_embeddings": true,
+        "tie_word_embeddings": true, "max_position_embeddings": 8,
     });
     std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
     let mut tensors: Vec<(String, Vec<usize>)> = vec![
