@@ -5,6 +5,7 @@ use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use crate::checkpoint::{Checkpoint, LoadError, Swiglu};
 use crate::lanes::Isa;
 use crate::linear::{SharedMut, column_ranges, kernel, run_tasks};
+use crate::share::Pending;
 
 /// One routed expert: `down_proj(silu(gate_proj(x)) * up_proj(x))`. Source: Mixtral, arXiv:2401.04088.
 ///
@@ -68,7 +69,6 @@ pub(crate) struct SwigluJob<'a> {
 }
 
 /// Pointers of one job, good for as long as `run_swiglus` runs.
-#[derive(Clone, Copy)]
 struct Pointers<'a> {
     swiglu: &'a Swiglu,
     hidden: &'a [f32],
@@ -76,65 +76,81 @@ struct Pointers<'a> {
     gate: SharedMut,
     up: SharedMut,
     output: SharedMut,
+    /// Parts of gate and up that are not done.
+    pending: Pending,
 }
 
 /// See [`run_experts`].
+///
+/// One piece of work: first the gates and ups of all jobs, then their downs, each as soon as its own gate and up are there.
 pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
     let isa = Isa::detect();
     let threads = pool.current_num_threads();
-    let mut buffers: Vec<(Vec<f32>, Vec<f32>)> = jobs
+    let middle: usize = jobs
         .iter()
         .map(|job| {
-            let (hidden_size, width) = (job.swiglu.gate_proj.inputs(), job.swiglu.gate_proj.outputs());
+            let hidden_size = job.swiglu.gate_proj.inputs();
             let rows = job.hidden.len() / hidden_size;
             assert_eq!(job.hidden.len(), rows * hidden_size, "input in rows of {hidden_size}");
             assert_eq!(job.output.len(), job.hidden.len(), "output as long as the input");
-            (vec![0.0; rows * width], vec![0.0; rows * width])
+            rows * job.swiglu.gate_proj.outputs()
         })
-        .collect();
-    let pointers: Vec<Pointers<'_>> = jobs
-        .iter_mut()
-        .zip(&mut buffers)
-        .map(|(job, (gate, up))| Pointers {
+        .sum();
+    let mut buffer = vec![0.0; 2 * middle];
+    let mut rest = buffer.as_mut_slice();
+    let (mut first, mut second, mut work) = (Vec::new(), Vec::new(), 0);
+    let mut pointers = Vec::with_capacity(jobs.len());
+    for (number, job) in jobs.iter_mut().enumerate() {
+        let Swiglu { gate_proj, down_proj, .. } = job.swiglu;
+        let rows = job.hidden.len() / gate_proj.inputs();
+        let (gate, up);
+        (gate, rest) = rest.split_at_mut(rows * gate_proj.outputs());
+        (up, rest) = rest.split_at_mut(rows * gate_proj.outputs());
+        let before = first.len();
+        let ranges = column_ranges(gate_proj.outputs(), 2 * rows * gate_proj.inputs(), threads);
+        first.extend(ranges.map(|columns| (number, columns)));
+        let ranges = column_ranges(down_proj.outputs(), rows * down_proj.inputs(), threads);
+        second.extend(ranges.map(|columns| (number, columns)));
+        work += 3 * rows * down_proj.outputs() * down_proj.inputs();
+        pointers.push(Pointers {
             swiglu: job.swiglu,
             hidden: job.hidden,
-            rows: job.hidden.len() / job.swiglu.gate_proj.inputs(),
+            rows,
             gate: SharedMut(gate.as_mut_ptr()),
             up: SharedMut(up.as_mut_ptr()),
             output: SharedMut(job.output.as_mut_ptr()),
-        })
-        .collect();
-    let tasks = |columns_of: fn(&Swiglu) -> usize, inputs_of: fn(&Swiglu) -> usize| -> Vec<_> {
-        pointers
-            .iter()
-            .flat_map(|job| {
-                let work = job.rows * inputs_of(job.swiglu);
-                column_ranges(columns_of(job.swiglu), work, threads).map(move |columns| (*job, columns))
-            })
-            .collect()
-    };
-    let work: usize =
-        pointers.iter().map(|job| job.rows * job.swiglu.down_proj.outputs() * job.swiglu.down_proj.inputs()).sum();
-    // SAFETY: the lengths asserted above; tasks write to columns of their own, and the second step starts when the
-    // first is done.
-    run_tasks(
-        tasks(|s| s.gate_proj.outputs(), |s| 2 * s.gate_proj.inputs()),
-        2 * work,
-        pool,
-        |(job, columns)| unsafe {
-            let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
-            job.swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
-            job.swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
-            for row in 0..job.rows {
-                let at = row * job.swiglu.gate_proj.outputs() + columns.0;
-                kernel::silu_mul(isa, gate.add(at), up.add(at), columns.1 - columns.0);
-            }
-        },
-    );
-    // SAFETY: as above.
-    run_tasks(tasks(|s| s.down_proj.outputs(), |s| s.down_proj.inputs()), work, pool, |(job, columns)| unsafe {
-        job.swiglu.down_proj.multiply(isa, job.gate.pointer(), job.output.pointer(), job.rows, columns);
+            pending: Pending::new(first.len() - before),
+        });
+    }
+    // SAFETY: the lengths asserted and allocated above; tasks write to columns of their own, and a down waits for its gate.
+    run_tasks(first.len() + second.len(), work, pool, |number| unsafe {
+        if let Some((job, columns)) = first.get(number) {
+            let job = &pointers[*job];
+            let _done = job.pending.task();
+            gate_and_up(job, isa, *columns);
+        } else {
+            let (job, columns) = second[number - first.len()];
+            let job = &pointers[job];
+            job.pending.wait();
+            job.swiglu.down_proj.multiply(isa, job.gate.pointer(), job.output.pointer(), job.rows, columns);
+        }
     });
+}
+
+/// Some columns of `silu(gate_proj(x)) * up_proj(x)`, into `gate`.
+///
+/// # Safety
+/// As for [`Matrix::multiply`](crate::linear::Matrix::multiply).
+unsafe fn gate_and_up(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
+    let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
+    unsafe {
+        job.swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
+        job.swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
+        for row in 0..job.rows {
+            let at = row * job.swiglu.gate_proj.outputs() + columns.0;
+            kernel::silu_mul(isa, gate.add(at), up.add(at), columns.1 - columns.0);
+        }
+    }
 }
 
 /// A pool of `threads` threads for computing; 0 takes as many as there are cores.

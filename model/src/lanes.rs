@@ -49,6 +49,14 @@ pub(crate) trait Lanes {
     unsafe fn exp2_whole(a: Self::V) -> Self::V;
     /// Lane i with i+8, the results i with i+4, then 2, then 1.
     unsafe fn sum(a: Self::V) -> f32;
+    /// [`Lanes::sum`] of each.
+    #[inline(always)]
+    unsafe fn sum4(a: [Self::V; 4]) -> [f32; 4] {
+        a.map(|a| unsafe { Self::sum(a) })
+    }
+    /// Has the cache line of `at` brought to the second cache. Any address will do: nothing is read.
+    #[inline(always)]
+    unsafe fn prefetch<T>(_at: *const T) {}
 }
 
 /// A dtype in which weights are stored.
@@ -139,7 +147,8 @@ impl Isa {
         {
             let avx2 =
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 && is_x86_feature_detected!("avx512f") {
+            // Without VL, vectors of eight could not be in the upper sixteen registers, and tiles not stay in registers.
+            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 found.push(Self::Avx512);
             }
             if avx2 {
@@ -157,7 +166,7 @@ macro_rules! instantiate {
         $(#[$meta])*
         $vis unsafe fn $name $(<$generic: $bound>)? (isa: $crate::lanes::Isa, $($arg: $type),*) {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+            #[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
             unsafe fn avx512 $(<$generic: $bound>)? ($($arg: $type),*) {
                 unsafe { $body::<$crate::lanes::Avx512 $(, $generic)?>($($arg),*) }
             }

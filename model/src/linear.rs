@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::ThreadPool;
-use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::checkpoint::Mapping;
 use crate::lanes::Isa;
+use crate::share::share;
 
 /// A matrix `[outputs, inputs]`, row-major, in its stored dtype.
 pub(crate) struct Matrix {
@@ -140,7 +140,7 @@ const TILE_COLUMNS: usize = 12;
 const MIN_TASK: usize = 1 << 17;
 
 /// Multiplications in all below which another thread is not worth waking: about 50 microseconds of one core.
-pub(crate) const MIN_SHARED: usize = 1 << 19;
+const MIN_SHARED: usize = 1 << 19;
 
 /// Splits `outputs` into ranges of columns such that a task has about [`MIN_TASK`] multiplications or more, and there
 /// are not many more tasks than it takes to keep `threads` busy.
@@ -187,7 +187,8 @@ pub(crate) fn linears<const N: usize>(x: &[f32], matrices: [&Matrix; N], pool: &
         tasks.extend(column_ranges(matrix.outputs(), rows * inputs, threads).map(|columns| (matrix, y, columns)));
     }
     // SAFETY: the lengths asserted and allocated above, and ranges that do not overlap.
-    run_tasks(tasks, work, pool, |(matrix, y, columns)| unsafe {
+    run_tasks(tasks.len(), work, pool, |number| unsafe {
+        let (matrix, y, columns) = tasks[number];
         matrix.multiply(isa, x.as_ptr(), y.pointer(), rows, columns);
     });
     results
@@ -199,11 +200,12 @@ pub(crate) fn linear(x: &[f32], matrix: &Matrix, pool: &ThreadPool) -> Vec<f32> 
     y
 }
 
-/// Runs tasks of so many multiplications over the pool, or in this thread where a second one would not help.
-pub(crate) fn run_tasks<T: Send>(tasks: Vec<T>, work: usize, pool: &ThreadPool, run: impl Fn(T) + Sync + Send) {
-    if tasks.len() > 1 && work >= MIN_SHARED && pool.current_num_threads() > 1 {
-        pool.install(|| tasks.into_par_iter().with_max_len(1).for_each(run));
+/// Runs tasks of so many multiplications in all, by number and in ascending order, over the pool, or in this thread where a
+/// second one would not help.
+pub(crate) fn run_tasks(count: usize, work: usize, pool: &ThreadPool, task: impl Fn(usize) + Sync) {
+    if count > 1 && work >= MIN_SHARED {
+        share(count, pool, &task);
     } else {
-        tasks.into_iter().for_each(run);
+        (0..count).for_each(task);
     }
 }

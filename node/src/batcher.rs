@@ -1,28 +1,37 @@
-//! Computes experts for all clients: rows that wait for the same expert are joined.
+//! Computes experts for all clients: rows that wait for the same expert are joined, and clients take turns.
 //!
-//! Requests queue up in one bounded queue. One thread takes what has queued while it was busy, joins the rows of each expert over
-//! all requests, and has them computed as one piece of work. An idle batcher therefore adds no delay, and a busy one reads
-//! each expert's weights once for all who wait. A row's result does not depend on who else is in the batch.
+//! Work queues up in one bounded queue with a line for each client. A *pass* takes what has queued, at most so many (row, expert)
+//! pairs and as many of each client, joins the rows of each expert over all requests, and has them computed as one piece of work. A large
+//! request is computed in several passes, so that it keeps nobody waiting for longer than one.
+//!
+//! While a pass runs, others queue for the next one: a busy batcher reads each expert's weights once for all who wait, and an idle one
+//! adds no delay. Small work that meets an idle batcher is computed at once in the caller's task, as waking a thread would take longer
+//! than the work; everything else goes to one thread. A row's result does not depend on who else is in a pass.
 
-use std::collections::{BTreeMap, VecDeque};
+mod compute;
+mod queue;
+
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hanse_model::{ExpertJob, add_weighted, run_experts};
-use hanse_protocol::{Combine, ExpertRows};
-use tokio::sync::oneshot;
+use hanse_protocol::{Combine, ExpertRows, PeerId};
 use tokio_util::sync::CancellationToken;
 
 use crate::store::Snapshot;
+use compute::compute;
+use queue::{Queue, Request, Slice};
 
-/// (row, expert) pairs joined in one pass: beyond this, larger batches gain nothing and only delay the first answer.
-const PAIRS_PER_PASS: usize = 1024;
+/// Bytes of weights times rows up to which work is computed in the caller's task: some 50 microseconds of one core, and below what
+/// a second core would be woken for.
+const AT_ONCE: u64 = 3 << 19;
 
 /// One request's work on one layer.
 #[derive(Debug)]
 pub(crate) struct Work {
+    /// Who asks: clients share the batcher equally.
+    pub(crate) client: PeerId,
     pub(crate) layer: u32,
     /// The experts: those that the store held when the work was accepted.
     pub(crate) experts: Snapshot,
@@ -37,6 +46,21 @@ pub(crate) struct Work {
     pub(crate) deadline: Instant,
     /// Fires when nobody waits for the answer any more.
     pub(crate) cancel: CancellationToken,
+}
+
+impl Work {
+    /// (row, expert) pairs.
+    fn pairs(&self) -> usize {
+        self.assignments.iter().map(|assigned| assigned.rows.len()).sum()
+    }
+
+    fn is_small(&self) -> bool {
+        let bytes = |assigned: &ExpertRows| {
+            let weights = self.experts.expert(self.layer, assigned.expert).map_or(0, |expert| expert.bytes());
+            weights.saturating_mul(assigned.rows.len() as u64)
+        };
+        self.assignments.iter().map(bytes).fold(0, u64::saturating_add) < AT_ONCE
+    }
 }
 
 /// The answer to [`Work`].
@@ -62,29 +86,34 @@ pub(crate) enum WorkError {
     Lost,
 }
 
-struct Queued {
-    work: Work,
-    pairs: usize,
-    since: Instant,
-    reply: oneshot::Sender<Result<Done, WorkError>>,
-}
-
 #[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Queued>,
-    pairs: usize,
+struct State {
+    queue: Queue,
+    /// A pass runs, in the thread or in a caller's task. Never two at a time: they would only take the cores from each other.
+    computing: bool,
     stopped: bool,
 }
 
 struct Shared {
-    queue: Mutex<Queue>,
+    state: Mutex<State>,
+    /// There is work for the thread, or it has to stop.
     arrived: Condvar,
+    pool: Arc<rayon::ThreadPool>,
     max_pairs: usize,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a pass; [`State::computing`] is set.
+    fn pass(&self, slices: &[Slice]) {
+        // A defect in one pass must not end the service: its callers see that their work was lost.
+        if std::panic::catch_unwind(AssertUnwindSafe(|| compute(slices, &self.pool))).is_err() {
+            tracing::error!("computing a batch panicked");
+            slices.iter().for_each(|(request, _)| request.give_up());
+        }
     }
 }
 
@@ -101,44 +130,57 @@ impl std::fmt::Debug for Batcher {
 }
 
 impl Batcher {
-    /// Starts the computing thread. At most `max_pairs` (row, expert) pairs wait at a time.
+    /// Starts the computing thread. At most `max_pairs` (row, expert) pairs wait at a time, or twice as many where clients that
+    /// have less than their share of them come to a full queue.
     pub(crate) fn start(pool: Arc<rayon::ThreadPool>, max_pairs: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { queue: Mutex::default(), arrived: Condvar::new(), max_pairs });
+        let shared = Arc::new(Shared { state: Mutex::default(), arrived: Condvar::new(), pool, max_pairs });
         let worker = shared.clone();
-        let thread = std::thread::Builder::new().name("experts".into()).spawn(move || compute_loop(&worker, &pool))?;
+        let thread = std::thread::Builder::new().name("experts".into()).spawn(move || compute_loop(&worker))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
     /// How many (row, expert) pairs wait at present.
     pub(crate) fn queued_pairs(&self) -> usize {
-        self.shared.lock().pairs
+        self.shared.lock().queue.pairs()
     }
 
-    /// The most that may wait.
+    /// The most that may wait before work is refused.
     pub(crate) fn max_pairs(&self) -> usize {
         self.shared.max_pairs
     }
 
-    /// Queues work and waits for its answer. The experts named in it must be in its snapshot.
+    /// Does work, now or in its turn, and waits for its answer. There is at least one row, and the experts are in the snapshot.
     ///
     /// # Errors
     /// [`WorkError::Full`] at once; the others later. Dropping the future does not take the work back: see [`Work::cancel`].
     pub(crate) async fn run(&self, work: Work) -> Result<Done, WorkError> {
-        let pairs = work.assignments.iter().map(|a| a.rows.len()).sum();
-        let (reply, answer) = oneshot::channel();
-        {
-            let mut queue = self.shared.lock();
-            if queue.stopped {
+        let small = work.is_small();
+        let (request, answer) = Request::new(work);
+        let at_once = {
+            let mut state = self.shared.lock();
+            if state.stopped {
                 return Err(WorkError::Lost);
             }
-            // An empty queue takes work of any size, or a large request could never be served.
-            if !queue.waiting.is_empty() && queue.pairs + pairs > self.shared.max_pairs {
-                return Err(WorkError::Full);
+            let at_once = small && !state.computing && state.queue.is_empty();
+            if at_once {
+                state.computing = true;
+            } else {
+                state.queue.push(request.clone(), self.shared.max_pairs)?;
+                if !state.computing {
+                    self.shared.arrived.notify_one();
+                }
             }
-            queue.pairs += pairs;
-            queue.waiting.push_back(Queued { work, pairs, since: Instant::now(), reply });
+            at_once
+        };
+        if at_once {
+            let pairs = request.pairs;
+            self.shared.pass(&[(request, 0..pairs)]);
+            let mut state = self.shared.lock();
+            state.computing = false;
+            if !state.queue.is_empty() {
+                self.shared.arrived.notify_one();
+            }
         }
-        self.shared.arrived.notify_one();
         answer.await.unwrap_or(Err(WorkError::Lost))
     }
 }
@@ -146,9 +188,9 @@ impl Batcher {
 impl Drop for Batcher {
     fn drop(&mut self) {
         let dropped = {
-            let mut queue = self.shared.lock();
-            queue.stopped = true;
-            std::mem::take(&mut queue.waiting)
+            let mut state = self.shared.lock();
+            state.stopped = true;
+            std::mem::take(&mut state.queue)
         };
         drop(dropped);
         self.shared.arrived.notify_one();
@@ -159,121 +201,23 @@ impl Drop for Batcher {
     }
 }
 
-fn compute_loop(shared: &Shared, pool: &rayon::ThreadPool) {
+fn compute_loop(shared: &Shared) {
     loop {
-        let batch = {
-            let mut queue = shared.lock();
-            while queue.waiting.is_empty() && !queue.stopped {
-                queue = shared.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        let slices = {
+            let mut state = shared.lock();
+            while (state.queue.is_empty() || state.computing) && !state.stopped {
+                state = shared.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
-            if queue.stopped {
+            if state.stopped {
                 return;
             }
-            take_batch(&mut queue)
+            state.computing = true;
+            state.queue.take(Instant::now())
         };
-        // A defect in one batch must not end the service: its callers see that their work was lost.
-        let done = std::panic::catch_unwind(AssertUnwindSafe(|| compute(batch, pool)));
-        if done.is_err() {
-            tracing::error!("computing a batch panicked");
-        }
+        shared.pass(&slices);
+        shared.lock().computing = false;
     }
 }
 
-/// The longest waiting requests up to the pass's size, without those that nobody waits for.
-fn take_batch(queue: &mut Queue) -> Vec<Queued> {
-    let now = Instant::now();
-    let mut batch = Vec::new();
-    let mut pairs = 0;
-    while let Some(next) = queue.waiting.front() {
-        if !batch.is_empty() && pairs + next.pairs > PAIRS_PER_PASS {
-            break;
-        }
-        let Some(next) = queue.waiting.pop_front() else { break };
-        queue.pairs -= next.pairs;
-        if next.work.cancel.is_cancelled() {
-            continue;
-        }
-        if next.work.deadline <= now {
-            // The caller may be gone as well.
-            let _ = next.reply.send(Err(WorkError::DeadlinePassed));
-            continue;
-        }
-        pairs += next.pairs;
-        batch.push(next);
-    }
-    batch
-}
-
-/// The rows of one expert over all requests of a batch.
-struct Joined {
-    /// The expert as the first of the requests has it; the others have the same weights.
-    experts: Snapshot,
-    /// Request and index of the assignment in it, in the order of the rows.
-    parts: Vec<(usize, usize)>,
-    input: Vec<f32>,
-    output: Vec<f32>,
-}
-
-fn compute(batch: Vec<Queued>, pool: &rayon::ThreadPool) {
-    let started = Instant::now();
-    let Some(width) = batch.first().map(|queued| queued.work.hidden_size) else { return };
-    let mut joined: BTreeMap<(u32, u32), Joined> = BTreeMap::new();
-    for (request, queued) in batch.iter().enumerate() {
-        for (index, assigned) in queued.work.assignments.iter().enumerate() {
-            let rows = joined.entry((queued.work.layer, assigned.expert)).or_insert_with(|| Joined {
-                experts: queued.work.experts.clone(),
-                parts: Vec::new(),
-                input: Vec::new(),
-                output: Vec::new(),
-            });
-            rows.parts.push((request, index));
-            for &row in &assigned.rows {
-                let start = row as usize * width;
-                rows.input.extend_from_slice(&queued.work.hidden[start..start + width]);
-            }
-        }
-    }
-    let mut jobs: Vec<ExpertJob<'_>> = joined
-        .iter_mut()
-        .filter_map(|((layer, expert), rows)| {
-            rows.output.resize(rows.input.len(), 0.0);
-            let expert = rows.experts.expert(*layer, *expert)?;
-            Some(ExpertJob { expert, hidden: &rows.input, output: &mut rows.output })
-        })
-        .collect();
-    run_experts(&mut jobs, pool);
-    drop(jobs);
-
-    let mut parts: Vec<Vec<&[f32]>> =
-        batch.iter().map(|queued| vec![[].as_slice(); queued.work.assignments.len()]).collect();
-    for rows in joined.values() {
-        let mut rest = rows.output.as_slice();
-        for &(request, index) in &rows.parts {
-            let (own, others) = rest.split_at(batch[request].work.assignments[index].rows.len() * width);
-            parts[request][index] = own;
-            rest = others;
-        }
-    }
-    let computed = started.elapsed();
-    for (queued, parts) in batch.into_iter().zip(parts) {
-        let values = match queued.work.combine {
-            Combine::Client => parts.concat(),
-            Combine::Peer => sum(&queued.work, &parts, width),
-        };
-        let done = Done { values, queued: started.saturating_duration_since(queued.since), computed };
-        // The caller may have gone.
-        let _ = queued.reply.send(Ok(done));
-    }
-}
-
-/// The weighted sum of each row's experts, in ascending expert number.
-fn sum(work: &Work, parts: &[&[f32]], width: usize) -> Vec<f32> {
-    let mut sums = vec![0.0; work.hidden.len()];
-    for (assigned, values) in work.assignments.iter().zip(parts) {
-        for ((&row, &weight), value) in assigned.rows.iter().zip(&assigned.weights).zip(values.chunks_exact(width)) {
-            let start = row as usize * width;
-            add_weighted(&mut sums[start..start + width], value, weight);
-        }
-    }
-    sums
-}
+#[cfg(test)]
+mod tests;

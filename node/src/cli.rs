@@ -96,7 +96,7 @@ pub(crate) struct ClientArgs {
     pub(crate) local: bool,
     #[command(flatten)]
     pub(crate) join: JoinArgs,
-    /// Encoding of hidden states on the wire: f32 (exact), f16 or bf16 (half the bytes).
+    /// Encoding of hidden states on the wire: f32 (exact), f16 or bf16 (half the bytes), int8 (a bit more than a quarter).
     #[arg(long, default_value = "f32", value_name = "DTYPE")]
     pub(crate) wire: WireDtype,
     /// Who adds the experts' rows up: `client` (the same bits whoever computes) or `peer` (fewest bytes). By default
@@ -435,6 +435,9 @@ pub(crate) struct ManifestArgs {
 #[derive(Debug, Args)]
 #[command(after_help = examples::BENCH)]
 pub(crate) struct BenchArgs {
+    /// What to measure, separated by commas.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "call,generate,memory", value_name = "PART")]
+    pub(crate) part: Vec<BenchPart>,
     /// A model folder; by default the small model that comes with the source.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
@@ -447,7 +450,7 @@ pub(crate) struct BenchArgs {
     /// Rounds; each generates once locally and once over the network.
     #[arg(long, default_value_t = 5, value_name = "N")]
     pub(crate) rounds: usize,
-    /// Single-row expert calls to time.
+    /// Single-row expert calls to time, in the parts call and floor.
     #[arg(long, default_value_t = 1000, value_name = "N")]
     pub(crate) calls: usize,
     /// Encoding of hidden states on the wire.
@@ -456,6 +459,36 @@ pub(crate) struct BenchArgs {
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A part of `hanse bench`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchPart {
+    /// What this machine does at best: memory, arithmetic, a datagram and back.
+    Limits,
+    /// How fast rows are written and read in each wire dtype.
+    Wire,
+    /// How fast the model's experts are computed, as shares of what the machine does at best.
+    Experts,
+    /// How fast everything but the experts is computed.
+    Trunk,
+    /// One expert call.
+    Call,
+    /// One expert call beside an echo of the same bytes over bare QUIC.
+    Floor,
+    /// Many clients of one volunteer, and how fast a full one refuses.
+    Crowd,
+    /// Generations over the network beside generations in one process.
+    Generate,
+    /// Memory of a client and of volunteers.
+    Memory,
+}
+
+impl BenchPart {
+    /// Whether volunteers have to be started for it.
+    pub(crate) fn needs_network(self) -> bool {
+        !matches!(self, Self::Limits | Self::Wire | Self::Experts | Self::Trunk)
+    }
 }
 
 fn token_id(text: &str) -> Result<u32, String> {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
     DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits, FrameStream, Hello,
-    ModelId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
+    ModelId, PeerId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
 };
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -110,7 +110,8 @@ impl Server {
                 stream = connection.accept_stream() => {
                     let Some(stream) = stream else { break };
                     let (server, cancel, chunks) = (self.clone(), cancel.clone(), chunks.clone());
-                    streams.spawn(async move { server.serve_stream(stream, chunks, &cancel).await }.in_current_span());
+                    let client = connection.peer_id();
+                    streams.spawn(async move { server.serve_stream(client, stream, chunks, &cancel).await }.in_current_span());
                 }
             }
         }
@@ -118,7 +119,13 @@ impl Server {
     }
 
     /// Answers one frame after another until the client ends the stream or breaks a rule.
-    async fn serve_stream(&self, mut stream: FrameStream, chunks: Arc<Semaphore>, cancel: &CancellationToken) {
+    async fn serve_stream(
+        &self,
+        client: PeerId,
+        mut stream: FrameStream,
+        chunks: Arc<Semaphore>,
+        cancel: &CancellationToken,
+    ) {
         let limits = self.limits();
         loop {
             let read = tokio::select! {
@@ -133,7 +140,7 @@ impl Server {
             let mut _places = None;
             let answer = match read {
                 Ok(Frame::Hello(hello)) => self.answer_hello(&hello),
-                Ok(Frame::Call(call)) => match self.answer_call(call, &mut stream).await {
+                Ok(Frame::Call(call)) => match self.answer_call(client, call, &mut stream).await {
                     Some(answer) => answer,
                     None => return,
                 },
@@ -172,7 +179,7 @@ impl Server {
     /// The protocol's limits, with no more room for bodies than calls of this model need.
     fn limits(&self) -> FrameLimits {
         let limits = FrameLimits::default();
-        let row_bytes = self.store.hidden_size() * WireDtype::F32.bytes_per_value();
+        let row_bytes = WireDtype::F32.row_bytes(self.store.hidden_size());
         let all_rows = u32::try_from(row_bytes * MAX_ROWS as usize).unwrap_or(u32::MAX);
         // The limit also holds for answers, which have up to a row per assignment.
         let most = all_rows.saturating_mul(self.top_k.max(1));
@@ -243,13 +250,13 @@ impl Server {
     }
 
     /// `None` when the client took the call back.
-    async fn answer_call(&self, call: ExpertCall, stream: &mut FrameStream) -> Option<Frame> {
+    async fn answer_call(&self, client: PeerId, call: ExpertCall, stream: &mut FrameStream) -> Option<Frame> {
         let id = call.request_id;
         let cancel = CancellationToken::new();
         // Also when this future is dropped: work that nobody waits for is taken out of the queue.
         let _taken_back = cancel.clone().drop_guard();
         let outcome = tokio::select! {
-            outcome = self.compute(call, cancel) => outcome,
+            outcome = self.compute(client, call, cancel) => outcome,
             () = stream.cancelled() => return None,
         };
         Some(outcome.map_or_else(
@@ -262,17 +269,27 @@ impl Server {
         ))
     }
 
-    async fn compute(&self, call: ExpertCall, cancel: CancellationToken) -> Result<ExpertAnswer, Refused> {
+    async fn compute(
+        &self,
+        client: PeerId,
+        call: ExpertCall,
+        cancel: CancellationToken,
+    ) -> Result<ExpertAnswer, Refused> {
         let experts = self.check_call(&call)?;
-        let (rows, hidden_size) = (call.answer_rows(), call.hidden_size);
+        let rows = call.answer_rows();
+        let ExpertCall { request_id, hidden_size, dtype, body, .. } = call;
         let pairs = call.assignments.iter().map(|a| a.rows.len()).sum();
-        let values = call.rows as usize * hidden_size as usize;
-        let hidden = call.dtype.decode(&call.body, values).map_err(|e| (RefusalCode::Malformed, e.to_string()))?;
+        let width = hidden_size as usize;
+        let hidden = dtype.decode(&body, call.rows as usize, width);
+        let hidden = hidden.map_err(|e| (RefusalCode::Malformed, e.to_string()))?;
+        // While the work waits its memory is that of the values alone.
+        drop(body);
         self.demand.count(call.layer, &call.assignments, Instant::now());
         let work = Work {
+            client,
             layer: call.layer,
             experts,
-            hidden_size: hidden_size as usize,
+            hidden_size: width,
             hidden,
             assignments: call.assignments,
             combine: call.combine,
@@ -287,13 +304,13 @@ impl Server {
             };
             (code, error.to_string())
         })?;
-        let mut body = Vec::with_capacity(done.values.len() * call.dtype.bytes_per_value());
-        call.dtype.encode_into(&done.values, &mut body).map_err(|e| (RefusalCode::Internal, e.to_string()))?;
+        let mut body = Vec::new();
+        dtype.encode_into(&done.values, width, &mut body).map_err(|e| (RefusalCode::Internal, e.to_string()))?;
         self.counters.answered(pairs);
         let micros = |duration: Duration| u32::try_from(duration.as_micros()).unwrap_or(u32::MAX);
         Ok(ExpertAnswer {
-            request_id: call.request_id,
-            dtype: call.dtype,
+            request_id,
+            dtype,
             rows: u32::try_from(rows).unwrap_or(u32::MAX),
             hidden_size,
             queue_us: micros(done.queued),

@@ -1,13 +1,12 @@
 //! Number formats on the wire, and who adds the experts' rows up.
 
+mod int8;
+mod plain;
+
 use std::fmt;
 use std::str::FromStr;
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
-
-/// Values converted at a time, on the stack.
-const BLOCK: usize = 256;
 
 /// How hidden states are written on the wire: always little-endian, row after row, without padding.
 ///
@@ -22,6 +21,9 @@ pub enum WireDtype {
     F16,
     /// bfloat16, rounded to nearest even.
     Bf16,
+    /// Blocks of 32 values of a row: a bfloat16 scale, and whole numbers from -127 to 127 that are multiplied by it. 0.266 of the
+    /// bytes of `F32`.
+    Int8,
 }
 
 /// Who multiplies the experts' rows by the gate weights and adds them up.
@@ -68,18 +70,19 @@ pub enum DecodeError {
 
 /// A name that is no wire dtype.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown wire dtype {0:?}, known are f32, f16, bf16")]
+#[error("unknown wire dtype {0:?}, known are f32, f16, bf16, int8")]
 pub struct UnknownDtype(String);
 
 impl WireDtype {
     /// All formats, in the order of their wire codes.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
 
-    /// Bytes one value takes.
-    pub fn bytes_per_value(self) -> usize {
+    /// Bytes that a row of `width` values takes; `usize::MAX` where that would be more.
+    pub fn row_bytes(self, width: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => width.saturating_mul(4),
+            Self::F16 | Self::Bf16 => width.saturating_mul(2),
+            Self::Int8 => width.saturating_add(width.div_ceil(int8::BLOCK).saturating_mul(2)),
         }
     }
 
@@ -87,7 +90,7 @@ impl WireDtype {
     pub fn default_combine(self) -> Combine {
         match self {
             Self::F32 => Combine::Client,
-            Self::F16 | Self::Bf16 => Combine::Peer,
+            Self::F16 | Self::Bf16 | Self::Int8 => Combine::Peer,
         }
     }
 
@@ -97,6 +100,7 @@ impl WireDtype {
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Bf16 => 2,
+            Self::Int8 => 3,
         }
     }
 
@@ -105,49 +109,49 @@ impl WireDtype {
         Self::ALL.into_iter().find(|dtype| dtype.code() == code)
     }
 
-    /// Appends `values` to `out` in this format.
+    /// Appends `values`, rows of `width`, to `out` in this format. A row's bytes do not depend on the other rows.
     ///
     /// # Errors
     /// [`EncodeError`] names the first value that is not finite or that would round to infinity; `out` is then as it was.
-    pub fn encode_into(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    pub fn encode_into(self, values: &[f32], width: usize, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         let start = out.len();
-        out.reserve(values.len() * self.bytes_per_value());
-        for (block_index, block) in values.chunks(BLOCK).enumerate() {
-            let finite = match self {
-                Self::F32 => encode_f32(block, out),
-                Self::F16 => encode_f16(block, out),
-                Self::Bf16 => encode_bf16(block, out),
-            };
-            if !finite {
-                out.truncate(start);
-                let (offset, value) =
-                    block.iter().enumerate().find(|(_, v)| !self.can_carry(**v)).unwrap_or((0, &f32::NAN));
-                return Err(EncodeError { index: block_index * BLOCK + offset, value: *value, dtype: self });
-            }
+        let width = width.max(1);
+        let bytes = self.row_bytes(width).saturating_mul(values.len() / width) + self.row_bytes(values.len() % width);
+        out.resize(start + bytes, 0);
+        let to = &mut out[start..];
+        let fits = match self {
+            Self::F32 => plain::encode_f32(values, to),
+            Self::F16 => plain::encode_f16(values, to),
+            Self::Bf16 => plain::encode_bf16(values, to),
+            Self::Int8 => int8::encode(values, width, to),
+        };
+        if !fits {
+            out.truncate(start);
+            // The position is looked for only when there is something to report.
+            let index = values.iter().position(|value| !self.can_carry(*value)).unwrap_or(0);
+            return Err(EncodeError { index, value: values.get(index).copied().unwrap_or(f32::NAN), dtype: self });
         }
         Ok(())
     }
 
-    /// Reads exactly `values` numbers of this format.
+    /// Reads exactly `rows` rows of `width` numbers of this format.
     ///
     /// # Errors
     /// [`DecodeError::Length`] unless `bytes` holds exactly that many; [`DecodeError::NotFinite`] for a NaN or an infinity.
-    pub fn decode(self, bytes: &[u8], values: usize) -> Result<Vec<f32>, DecodeError> {
-        if values.checked_mul(self.bytes_per_value()) != Some(bytes.len()) {
+    pub fn decode(self, bytes: &[u8], rows: usize, width: usize) -> Result<Vec<f32>, DecodeError> {
+        let values = rows.saturating_mul(width);
+        if self.row_bytes(width).checked_mul(rows) != Some(bytes.len()) {
             return Err(DecodeError::Length { bytes: bytes.len(), values, dtype: self });
         }
         let mut out = vec![0.0f32; values];
-        for (from, to) in bytes.chunks(BLOCK * self.bytes_per_value()).zip(out.chunks_mut(BLOCK)) {
-            match self {
-                Self::F32 => decode_f32(from, to),
-                Self::F16 => decode_half(from, to, |bits, to| bits.reinterpret_cast::<f16>().convert_to_f32_slice(to)),
-                Self::Bf16 => {
-                    decode_half(from, to, |bits, to| bits.reinterpret_cast::<bf16>().convert_to_f32_slice(to))
-                }
-            }
+        match self {
+            Self::F32 => plain::decode_f32(bytes, &mut out),
+            Self::F16 => plain::decode_f16(bytes, &mut out),
+            Self::Bf16 => plain::decode_bf16(bytes, &mut out),
+            Self::Int8 => int8::decode(bytes, width, &mut out),
         }
         // One pass without branches; the position is looked for only when there is something to report.
-        if !all_finite(&out) {
+        if !plain::all_finite(&out) {
             let index = out.iter().position(|value| !value.is_finite()).unwrap_or(0);
             return Err(DecodeError::NotFinite { index });
         }
@@ -159,60 +163,9 @@ impl WireDtype {
             Self::F32 => value.is_finite(),
             Self::F16 => f16::from_f32(value).is_finite(),
             Self::Bf16 => bf16::from_f32(value).is_finite(),
+            Self::Int8 => int8::scale(value.abs()).is_some(),
         }
     }
-}
-
-fn all_finite(values: &[f32]) -> bool {
-    // A float is finite unless all exponent bits are set.
-    values.iter().fold(true, |finite, value| finite & (value.to_bits() & 0x7f80_0000 != 0x7f80_0000))
-}
-
-fn encode_f32(block: &[f32], out: &mut Vec<u8>) -> bool {
-    let mut bytes = [0u8; BLOCK * 4];
-    for (to, value) in bytes.chunks_exact_mut(4).zip(block) {
-        to.copy_from_slice(&value.to_le_bytes());
-    }
-    out.extend_from_slice(&bytes[..block.len() * 4]);
-    all_finite(block)
-}
-
-fn encode_f16(block: &[f32], out: &mut Vec<u8>) -> bool {
-    let mut converted = [f16::ZERO; BLOCK];
-    let converted = &mut converted[..block.len()];
-    converted.convert_from_f32_slice(block);
-    extend_bits(converted.reinterpret_cast(), out);
-    converted.iter().fold(true, |finite, value| finite & (value.to_bits() & 0x7c00 != 0x7c00))
-}
-
-fn encode_bf16(block: &[f32], out: &mut Vec<u8>) -> bool {
-    let mut converted = [bf16::ZERO; BLOCK];
-    let converted = &mut converted[..block.len()];
-    converted.convert_from_f32_slice(block);
-    extend_bits(converted.reinterpret_cast(), out);
-    converted.iter().fold(true, |finite, value| finite & (value.to_bits() & 0x7f80 != 0x7f80))
-}
-
-fn extend_bits(bits: &[u16], out: &mut Vec<u8>) {
-    let mut bytes = [0u8; BLOCK * 2];
-    for (to, bits) in bytes.chunks_exact_mut(2).zip(bits) {
-        to.copy_from_slice(&bits.to_le_bytes());
-    }
-    out.extend_from_slice(&bytes[..bits.len() * 2]);
-}
-
-fn decode_f32(bytes: &[u8], out: &mut [f32]) {
-    for (from, to) in bytes.as_chunks::<4>().0.iter().zip(out) {
-        *to = f32::from_le_bytes(*from);
-    }
-}
-
-fn decode_half(bytes: &[u8], out: &mut [f32], convert: impl Fn(&[u16], &mut [f32])) {
-    let mut bits = [0u16; BLOCK];
-    for (from, to) in bytes.as_chunks::<2>().0.iter().zip(&mut bits) {
-        *to = u16::from_le_bytes(*from);
-    }
-    convert(&bits[..out.len()], out);
 }
 
 impl fmt::Display for WireDtype {
@@ -221,6 +174,7 @@ impl fmt::Display for WireDtype {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         })
     }
 }

@@ -53,7 +53,7 @@ pub struct Hello {
 pub struct Welcome {
     /// The model served; the one of the hello.
     pub model: ModelId,
-    /// Formats understood, best first; one to three, distinct.
+    /// Formats understood, best first; one to four, distinct.
     pub dtypes: Vec<WireDtype>,
     /// Most rows one call may carry; at least 1.
     pub max_rows: u32,

@@ -100,7 +100,7 @@ impl ExpertNetwork {
     ) -> Result<Vec<f32>, DispatchError> {
         let width = self.check(layer, hidden, routing)?;
         // The largest answer has a row for each of a row's experts, and must fit into one frame.
-        let answer_row = width * routing.top_k.max(1) * self.config.wire.bytes_per_value();
+        let answer_row = self.config.wire.row_bytes(width) * routing.top_k.max(1);
         let fitting = FrameLimits::default().max_body_bytes as usize / answer_row.max(1);
         let chunk = self.directory.max_rows().min(fitting).max(1);
         self.tally.add(layer, &routing.experts);
@@ -197,10 +197,10 @@ fn outgoing(
     let width = network.directory.layout().hidden_size as usize;
     let rows = rows_of(assignments);
     let wire = network.config.wire;
-    let mut body = Vec::with_capacity(rows.len() * width * wire.bytes_per_value());
+    let mut body = Vec::with_capacity(rows.len() * wire.row_bytes(width));
     for &row in &rows {
         let start = row as usize * width;
-        wire.encode_into(&hidden[start..start + width], &mut body).map_err(|e| e.to_string())?;
+        wire.encode_into(&hidden[start..start + width], width, &mut body).map_err(|e| e.to_string())?;
     }
     let position =
         |row: &u32| rows.binary_search(row).map(|index| index as u32).map_err(|_| "row not in frame".to_owned());
@@ -267,8 +267,8 @@ async fn call(
         Err(error) => return Err(CallFailure::Failed(failure_text(peer, &error))),
     };
     // That the answer has the shape that was asked for has been checked by the connection.
-    let count = answer.rows as usize * answer.hidden_size as usize;
-    let values = answer.dtype.decode(&answer.body, count).map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
+    let values = answer.dtype.decode(&answer.body, answer.rows as usize, answer.hidden_size as usize);
+    let values = values.map_err(|e| CallFailure::Failed(format!("{peer}: {e}")))?;
     let compute = Duration::from_micros(u64::from(answer.compute_us));
     let now = Instant::now();
     let (assignments, queued_rows) = (outgoing.assignments, answer.queued_rows);

@@ -147,7 +147,7 @@ async fn serve_stream(
 
 fn short_answer(call: &ExpertCall) -> Frame {
     let rows = u32::try_from(call.answer_rows()).unwrap() - 1;
-    let bytes = rows as usize * call.hidden_size as usize * call.dtype.bytes_per_value();
+    let bytes = rows as usize * call.dtype.row_bytes(call.hidden_size as usize);
     Frame::Answer(ExpertAnswer {
         request_id: call.request_id,
         dtype: call.dtype,

@@ -1,6 +1,9 @@
 //! The inner loops. An output is one dot product: sixteen lanes, each a chain of fused multiply-adds in ascending
 //! order, the end of a row padded with zeros, then one fixed tree of additions. Tiles only decide how many outputs
 //! are computed side by side.
+//!
+//! At few rows the limit is reading weights from memory, which takes asking for them ahead; at many it is the rate of
+//! multiplications, which takes sums that stay in registers.
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
@@ -15,6 +18,9 @@ pub(crate) struct Shape {
     pub(crate) outputs: usize,
     pub(crate) columns: (usize, usize),
 }
+
+/// From so many rows on, machines with few registers widen weights first.
+const WIDEN_ROWS: usize = 8;
 
 instantiate! {
     /// Computes columns of `y = x W^T`.
@@ -32,8 +38,20 @@ unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut
             rows::<L, W, 4>(x, w, y, shape, column);
             column += 4;
         }
+        // Few registers make small tiles, which would widen the same weights again and again.
+        let widen = !L::WIDE && size_of::<W>() < size_of::<f32>() && shape.rows >= WIDEN_ROWS;
+        let mut wide = Vec::with_capacity(if widen { 3 * shape.inputs } else { 0 });
         while !L::WIDE && end - column >= 3 {
-            rows::<L, W, 3>(x, w, y, shape, column);
+            if widen {
+                widen_to::<L, W>(
+                    w.wrapping_add(column.wrapping_mul(shape.inputs)),
+                    3 * shape.inputs,
+                    wide.as_mut_ptr(),
+                );
+                rows::<L, f32, 3>(x, wide.as_ptr(), y.wrapping_add(column), shape, 0);
+            } else {
+                rows::<L, W, 3>(x, w, y, shape, column);
+            }
             column += 3;
         }
         while column < end {
@@ -42,6 +60,31 @@ unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut
         }
     }
 }
+
+/// Widens `len` values.
+#[inline(always)]
+unsafe fn widen_to<L: Lanes, W: Stored>(from: *const W, len: usize, to: *mut f32) {
+    unsafe {
+        let mut at = 0usize;
+        while len.wrapping_sub(at) >= LANES {
+            L::store(W::load::<L>(from.wrapping_add(at)), to.wrapping_add(at));
+            at = at.wrapping_add(LANES);
+        }
+        let left = len.wrapping_sub(at);
+        if left > 0 {
+            let mut buffer = [0.0; LANES];
+            L::store(W::load::<L>(padded(from.wrapping_add(at), left).as_ptr()), buffer.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), to.wrapping_add(at), left);
+        }
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Bytes of weights that are asked for ahead of their use. Columns of a tile follow each other in memory, but a machine
+/// guesses at most to the end of a page, which often is the end of a column.
+const AHEAD: usize = 16 << 10;
 
 #[inline(always)]
 unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
@@ -53,22 +96,34 @@ unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
 ) {
     let mut row = 0;
     unsafe {
+        if L::WIDE && shape.rows >= 4 {
+            tile::<L, W, 4, C, true>(x, w, y, shape, row, column);
+            row = 4;
+        } else if shape.rows >= 2 {
+            tile::<L, W, 2, C, true>(x, w, y, shape, row, column);
+            row = 2;
+        } else if shape.rows == 1 {
+            tile::<L, W, 1, C, true>(x, w, y, shape, row, column);
+            row = 1;
+        }
         while L::WIDE && shape.rows - row >= 4 {
-            tile::<L, W, 4, C>(x, w, y, shape, row, column);
+            tile::<L, W, 4, C, false>(x, w, y, shape, row, column);
             row += 4;
         }
         while shape.rows - row >= 2 {
-            tile::<L, W, 2, C>(x, w, y, shape, row, column);
+            tile::<L, W, 2, C, false>(x, w, y, shape, row, column);
             row += 2;
         }
         if row < shape.rows {
-            tile::<L, W, 1, C>(x, w, y, shape, row, column);
+            tile::<L, W, 1, C, false>(x, w, y, shape, row, column);
         }
     }
 }
 
+/// `R` rows and `C` columns. The `FIRST` tile of some columns, which reads their weights from memory, asks for those that
+/// come after them.
 #[inline(always)]
-unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
+unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST: bool>(
     x: *const f32,
     w: *const W,
     y: *mut f32,
@@ -87,6 +142,7 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
     for c in 0..C {
         ws[c] = w.wrapping_add(column.wrapping_add(c).wrapping_mul(inputs));
     }
+    let mut ahead = ws[0].cast::<u8>().wrapping_add(AHEAD);
     unsafe {
         let mut sums = [[L::splat(0.0); C]; R];
         let mut at = 0usize;
@@ -94,6 +150,12 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
             let mut weights = [L::splat(0.0); C];
             for c in 0..C {
                 weights[c] = W::load::<L>(ws[c].wrapping_add(at));
+            }
+            if FIRST {
+                for line in 0..(C * LANES * size_of::<W>()).div_ceil(LINE) {
+                    L::prefetch(ahead.wrapping_add(line * LINE));
+                }
+                ahead = ahead.wrapping_add(C * LANES * size_of::<W>());
             }
             for r in 0..R {
                 let values = L::load(xs[r].wrapping_add(at));
@@ -116,9 +178,13 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
             }
         }
         for r in 0..R {
-            for c in 0..C {
-                let at = row.wrapping_add(r).wrapping_mul(shape.outputs).wrapping_add(column.wrapping_add(c));
-                y.wrapping_add(at).write(L::sum(sums[r][c]));
+            let y = y.wrapping_add(row.wrapping_add(r).wrapping_mul(shape.outputs).wrapping_add(column));
+            if let Some(four) = sums[r].first_chunk::<4>() {
+                y.cast::<[f32; 4]>().write_unaligned(L::sum4(*four));
+            } else {
+                for c in 0..C {
+                    y.wrapping_add(c).write(L::sum(sums[r][c]));
+                }
             }
         }
     }

@@ -4,7 +4,6 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::kernel::{Shape, multiply, silu_mul};
-use crate::attention::{Query, attend};
 use crate::lanes::{Isa, Stored};
 
 fn value() -> impl Strategy<Value = f32> {
@@ -65,7 +64,7 @@ proptest! {
 
     #[test]
     fn instantiations_rows_and_columns_agree_bit_for_bit_and_with_f64(
-        (rows, inputs, outputs) in (1usize..10, 1usize..70, 1usize..12),
+        (rows, inputs, outputs) in (0usize..20, 1usize..70, 1usize..12),
         seed in proptest::collection::vec(value(), 64),
     ) {
         let at = |i: usize| seed[(i * 31 + i / 64 * 17) % 64];
@@ -95,42 +94,6 @@ proptest! {
             let (gate, up) = (f64::from(*gate), f64::from(*up));
             let exact = gate / (1.0 + (-gate).exp()) * up;
             prop_assert!((f64::from(found) - exact).abs() <= exact.abs() * 5e-7 + 1e-30, "{gate}: {found} {exact}");
-        }
-    }
-
-    #[test]
-    fn attention_agrees_bit_for_bit_and_with_f64(
-        head_dim in (1usize..50).prop_map(|half| 2 * half),
-        positions in 1usize..40,
-        seed in proptest::collection::vec(-3.0f32..3.0, 64),
-    ) {
-        let at = |i: usize| seed[(i * 29 + i / 64 * 13) % 64];
-        let query: Vec<f32> = (0..head_dim).map(at).collect();
-        let keys: Vec<f32> = (0..positions * head_dim).map(|i| at(i + 5)).collect();
-        let values: Vec<f32> = (0..positions * head_dim).map(|i| at(i + 11)).collect();
-        let scale = (head_dim as f32).powf(-0.5);
-        let run = |isa| {
-            let (mut scores, mut out) = (vec![7.0; 99], vec![f32::NAN; head_dim]);
-            let query = Query { query: &query, keys: &keys, values: &values, scale };
-            // SAFETY: lengths agree by construction, and `isa` comes from `Isa::available`.
-            unsafe { attend(isa, query, &mut scores, &mut out) };
-            out
-        };
-        let expected = run(Isa::Portable);
-        for isa in Isa::available() {
-            prop_assert_eq!(bits(&run(isa)), bits(&expected), "{:?}", isa);
-        }
-        let weights: Vec<f64> = keys
-            .chunks(head_dim)
-            .map(|key| {
-                let score: f64 = key.iter().zip(&query).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                (score * f64::from(scale)).exp()
-            })
-            .collect();
-        let sum: f64 = weights.iter().sum();
-        for (dim, found) in expected.iter().enumerate() {
-            let exact: f64 = weights.iter().enumerate().map(|(p, w)| w / sum * f64::from(values[p * head_dim + dim])).sum();
-            prop_assert!((f64::from(*found) - exact).abs() <= 3e-5, "{found} {exact}");
         }
     }
 }

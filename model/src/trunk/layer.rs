@@ -4,17 +4,19 @@ use candle_core::{Device, Result as CandleResult, Tensor};
 use candle_nn::ops::rms_norm;
 use candle_nn::rotary_emb::rope_thd;
 use rayon::ThreadPool;
-use rayon::prelude::*;
 
 use super::{ForwardError, Segment, within};
-use crate::attention::{Query, attend};
+use crate::attention::{Group, Query, attend};
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadError, Swiglu};
 use crate::expert::{SwigluJob, run_swiglus};
 use crate::experts::Experts;
 use crate::gate::route;
 use crate::lanes::Isa;
-use crate::linear::{MIN_SHARED, Matrix, linear, linears};
+use crate::linear::{Matrix, SharedMut, linear, linears, run_tasks};
 use crate::spec::{AttentionSpec, FeedForwardSpec, GroupedQuerySpec, ModelSpec, MoeSpec, QkNorm};
+
+/// Scores that a task of attention keeps at a time: 512 KiB.
+const MOST_SCORES: usize = 128 << 10;
 
 /// Which segment and position each row of a pass belongs to.
 pub(super) struct Rows {
@@ -175,36 +177,39 @@ impl Attention {
         let (heads, head_dim) = (spec.heads, spec.head_dim);
         let isa = Isa::detect();
         let mut attended = vec![0.0; q.len()];
-        let one = |scores: &mut Vec<f32>, index: usize, out: &mut [f32]| {
-            let (row, head) = (index / heads, index % heads);
-            let cache = segments[rows.segments[row]].cache.layer(layer);
-            let (keys, values) = cache.head(head / (heads / spec.kv_heads));
-            let end = rows.positions[row] + 1;
-            let start = spec.sliding_window.map_or(0, |window| end.saturating_sub(window));
-            let seen = start * head_dim..end * head_dim;
-            let query = Query {
-                query: &q[index * head_dim..(index + 1) * head_dim],
-                keys: &keys[seen.clone()],
-                values: &values[seen],
-                scale: spec.scale,
-            };
-            // SAFETY: detected above; the slices are as long as asked for, and a row sees at least itself.
-            unsafe { attend(isa, query, scores, out) };
-        };
+        let out = SharedMut(attended.as_mut_ptr());
+        let grouped = heads / spec.kv_heads;
         let longest = rows.positions.iter().max().map_or(0, |position| position + 1);
-        let work = 2 * longest * head_dim;
-        if work * rows.positions.len() * heads < MIN_SHARED || pool.current_num_threads() == 1 {
-            let mut scores = Vec::new();
-            attended.chunks_exact_mut(head_dim).enumerate().for_each(|(index, out)| one(&mut scores, index, out));
-        } else {
-            pool.install(|| {
-                attended
-                    .par_chunks_exact_mut(head_dim)
-                    .enumerate()
-                    .with_min_len(MIN_SHARED.div_ceil(4 * work))
-                    .for_each_init(Vec::new, |scores, (index, out)| one(scores, index, out));
-            });
+        // So many that threads have enough to share and scores stay in a cache.
+        let queries = rows.positions.len() * heads;
+        let most = (queries / (2 * pool.current_num_threads())).min(MOST_SCORES / longest.max(1)).clamp(4, 32) / 4 * 4;
+        // Ranges of the queries of one key/value head of one segment: `[rows, grouped]`.
+        let mut tasks = Vec::new();
+        let mut first = 0;
+        for of_segment in rows.segments.chunk_by(|a, b| a == b) {
+            let count = of_segment.len() * grouped;
+            for kv_head in 0..spec.kv_heads {
+                tasks.extend((0..count).step_by(most).map(|from| (first, kv_head, from..count.min(from + most))));
+            }
+            first += of_segment.len();
         }
+        let work = 2 * longest * head_dim * queries;
+        run_tasks(tasks.len(), work, pool, |number| {
+            let (first, kv_head, ref range) = tasks[number];
+            let query = |n: usize| {
+                let (row, head) = (first + n / grouped, kv_head * grouped + n % grouped);
+                let at = (row * heads + head) * head_dim;
+                let end = rows.positions[row] + 1;
+                let start = spec.sliding_window.map_or(0, |window| end.saturating_sub(window));
+                Query { query: q[at..at + head_dim].as_ptr(), out: out.pointer().wrapping_add(at), start, end }
+            };
+            let queries: Vec<Query> = range.clone().map(query).collect();
+            let (keys, values) = segments[rows.segments[first]].cache.layer(layer).head(kv_head);
+            let group = Group { keys, values, head_dim, scale: spec.scale, queries: &queries };
+            // SAFETY: detected above; a row sees at least itself, keys and values reach to the last row, and each query
+            // is in one task.
+            unsafe { attend(isa, group) };
+        });
         attended
     }
 }

@@ -83,6 +83,8 @@ Examples:
 pub(super) const BENCH: &str = "\
 Examples:
   hanse bench
+  hanse bench --part limits,wire,floor
+  hanse bench --part experts,trunk --model DIR
   hanse bench --model DIR --nodes 4 --wire f16 --json";
 
 pub(super) const DOCTOR: &str = "\

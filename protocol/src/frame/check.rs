@@ -112,9 +112,9 @@ fn check_body(
     Ok(())
 }
 
-/// `rows * hidden_size` values; stays at `u64::MAX` where it would overflow, which no limit allows.
+/// `rows` rows of `hidden_size` values; stays at `u64::MAX` where it would overflow, which no limit allows.
 fn bytes_of(rows: u64, hidden_size: u32, dtype: WireDtype) -> u64 {
-    rows.saturating_mul(hidden_size.into()).saturating_mul(dtype.bytes_per_value() as u64)
+    rows.saturating_mul(dtype.row_bytes(hidden_size as usize) as u64)
 }
 
 fn non_zero(what: &'static str, count: u32) -> Result<(), Malformed> {

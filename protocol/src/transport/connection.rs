@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libp2p::PeerId;
-use quinn::Connection;
+use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::call::{self, IdleStreams};
 use super::carrier::{Carrier, Path};
 use super::stream::{BODY_BUDGET_KIB, FrameStream};
+use super::streams::Streams;
 use crate::relayed::Lane;
 use crate::{CallError, Frame};
 
@@ -71,6 +72,23 @@ impl DataConnection {
     pub async fn accept_stream(&self) -> Option<FrameStream> {
         let streams = self.inner.carrier.accept().await?;
         Some(FrameStream::new(streams, self.inner.body_budget.clone()))
+    }
+
+    /// Opens a stream of the QUIC below, without frames: the floor beside which calls are measured. `None` where there is no QUIC of the
+    /// data plane's own, or the connection is closed.
+    pub async fn open_bare(&self) -> Option<(SendStream, RecvStream)> {
+        match self.inner.carrier.open().await.ok()? {
+            Streams::Quic(send, recv) => Some((send, recv)),
+            Streams::Libp2p(_) => None,
+        }
+    }
+
+    /// The other end of [`DataConnection::open_bare`].
+    pub async fn accept_bare(&self) -> Option<(SendStream, RecvStream)> {
+        match self.inner.carrier.accept().await? {
+            Streams::Quic(send, recv) => Some((send, recv)),
+            Streams::Libp2p(_) => None,
+        }
     }
 
     /// Waits until the connection is closed, and says why.

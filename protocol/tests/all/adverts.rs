@@ -197,7 +197,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
         }),
         Err(HostedError::LayerOrder(0).into())
     );
-    assert_eq!(verify(&|b| b[47] = 4), Err(AdvertError::OutOfRange("list of wire dtypes")));
+    assert_eq!(verify(&|b| b[47] = 5), Err(AdvertError::OutOfRange("list of wire dtypes")));
     assert_eq!(verify(&|b| b[48] = 9), Err(AdvertError::OutOfRange("wire dtype")));
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
     assert_eq!(verify(&|b| b[51] = 5), Err(AdvertError::OutOfRange("address family")));

@@ -34,7 +34,7 @@ fn hellos() -> impl Strategy<Value = Frame> {
 }
 
 fn welcomes() -> impl Strategy<Value = Frame> {
-    let orders = (1usize..=3)
+    let orders = (1usize..=4)
         .prop_flat_map(|count| Just(WireDtype::ALL.to_vec()).prop_shuffle().prop_map(move |all| all[..count].to_vec()));
     (models(), orders, 1u32..).prop_map(|(model, dtypes, max_rows)| Frame::Welcome(Welcome { model, dtypes, max_rows }))
 }
@@ -44,7 +44,7 @@ fn calls() -> impl Strategy<Value = Frame> {
     let shape = (1u32..6, 1u32..9, dtypes());
     (shape, rest)
         .prop_flat_map(|((rows, hidden_size, dtype), rest)| {
-            let body = vec(any::<u8>(), rows as usize * hidden_size as usize * dtype.bytes_per_value());
+            let body = vec(any::<u8>(), rows as usize * dtype.row_bytes(hidden_size as usize));
             let chosen: BoxedStrategy<BTreeMap<u32, BTreeSet<u32>>> =
                 btree_map(any::<u32>(), btree_set(0..rows, 1..=rows as usize), 1..5).boxed();
             (Just((rows, hidden_size, dtype)), Just(rest), body, chosen, -2.0f32..2.0)
@@ -77,7 +77,7 @@ fn calls() -> impl Strategy<Value = Frame> {
 fn answers() -> impl Strategy<Value = Frame> {
     (any::<u64>(), dtypes(), 1u32..9, 1u32..9, any::<[u32; 3]>(), any::<u8>()).prop_map(
         |(request_id, dtype, rows, hidden_size, [queue_us, compute_us, queued_rows], byte)| {
-            let body = vec![byte; rows as usize * hidden_size as usize * dtype.bytes_per_value()].into();
+            let body = vec![byte; rows as usize * dtype.row_bytes(hidden_size as usize)].into();
             Frame::Answer(ExpertAnswer {
                 request_id,
                 dtype,

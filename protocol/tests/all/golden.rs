@@ -47,7 +47,7 @@ pub(crate) fn answer() -> ExpertAnswer {
 
 fn body(values: &[f32]) -> Bytes {
     let mut bytes = Vec::new();
-    WireDtype::F16.encode_into(values, &mut bytes).expect("small values");
+    WireDtype::F16.encode_into(values, 2, &mut bytes).expect("small values");
     bytes.into()
 }
 

@@ -335,7 +335,9 @@ impl<'a> Layer<'a> {
                 if let Some(peer) = self.pieces[piece].tried.last() {
                     self.usage.answered_by.insert(*peer);
                 }
-                self.usage.counts.bytes_received += (values.len() * self.network.config.wire.bytes_per_value()) as u64;
+                let width = self.network.directory.layout().hidden_size as usize;
+                let rows = values.len() / width.max(1);
+                self.usage.counts.bytes_received += (rows * self.network.config.wire.row_bytes(width)) as u64;
                 if !self.pieces[piece].resolved {
                     self.pieces[piece].answer = Some((outgoing.rows, values));
                     self.resolve(piece);
