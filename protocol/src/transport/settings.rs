@@ -20,6 +20,11 @@ const STREAMS: u32 = 256;
 const STREAM_WINDOW: u32 = 4 << 20;
 /// Unread bytes accepted on all streams of a connection, and so the memory that a stranger can fill without any call being read.
 const CONNECTION_WINDOW: u32 = 16 << 20;
+/// The same for those who come when many are connected: a thousand of them can fill 1 GiB, not 16.
+const CROWDED_WINDOW: u32 = 1 << 20;
+/// Bytes that the system keeps of what arrives or leaves, where it allows so many. With the usual 208 KiB the answers of several peers to
+/// one large call are more than the socket takes, and what it drops is sent again after a timeout.
+pub(super) const SOCKET_BUFFER: usize = 4 << 20;
 /// Bytes sent before the first acknowledgement. With QUIC's usual 14 KiB a call of 64 KiB over 40 ms takes three round trips, and
 /// request and response traffic never grows the window; with this it takes one. Not larger: a burst of 1 MiB drowns a thin uplink.
 const INITIAL_WINDOW: u64 = 256 << 10;
@@ -36,22 +41,33 @@ const INCOMING_BUFFER_TOTAL: u64 = 8 << 20;
 /// For connections we dial.
 pub(super) fn client(crypto: Arc<dyn quinn::crypto::ClientConfig>) -> ClientConfig {
     let mut config = ClientConfig::new(crypto);
-    config.transport_config(transport());
+    config.transport_config(Arc::new(transport()));
     config
 }
 
 /// For connections we are dialled on.
 pub(super) fn server(crypto: Arc<dyn quinn::crypto::ServerConfig>) -> ServerConfig {
+    serving(crypto, transport())
+}
+
+/// The same when many are connected already.
+pub(super) fn crowded_server(crypto: Arc<dyn quinn::crypto::ServerConfig>) -> ServerConfig {
+    let mut transport = transport();
+    transport.stream_receive_window(CROWDED_WINDOW.into()).receive_window(CROWDED_WINDOW.into());
+    serving(crypto, transport)
+}
+
+fn serving(crypto: Arc<dyn quinn::crypto::ServerConfig>, transport: TransportConfig) -> ServerConfig {
     let mut config = ServerConfig::with_crypto(crypto);
     config
-        .transport_config(transport())
+        .transport_config(Arc::new(transport))
         .max_incoming(MAX_INCOMING)
         .incoming_buffer_size(INCOMING_BUFFER)
         .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL);
     config
 }
 
-fn transport() -> Arc<TransportConfig> {
+fn transport() -> TransportConfig {
     // Cubic rather than BBR: quinn's BBR is experimental and lost many packets on this traffic.
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW);
@@ -69,5 +85,5 @@ fn transport() -> Arc<TransportConfig> {
         .max_idle_timeout(Some(IdleTimeout::from(IDLE)))
         // Many packets to one system call: 2.6 to 3.4 times the throughput on loopback. The default, but too important to be left to it.
         .enable_segmentation_offload(true);
-    Arc::new(config)
+    config
 }
