@@ -480,6 +480,8 @@ pub(crate) enum BenchPart {
     Crowd,
     /// Generations over the network beside generations in one process.
     Generate,
+    /// Many generations at a time through one client, over the network beside in one process.
+    Batch,
     /// Memory of a client and of volunteers.
     Memory,
 }

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use libp2p::PeerId;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use quinn::{Endpoint, Incoming, ServerConfig, TokioRuntime};
+use socket2::SockRef;
 
 use crate::Identity;
 
@@ -28,8 +29,8 @@ pub const ALPN: &[u8] = b"hanse/1";
 
 /// Connections an endpoint holds at a time; more are refused.
 const MAX_CONNECTIONS: usize = 1024;
-/// From so many connections on, a stranger must first show that it receives at the address it sends from.
-const VALIDATE_ADDRESSES_FROM: usize = 64;
+/// From so many connections on, a stranger must first show that it receives at the address it sends from, and may have less unread.
+const CROWDED_FROM: usize = 64;
 /// How long a closing endpoint waits for the other sides to hear of it.
 const CLOSE_TIME: Duration = Duration::from_secs(2);
 
@@ -38,6 +39,8 @@ const CLOSE_TIME: Duration = Duration::from_secs(2);
 pub struct DataEndpoint {
     endpoint: Endpoint,
     tls: Arc<tls::Tls>,
+    /// For those who dial when many are connected.
+    crowded: Arc<ServerConfig>,
 }
 
 /// Why the endpoint could not be made.
@@ -130,17 +133,17 @@ impl DataEndpoint {
         let tls_failed = |error: &dyn std::fmt::Display| BindError::Tls(error.to_string());
         let tls = tls::Tls::new(identity).map_err(|e| tls_failed(&e))?;
         let crypto = tls.server().map_err(|e| tls_failed(&e))?;
-        let crypto = QuicServerConfig::try_from(crypto).map_err(|e| tls_failed(&e))?;
+        let crypto = Arc::new(QuicServerConfig::try_from(crypto).map_err(|e| tls_failed(&e))?);
         let socket_failed = |source| BindError::Socket { address, source };
         let socket = std::net::UdpSocket::bind(address).map_err(socket_failed)?;
-        let endpoint = Endpoint::new(
-            EndpointConfig::default(),
-            Some(settings::server(Arc::new(crypto))),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(socket_failed)?;
-        Ok(Self { endpoint, tls: Arc::new(tls) })
+        // The system may give less; that is no reason not to go on.
+        let _ = SockRef::from(&socket).set_recv_buffer_size(settings::SOCKET_BUFFER);
+        let _ = SockRef::from(&socket).set_send_buffer_size(settings::SOCKET_BUFFER);
+        let crowded = Arc::new(settings::crowded_server(crypto.clone()));
+        let endpoint =
+            Endpoint::new(settings::endpoint(), Some(settings::server(crypto)), socket, Arc::new(TokioRuntime))
+                .map_err(socket_failed)?;
+        Ok(Self { endpoint, tls: Arc::new(tls), crowded })
     }
 
     /// The address of the socket, with the port that the system chose.
@@ -191,11 +194,12 @@ impl DataEndpoint {
             if open >= MAX_CONNECTIONS {
                 tracing::debug!(address = %incoming.remote_address(), open, "too many connections: refused one");
                 incoming.refuse();
-            } else if open >= VALIDATE_ADDRESSES_FROM && incoming.may_retry() && !incoming.remote_address_validated() {
+            } else if open >= CROWDED_FROM && incoming.may_retry() && !incoming.remote_address_validated() {
                 // It cannot fail where `may_retry` holds.
                 let _ = incoming.retry();
             } else {
-                return Some(PendingConnection { incoming });
+                let settings = (open >= CROWDED_FROM).then(|| self.crowded.clone());
+                return Some(PendingConnection { incoming, settings });
             }
         }
     }
@@ -212,6 +216,8 @@ impl DataEndpoint {
 #[derive(Debug)]
 pub struct PendingConnection {
     incoming: Incoming,
+    /// `None` for the usual ones.
+    settings: Option<Arc<ServerConfig>>,
 }
 
 impl PendingConnection {
@@ -227,7 +233,11 @@ impl PendingConnection {
     pub async fn establish(self, timeout: Duration) -> Result<DataConnection, EstablishError> {
         let address = self.incoming.remote_address();
         let failed = |reason: String| EstablishError::Handshake { address, reason };
-        let connecting = self.incoming.accept().map_err(|error| failed(error.to_string()))?;
+        let connecting = match self.settings {
+            Some(settings) => self.incoming.accept_with(settings),
+            None => self.incoming.accept(),
+        };
+        let connecting = connecting.map_err(|error| failed(error.to_string()))?;
         let connection = tokio::time::timeout(timeout, connecting)
             .await
             .map_err(|_| EstablishError::Timeout { address, after: timeout })?

@@ -20,8 +20,8 @@ fn accepted(wire: WireDtype) -> (f32, f64, f64) {
         // Only the order of additions differs, and with two experts a row not even that.
         WireDtype::F32 => (1e-5, 1e-6, 1e-9),
         WireDtype::F16 => (0.01, 1e-3, 1e-4),
-        WireDtype::Bf16 => (0.1, 0.015, 1e-2),
-        WireDtype::Int8 => (0.1, 0.03, 1e-2),
+        WireDtype::Bf16 => (0.1, 0.015, 7e-3),
+        WireDtype::Int8 => (0.1, 0.01, 1.4e-2),
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! One file for each part; `--part` chooses.
 
+mod batch;
 mod call;
 mod crowd;
 mod experts;
@@ -49,6 +50,8 @@ struct Document {
     crowd: Option<crowd::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
     generate: Option<generate::Report>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<batch::Report>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<memory::Report>,
 }
@@ -105,6 +108,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         floor: None,
         crowd: None,
         generate: None,
+        batch: None,
         memory: None,
     };
     if args.part.iter().any(|part| part.needs_network()) {
@@ -131,11 +135,15 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
             bar.set_message("crowding");
             document.crowd = Some(crowd::run(&args, id, &layout, &net).await?);
         }
-        if wanted(BenchPart::Generate) {
+        if wanted(BenchPart::Generate) || wanted(BenchPart::Batch) {
             bar.set_message("generating");
-            let config = config.clone();
             let local = tokio::task::spawn_blocking(move || Client::local(&config)).await??;
-            document.generate = Some(generate::run(&args, &client, &local, &layout).await?);
+            if wanted(BenchPart::Generate) {
+                document.generate = Some(generate::run(&args, &client, &local, &layout).await?);
+            }
+            if wanted(BenchPart::Batch) {
+                document.batch = Some(batch::run(&args, &client, &local).await?);
+            }
         }
         if wanted(BenchPart::Memory) {
             bar.set_message("weighing");
@@ -158,5 +166,6 @@ fn print_report(document: &Document) -> anyhow::Result<()> {
     document.floor.as_ref().map_or(Ok(()), floor::Report::print)?;
     document.crowd.as_ref().map_or(Ok(()), crowd::Report::print)?;
     document.generate.as_ref().map_or(Ok(()), generate::Report::print)?;
+    document.batch.as_ref().map_or(Ok(()), batch::Report::print)?;
     document.memory.as_ref().map_or(Ok(()), memory::Report::print)
 }

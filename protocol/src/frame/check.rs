@@ -32,6 +32,17 @@ impl Frame {
     }
 }
 
+impl Frame {
+    /// Bytes that the bodies of a request and of the answer that it asks for take.
+    pub(super) fn memory(&self, body_bytes: u32) -> u64 {
+        let answer = match self {
+            Self::Call(call) => bytes_of(call.answer_rows(), call.hidden_size, call.dtype),
+            _ => 0,
+        };
+        answer.saturating_add(body_bytes.into())
+    }
+}
+
 fn check_chunk(chunk: &Chunk, body_bytes: usize) -> Result<(), FrameError> {
     FrameError::limit("bytes of a chunk", body_bytes as u64, MAX_CHUNK_BYTES)?;
     non_zero("bytes in a chunk", body_bytes as u32)?;

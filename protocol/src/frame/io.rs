@@ -21,14 +21,15 @@ const BODY_STEP: usize = 1 << 20;
 /// [`FrameError::Closed`] when the stream ends before the first byte; the other variants as they say. After any error the
 /// position in the stream is unknown: write [`FrameError::refusal`] back, if there is one, and close the stream.
 pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R, limits: &FrameLimits) -> Result<Frame, FrameError> {
-    read_frame_admitted(reader, limits, async |_| ()).await.map(|(frame, ())| frame)
+    read_frame_admitted(reader, limits, async |_, _| ()).await.map(|(frame, ())| frame)
 }
 
-/// Like [`read_frame`], but asks `admit` for leave to hold a body of so many bytes before it reads one.
+/// Like [`read_frame`], but before it reads a body of so many bytes it asks `admit` for leave to hold so many, those of the answer
+/// included.
 pub(crate) async fn read_frame_admitted<R: AsyncRead + Unpin, P>(
     reader: &mut R,
     limits: &FrameLimits,
-    admit: impl AsyncFnOnce(u32) -> P,
+    admit: impl AsyncFnOnce(u32, u64) -> P,
 ) -> Result<(Frame, P), FrameError> {
     let mut prefix = [0; PREFIX_BYTES];
     let first = reader.read(&mut prefix).await.map_err(FrameError::from_io)?;
@@ -43,7 +44,7 @@ pub(crate) async fn read_frame_admitted<R: AsyncRead + Unpin, P>(
         let header = read_bytes(reader, prefix.header_bytes).await?;
         let mut frame = Frame::decode_header(prefix.kind, &header)?;
         frame.check(prefix.body_bytes as usize, limits)?;
-        let permit = admit(prefix.body_bytes).await;
+        let permit = admit(prefix.body_bytes, frame.memory(prefix.body_bytes)).await;
         frame.set_body(read_bytes(reader, prefix.body_bytes).await?.into());
         Ok((frame, permit))
     })

@@ -72,7 +72,7 @@ impl Lease<'_> {
         match streams.write(encoded).await {
             // The server may have refused before it read all: its refusal is there to be read.
             Ok(()) | Err(FrameError::Reset) => {
-                streams.read(&FrameLimits::default(), async |_| ()).await.map(|(frame, ())| frame)
+                streams.read(&FrameLimits::default(), async |_, _| ()).await.map(|(frame, ())| frame)
             }
             Err(error) => Err(error),
         }

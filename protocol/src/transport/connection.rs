@@ -153,7 +153,8 @@ mod tests {
             })
             .collect();
 
-        let budget = Arc::new(Semaphore::new(1));
+        // For a body and its answer of 1 KiB each.
+        let budget = Arc::new(Semaphore::new(2));
         let mut streams = Vec::new();
         for _ in 0..2 {
             let stream = server.inner.carrier.accept().await.expect("a stream");

@@ -1,6 +1,6 @@
 //! The serving side of one stream.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -9,9 +9,13 @@ use super::streams::Streams;
 use crate::frame::Encoded;
 use crate::{Frame, FrameError, FrameLimits};
 
-/// Bodies that the calls of one connection may occupy together, in KiB: a stranger cannot fill the memory by opening many streams.
-/// Twice the largest body.
+/// What the bodies of unanswered calls and of their answers may occupy together, in KiB, on one connection: a stranger cannot fill
+/// the memory by opening many streams. The largest body and the largest answer.
 pub(super) const BODY_BUDGET_KIB: u32 = 128 << 10;
+/// The same on all connections of the process: nor can many strangers.
+const TOTAL_BUDGET_KIB: u32 = 1 << 20;
+
+static TOTAL_BUDGET: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(TOTAL_BUDGET_KIB as usize)));
 
 /// Priority of chunks below that of everything else.
 const BULK: i32 = -1;
@@ -27,8 +31,8 @@ const FINISH_TIME: Duration = Duration::from_secs(2);
 pub struct FrameStream {
     streams: Streams,
     budget: Arc<Semaphore>,
-    /// What the body of the last request took of the budget; given back when it is answered.
-    taken: Option<OwnedSemaphorePermit>,
+    /// What the last request took of the connection's budget and of all connections'; given back when it is answered.
+    taken: Option<[OwnedSemaphorePermit; 2]>,
     reading: State,
     writing: State,
 }
@@ -61,8 +65,8 @@ impl FrameStream {
 
     /// The next request; waits for it as long as the connection lives.
     ///
-    /// The body of a request counts against a budget that all streams of the connection share, until the answer is written: when
-    /// it is used up, bodies wait to be read, and the sender is held back.
+    /// The bodies of a request and of its answer count against a budget that all streams of the connection share, and one for all
+    /// connections, until the answer is written: when one is used up, bodies wait to be read, and the sender is held back.
     ///
     /// A dropped future leaves the stream unreadable.
     ///
@@ -73,10 +77,12 @@ impl FrameStream {
         self.reading.enter_frame()?;
         self.taken = None;
         let budget = self.budget.clone();
-        let admit = async move |bytes: u32| {
-            let kib = bytes.div_ceil(1024).min(BODY_BUDGET_KIB);
-            // The semaphore is never closed.
-            budget.acquire_many_owned(kib).await.ok()
+        let admit = async move |_: u32, memory: u64| {
+            let kib = memory.div_ceil(1024).min(BODY_BUDGET_KIB.into()) as u32;
+            // The semaphores are never closed. Everyone takes of them in this order, and once for each request.
+            let own = budget.acquire_many_owned(kib).await.ok()?;
+            let total = TOTAL_BUDGET.clone().acquire_many_owned(kib).await.ok()?;
+            Some([own, total])
         };
         let (frame, taken) = self.streams.read(limits, admit).await?;
         self.reading = State::Ready;

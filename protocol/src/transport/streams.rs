@@ -69,15 +69,15 @@ impl Streams {
     pub(super) async fn read<P>(
         &mut self,
         limits: &FrameLimits,
-        admit: impl AsyncFnOnce(u32) -> P,
+        admit: impl AsyncFnOnce(u32, u64) -> P,
     ) -> Result<(Frame, P), FrameError> {
         match self {
             Self::Quic(_, recv) => read_frame_admitted(recv, limits, admit).await,
             Self::Libp2p(inner) => {
                 let stream = inner.stream.as_mut().ok_or(FrameError::Poisoned)?;
-                let admit = async |bytes: u32| {
+                let admit = async |bytes: u32, memory: u64| {
                     inner.lane.carry(bytes as usize);
-                    admit(bytes).await
+                    admit(bytes, memory).await
                 };
                 tokio::select! {
                     read = read_frame_admitted(stream, limits, admit) => read,

@@ -24,8 +24,11 @@ const CROWDS: [usize; 3] = [1, 8, 64];
 const WARM_UP: Duration = Duration::from_millis(300);
 const MEASURED: Duration = Duration::from_millis(1500);
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Calls that keep the volunteer busy and its queue full while others are refused.
-const FILLING: usize = 3;
+/// Rows of the calls that fill the volunteer, and (row, expert) pairs of all of them together: twice what may wait.
+const FILLING_ROWS: u32 = 512;
+const FILLING_PAIRS: usize = 32 << 10;
+/// The most such calls at a time, if the volunteer hosts few experts.
+const FILLING_CALLS: usize = 64;
 const REFUSED: usize = 500;
 
 #[derive(Serialize)]
@@ -58,8 +61,14 @@ struct Caller {
 }
 
 impl Caller {
-    async fn connect(node: &Node, model: ModelId, args: &BenchArgs, layout: &ExpertLayout) -> anyhow::Result<Self> {
-        let endpoint = bind_any(&Identity::generate())?;
+    async fn connect(
+        identity: &Identity,
+        node: &Node,
+        model: ModelId,
+        args: &BenchArgs,
+        layout: &ExpertLayout,
+    ) -> anyhow::Result<Self> {
+        let endpoint = bind_any(identity)?;
         let connection = endpoint.connect(node.peer_id(), node.data_address(), PATIENCE).await?;
         let hello = Frame::Hello(Hello { network: DEFAULT_NETWORK.to_owned(), model });
         let Frame::Welcome(_) = connection.call(&hello, PATIENCE).await? else { bail!("a volunteer is not welcoming") };
@@ -112,7 +121,7 @@ pub(super) async fn run(
     let node = net.nodes().first().context("no volunteer")?;
     let mut callers = Vec::new();
     for _ in 0..CROWDS.into_iter().max().unwrap_or(1) {
-        callers.push(Caller::connect(node, model, args, layout).await?);
+        callers.push(Caller::connect(&Identity::generate(), node, model, args, layout).await?);
     }
     let mut rounds: Vec<Vec<(f64, f64, Vec<Duration>)>> = vec![Vec::new(); CROWDS.len()];
     for _ in 0..args.rounds.max(1) {
@@ -132,7 +141,11 @@ pub(super) async fn run(
     let layers = layout.layers.keys().max().map_or(0, |last| last + 1);
     let layer = callers[0].call.layer;
     let experts = hosted.resolve(layout, layers)?.into_iter().filter(|(l, _)| *l == layer).map(|(_, e)| e).collect();
-    let refused = refusals(&callers[0], experts).await?;
+    // One client with two connections, so that a refusal does not wait for the bytes of large calls.
+    let identity = Identity::generate();
+    let filling = Caller::connect(&identity, node, model, args, layout).await?;
+    let refused = Caller::connect(&identity, node, model, args, layout).await?;
+    let refused = refusals(&filling, &refused, experts).await?;
     Ok(Report {
         crowds: crowds.collect(),
         gain,
@@ -159,32 +172,32 @@ async fn measure(callers: &[Caller]) -> anyhow::Result<(f64, f64, Vec<Duration>)
 }
 
 /// Fills the volunteer's queue with large calls, and times the refusals of small ones of the same client.
-async fn refusals(caller: &Caller, experts: Vec<u32>) -> anyhow::Result<Vec<Duration>> {
-    const ROWS: u32 = 512;
-    let mut large = caller.call.clone();
-    large.rows = ROWS;
-    large.body = large.body.repeat(ROWS as usize).into();
-    let rows: Vec<u32> = (0..ROWS).collect();
-    let weights = vec![1.0; ROWS as usize];
+async fn refusals(filling: &Caller, refused: &Caller, experts: Vec<u32>) -> anyhow::Result<Vec<Duration>> {
+    let mut large = filling.call.clone();
+    large.rows = FILLING_ROWS;
+    large.body = large.body.repeat(FILLING_ROWS as usize).into();
+    let rows: Vec<u32> = (0..FILLING_ROWS).collect();
+    let weights = vec![1.0; rows.len()];
+    let calls = (FILLING_PAIRS / (rows.len() * experts.len().max(1)) + 1).min(FILLING_CALLS);
     large.assignments =
         experts.into_iter().map(|expert| ExpertRows { expert, rows: rows.clone(), weights: weights.clone() }).collect();
-    let (large, small) = (Frame::Call(large), Frame::Call(caller.call.clone()));
+    let (large, small) = (Frame::Call(large), Frame::Call(refused.call.clone()));
     let mut times = Vec::new();
     let started = Instant::now();
     while times.len() < REFUSED && started.elapsed() < PATIENCE {
-        let mut filling: JoinSet<_> = (0..FILLING)
+        let mut large_calls: JoinSet<_> = (0..calls)
             .map(|_| {
-                let (connection, large) = (caller.connection.clone(), large.clone());
+                let (connection, large) = (filling.connection.clone(), large.clone());
                 async move { connection.call(&large, PATIENCE).await.is_ok() }
             })
             .collect();
-        while !filling.is_empty() {
+        while !large_calls.is_empty() {
             let sent = Instant::now();
-            let answer = caller.connection.call(&small, PATIENCE).await?;
+            let answer = refused.connection.call(&small, PATIENCE).await?;
             if matches!(answer, Frame::Refusal(refusal) if refusal.code == RefusalCode::Busy) {
                 times.push(sent.elapsed());
             }
-            while filling.try_join_next().is_some() {}
+            while large_calls.try_join_next().is_some() {}
         }
     }
     Ok(times)
