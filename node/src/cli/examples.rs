@@ -69,6 +69,7 @@ Examples:
 pub(super) const BENCH: &str = "\
 Examples:
   hanse bench
+  hanse bench --drafts 20ms,80ms --rounds 2
   hanse bench --model DIR --nodes 4 --wire f16 --json";
 
 pub(super) const DOCTOR: &str = "\

@@ -1,4 +1,6 @@
-//! `hanse bench`: the price of distribution, one expert call, and memory, on loopback volunteers.
+//! `hanse bench`: the price of distribution, one expert call, and memory, on loopback volunteers; or what drafts bring.
+
+mod draft;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,7 +12,7 @@ use hanse_node::testnet::{Testnet, TestnetConfig, split};
 use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
-use hanse_router::{Client, ExpertLayout, GenerateRequest, ModelConfig, NetworkConfig, Usage};
+use hanse_router::{Client, EngineConfig, ExpertLayout, GenerateRequest, ModelConfig, NetworkConfig, Usage};
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
@@ -71,6 +73,9 @@ struct NodeMemory {
 }
 
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if let Some(round_trips) = &args.drafts {
+        return draft::run(&args, round_trips).await;
+    }
     let dir = args.model.clone().map_or_else(paths::bundled_model, Ok)?;
     let config = ModelConfig { dir: dir.clone(), threads: 0 };
     let folder = Folder::open(&dir)?;
@@ -81,10 +86,12 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let net = Testnet::start(TestnetConfig::new(std::env::current_exe()?, &dir, specs.clone()), |_| ()).await?;
     let bootstrap = net.bootstrap().context("no volunteer has an address")?.clone();
     let network = NetworkConfig { bootstrap: vec![bootstrap.clone()], wire: args.wire, ..NetworkConfig::default() };
-    let client = Client::connect(&config, id, &Identity::generate(), network).await?;
+    // The price of a step is measured, not how many are spared.
+    let plain = EngineConfig { drafts: false, ..EngineConfig::default() };
+    let client = Client::connect(&config, id, &Identity::generate(), network).await?.with_engine(plain);
     let local = {
         let config = config.clone();
-        tokio::task::spawn_blocking(move || Client::local(&config)).await??
+        tokio::task::spawn_blocking(move || Client::local(&config)).await??.with_engine(plain)
     };
 
     // First, so that the peers' statistics are of these calls alone.
@@ -168,7 +175,7 @@ async fn speed(client: &Client, request: &GenerateRequest) -> anyhow::Result<f64
         token?;
     }
     let summary = generation.summary().context("the generation ended without a word")?;
-    if summary.timings.decode_steps == 0 {
+    if summary.timings.decode_tokens == 0 {
         bail!("nothing to time: give --max-tokens 2 or more");
     }
     Ok(summary.timings.tokens_per_second())

@@ -60,7 +60,7 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
     if !args.client.local && !args.client.names_network() {
         crate::cli::usage_error("give --bootstrap ADDR to use a network, or --local to compute everything here");
     }
-    let client = client::open(&args.client, args.client.local).await?;
+    let client = client::open(&args.client, Some(&args.draft), args.client.local).await?;
     let talked = talk(&client, &args).await;
     client.close().await;
     talked
