@@ -150,6 +150,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_truncated_is_as_if_it_had_never_been() {
+        let mut cache = filled(10);
+        cache.truncate(6);
+        assert_eq!(cache.len(), 6);
+        let heads = |cache: &KvCache| cache.layers.iter().flat_map(LayerCache::heads).cloned().collect::<Vec<_>>();
+        assert_eq!(heads(&cache), heads(&filled(6)));
+        cache.truncate(8);
+        assert_eq!(cache.len(), 6);
+    }
+
+    #[test]
     fn memory_is_little_more_than_the_positions_need() {
         assert_eq!(filled(0).bytes_per_position(), 2 * (2 * 4 + 8) * 4);
         for positions in [1000, 5000] {

@@ -20,6 +20,13 @@ pub trait Experts: Send {
     /// # Errors
     /// Whatever kept an expert from answering. No expert may be left out instead.
     fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError>;
+
+    /// For each expert of `layer` whether the gate may choose it; `None` for all, without which nothing that a pass gives is the model's
+    /// answer. Only drafts, which are verified, may say otherwise. If fewer may be chosen than a row needs, the routing names others as
+    /// well.
+    fn choosable(&self, _layer: usize) -> Option<&[bool]> {
+        None
+    }
 }
 
 /// Adds `weight * expert_row` to `out`. Everyone who combines expert rows does it here, so that all get the same bits.

@@ -32,15 +32,24 @@ impl Routing {
     }
 }
 
-/// Routes rows by their `scores` of `[rows, experts]`. Equal scores go to the lower expert number.
-pub(crate) fn route(scores: &[f32], experts: usize, top_k: usize, gate: GateSpec) -> candle_core::Result<Routing> {
+/// Routes rows by their `scores` of `[rows, experts]`. Equal scores go to the lower expert number. An expert that is not `choosable` is
+/// chosen only where there are too few others.
+pub(crate) fn route(
+    scores: &[f32],
+    experts: usize,
+    top_k: usize,
+    gate: GateSpec,
+    choosable: Option<&[bool]>,
+) -> candle_core::Result<Routing> {
     let rows = scores.len() / experts;
     let mut chosen = Vec::with_capacity(rows * top_k);
     let mut order: Vec<u32> = Vec::with_capacity(experts);
     for row in scores.chunks_exact(experts) {
         order.clear();
         order.extend(0..experts as u32);
-        let best_first = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+        let may = |expert: &u32| choosable.is_none_or(|all| all.get(*expert as usize).is_some_and(|may| *may));
+        let best_first =
+            |a: &u32, b: &u32| may(b).cmp(&may(a)).then(row[*b as usize].total_cmp(&row[*a as usize])).then(a.cmp(b));
         if top_k < experts {
             order.select_nth_unstable_by(top_k, best_first);
         }

@@ -1,5 +1,6 @@
 //! What the command line understands.
 
+mod draft;
 mod examples;
 mod gateway;
 #[cfg(unix)]
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+pub(crate) use draft::DraftArgs;
 pub(crate) use gateway::GatewayArgs;
 use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
@@ -323,6 +325,8 @@ pub(crate) struct ControlArgs {
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) draft: DraftArgs,
     /// The text to continue.
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
@@ -350,6 +354,8 @@ pub(crate) struct GenerateArgs {
 pub(crate) struct ChatArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) draft: DraftArgs,
     /// What the model is told before the conversation.
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
@@ -456,6 +462,9 @@ pub(crate) struct BenchArgs {
     /// Encoding of hidden states on the wire.
     #[arg(long, default_value = "f32", value_name = "DTYPE")]
     pub(crate) wire: WireDtype,
+    /// Measure drafts instead: the same generations without and with them, over paths with these round trips.
+    #[arg(long, value_name = "RTT", value_delimiter = ',', num_args = 0.., default_missing_values = ["20ms", "80ms"], value_parser = humantime::parse_duration)]
+    pub(crate) drafts: Option<Vec<Duration>>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

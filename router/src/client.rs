@@ -15,7 +15,7 @@ use rayon::ThreadPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::directory::{ExpertLayout, PeerReport};
-use crate::engine::{Engine, EngineConfig, EngineStatus};
+use crate::engine::{DraftModel, Drafter, Engine, EngineConfig, EngineStatus, ModelDrafter};
 use crate::generate::{self, GenerateError, GenerateRequest};
 use crate::network::{ExpertNetwork, JoinError, NetworkConfig};
 use crate::remote::RemoteExperts;
@@ -53,6 +53,12 @@ pub enum ClientError {
     /// The network could not be joined.
     #[error(transparent)]
     Join(#[from] JoinError),
+    /// The model that should draft has other tokens. Choose one of the same family.
+    #[error("{} has another vocabulary than the model that it should draft for", draft.display())]
+    OtherVocabulary {
+        /// The draft model's folder.
+        draft: PathBuf,
+    },
     /// A background task died; this is a defect.
     #[error("an internal task ended unexpectedly: {0}")]
     Task(String),
@@ -83,6 +89,7 @@ pub(crate) enum Place {
 pub struct Client {
     core: Arc<Core>,
     engine: Arc<Engine>,
+    draft_model: Option<Arc<DraftModel>>,
 }
 
 /// What a model is computed with.
@@ -165,13 +172,54 @@ impl Client {
         let tokenizer = has_tokenizer(dir).then(|| Tokenizer::load(dir)).transpose()?;
         let defaults = GenerationDefaults::load(dir)?;
         let core = Arc::new(Core { trunk, tokenizer, defaults, place, pool });
-        Ok(Self { core, engine: Arc::new(Engine::new(EngineConfig::default())) })
+        Ok(Self::new(core, EngineConfig::default(), None))
+    }
+
+    fn new(core: Arc<Core>, config: EngineConfig, draft_model: Option<Arc<DraftModel>>) -> Self {
+        let mut drafters: Vec<Box<dyn Drafter>> = Vec::new();
+        if let Some(model) = &draft_model {
+            drafters.push(Box::new(ModelDrafter::of(model.clone())));
+        }
+        if let Place::Network(network) = &core.place
+            && let Some(resident) = &network.config.resident
+        {
+            drafters.push(Box::new(ModelDrafter::with_resident(resident.clone())));
+        }
+        Self { core, engine: Arc::new(Engine::new(config, drafters)), draft_model }
     }
 
     /// The same client with other limits to what its generations may use together.
     #[must_use]
     pub fn with_engine(self, config: EngineConfig) -> Self {
-        Self { core: self.core, engine: Arc::new(Engine::new(config)) }
+        Self::new(self.core, config, self.draft_model)
+    }
+
+    /// The same client with a small model, all of it in this process, that drafts tokens: they are verified several in a pass, so that
+    /// fewer round trips are waited for. No token changes.
+    ///
+    /// Blocks while it reads the checkpoint.
+    ///
+    /// # Errors
+    /// [`ClientError::OtherVocabulary`] if its tokens are not those of this model; a damaged checkpoint.
+    pub fn with_draft_model(self, checkpoint: &Checkpoint) -> Result<Self, ClientError> {
+        let dir = checkpoint.dir();
+        let tokenizer = has_tokenizer(dir).then(|| Tokenizer::load(dir)).transpose()?;
+        let alike = match (&self.core.tokenizer, &tokenizer) {
+            (Some(mine), Some(its)) => mine.vocabulary() == its.vocabulary(),
+            _ => self.spec().vocab_size == checkpoint.spec().vocab_size,
+        };
+        if !alike {
+            return Err(ClientError::OtherVocabulary { draft: dir.to_owned() });
+        }
+        let trunk = Trunk::load(checkpoint, self.core.pool.clone())?;
+        let experts = Arc::new(LocalExperts::load(checkpoint, self.core.pool.clone())?);
+        let config = self.engine.config();
+        Ok(Self::new(self.core, config, Some(Arc::new(DraftModel { trunk, experts }))))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
     }
 
     /// What generations may use.

@@ -15,6 +15,7 @@ use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLim
 
 use crate::network::ExpertNetwork;
 use crate::stats::{AnsweredCall, NetworkUse};
+pub(crate) use combine::add_answers;
 pub(crate) use hedge::HedgeBudget;
 use pieces::Layer;
 pub(crate) use tally::Tally;
@@ -36,6 +37,9 @@ pub enum DispatchError {
         /// What the last peer that was asked for one of them said, if any was.
         reason: Option<String>,
     },
+    /// Computing the client's own experts failed; this is a defect.
+    #[error("cannot compute the experts that are held here: {0}")]
+    Resident(String),
     /// The caller's rows, routing or layer do not fit the model. The caller's fault.
     #[error("{0}")]
     Invalid(String),
@@ -158,7 +162,7 @@ impl ExpertNetwork {
 }
 
 /// The rows of `range` by expert: experts ascending, rows ascending and counted from the range's start.
-fn group_by_expert(routing: &Routing, range: std::ops::Range<usize>) -> Vec<ExpertRows> {
+pub(crate) fn group_by_expert(routing: &Routing, range: std::ops::Range<usize>) -> Vec<ExpertRows> {
     let mut by_expert: std::collections::BTreeMap<u32, ExpertRows> = std::collections::BTreeMap::new();
     for (index, row) in range.enumerate() {
         for (expert, weight) in routing.row(row) {

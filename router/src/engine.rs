@@ -1,13 +1,14 @@
 //! The decoding engine: all sequences of a client advance together, one frame per peer and layer for all of them.
 //!
-//! A step is one forward pass with a row for each sequence that is decoding, and beside them as many rows of prompts as do not hold
+//! A step is one forward pass with a row for each sequence that is decoding, and rows for what was drafted for it, and beside them as many rows of prompts as do not hold
 //! those up. Sequences join and leave between steps. Since a row's bits do not depend on the other rows, nor on how a prompt is cut,
 //! a sequence gets the same tokens alone and in a crowd, and two things are free of consequences: going on from the keys and values of
 //! another sequence that began alike, and giving up a sequence's keys and values when memory is short, to compute them again later.
 //!
 //! Inside: `sequence` is one request, `schedule` decides who gets how many rows, `memory` keeps beginnings, `driver` is the loop,
-//! `experts` what a step calls.
+//! `experts` what a step calls, `draft` what may come next.
 
+mod draft;
 mod driver;
 mod experts;
 mod memory;
@@ -21,6 +22,8 @@ use tokio::sync::mpsc;
 use crate::client::{Core, Progress, Summary};
 use crate::generate::{GenerateError, GenerateRequest, ScoredToken, Token};
 use crate::stats::NetworkUse;
+use draft::Drafting;
+pub(crate) use draft::{DraftModel, Drafter, ModelDrafter};
 use driver::Driver;
 use memory::Prefixes;
 use sequence::Sequence;
@@ -38,12 +41,14 @@ pub struct EngineConfig {
     pub max_sequences: usize,
     /// Requests that may wait to be among them; more are refused. While memory is short, more wait and fewer advance.
     pub max_waiting: usize,
+    /// Whether tokens are drafted, and verified several in a pass, where that is faster. No token and no probability changes.
+    pub drafts: bool,
 }
 
 impl Default for EngineConfig {
-    /// 4 GiB, 256 sequences, 1024 waiting.
+    /// 4 GiB, 256 sequences, 1024 waiting, with drafts.
     fn default() -> Self {
-        Self { kv_bytes: 4 << 30, max_sequences: 256, max_waiting: 1024 }
+        Self { kv_bytes: 4 << 30, max_sequences: 256, max_waiting: 1024, drafts: true }
     }
 }
 
@@ -74,6 +79,10 @@ pub struct EngineStatus {
     pub steps: u64,
     /// How often a sequence's keys and values were given up for lack of memory.
     pub preemptions: u64,
+    /// Drafted tokens that were verified since the start.
+    pub drafted: u64,
+    /// Of which came.
+    pub accepted: u64,
     /// What all forward passes cost on the network; `peers` is not counted.
     pub network: NetworkUse,
 }
@@ -92,6 +101,7 @@ pub(crate) struct Engine {
     config: EngineConfig,
     state: Mutex<State>,
     prefixes: Mutex<Prefixes>,
+    drafting: Mutex<Drafting>,
 }
 
 #[derive(Debug, Default)]
@@ -103,8 +113,18 @@ struct State {
 }
 
 impl Engine {
-    pub(crate) fn new(config: EngineConfig) -> Self {
-        Self { config, state: Mutex::default(), prefixes: Mutex::default() }
+    /// An engine that drafts, if `config` says so, from the text and with `drafters`.
+    pub(crate) fn new(config: EngineConfig, drafters: Vec<Box<dyn Drafter>>) -> Self {
+        let mut drafting = Drafting::default();
+        if config.drafts {
+            drafting = Drafting::lookup();
+            drafters.into_iter().for_each(|drafter| drafting.add(drafter));
+        }
+        Self { config, state: Mutex::default(), prefixes: Mutex::default(), drafting: Mutex::new(drafting) }
+    }
+
+    pub(crate) fn config(&self) -> EngineConfig {
+        self.config
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -115,8 +135,8 @@ impl Engine {
         self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn config(&self) -> EngineConfig {
-        self.config
+    fn drafting(&self) -> MutexGuard<'_, Drafting> {
+        self.drafting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn status(&self) -> EngineStatus {

@@ -104,8 +104,10 @@ pub struct Timings {
     pub prefill: Duration,
     /// From there to the end.
     pub decode: Duration,
-    /// Forward passes in the decode phase: one less than tokens, since prefill gives the first.
+    /// Forward passes in the decode phase.
     pub decode_steps: usize,
+    /// Tokens that they gave: one less than there are, since prefill gives the first.
+    pub decode_tokens: usize,
 }
 
 impl Timings {
@@ -113,7 +115,13 @@ impl Timings {
     #[must_use]
     pub fn tokens_per_second(&self) -> f64 {
         let seconds = self.decode.as_secs_f64();
-        if self.decode_steps == 0 || seconds == 0.0 { 0.0 } else { self.decode_steps as f64 / seconds }
+        if seconds == 0.0 { 0.0 } else { self.decode_tokens as f64 / seconds }
+    }
+
+    /// Tokens that a forward pass of the decode phase gave on average; 0 if there was no pass.
+    #[must_use]
+    pub fn tokens_per_step(&self) -> f64 {
+        if self.decode_steps == 0 { 0.0 } else { self.decode_tokens as f64 / self.decode_steps as f64 }
     }
 }
 

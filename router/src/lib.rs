@@ -137,6 +137,7 @@ mod membership;
 pub mod network;
 pub mod plan;
 mod remote;
+pub mod resident;
 pub mod search;
 pub mod stats;
 #[cfg(feature = "gateway")]
@@ -151,4 +152,5 @@ pub use fallback::{Fallback, LocalFallback};
 pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
 pub use remote::{Cancelled, RemoteExperts};
-pub use stats::{AnsweredCall, Expectation, NetworkUse, PeerStats};
+pub use resident::Resident;
+pub use stats::{AnsweredCall, DraftUse, Expectation, NetworkUse, PeerStats};

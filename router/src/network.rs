@@ -17,6 +17,7 @@ use crate::directory::{Directory, ExpertLayout, Missing};
 use crate::dispatch::{HedgeBudget, PassTrace, Tally, Tracer};
 use crate::fallback::{Fallback, Orphans};
 use crate::membership::Membership;
+use crate::resident::Resident;
 use crate::search::PeerSearch;
 
 /// How long a client that can compute missing experts itself waits for peers that host them.
@@ -44,6 +45,8 @@ pub struct NetworkConfig {
     /// Who computes experts that have had no replica for so long; nobody by default. With a fallback the network may be joined
     /// while some experts have no peer.
     pub fallback: Option<Arc<dyn Fallback>>,
+    /// Experts that this client holds itself; none by default. They are not asked of peers where the client adds up, and draft.
+    pub resident: Option<Arc<Resident>>,
 }
 
 impl Default for NetworkConfig {
@@ -58,6 +61,7 @@ impl Default for NetworkConfig {
             call_timeout: Duration::from_secs(20),
             replica_patience: Duration::from_secs(10),
             fallback: None,
+            resident: None,
         }
     }
 }

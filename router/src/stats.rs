@@ -205,7 +205,7 @@ fn smooth(value: &mut Option<f64>, sample: f64) {
 /// What one request cost on the network so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NetworkUse {
-    /// Layers that waited for peers: one per MoE layer and forward pass.
+    /// Layers that waited for peers: one per MoE layer and forward pass, but for layers all of whose chosen experts are resident.
     pub round_trips: u64,
     /// Calls sent.
     pub frames: u64,
@@ -219,8 +219,21 @@ pub struct NetworkUse {
     pub hedged: u64,
     /// Experts computed by the client's fallback because no peer could.
     pub fallbacks: u64,
+    /// (row, expert) pairs computed by the client itself because it holds these experts.
+    pub resident: u64,
     /// Different peers that answered.
     pub peers: usize,
+}
+
+/// What became of the tokens that were drafted for a generation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct DraftUse {
+    /// Drafted tokens that were verified.
+    pub drafted: u64,
+    /// Of which came.
+    pub accepted: u64,
+    /// Layers that waited for peers after the prompt; of a generation among others, of all of them together.
+    pub decode_round_trips: u64,
 }
 
 impl NetworkUse {
@@ -233,6 +246,7 @@ impl NetworkUse {
         self.retries += other.retries;
         self.hedged += other.hedged;
         self.fallbacks += other.fallbacks;
+        self.resident += other.resident;
     }
 }
 

@@ -58,8 +58,10 @@ async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(args.top_k <= args.among && args.among <= args.experts, "--top-k of --among of --experts");
     let most = args.clients.iter().copied().max().context("no clients")?;
-    let layout =
-        ExpertLayout { hidden_size: args.hidden, layers: (0..args.layers).map(|layer| (layer, args.experts)).collect() };
+    let layout = ExpertLayout {
+        hidden_size: args.hidden,
+        layers: (0..args.layers).map(|layer| (layer, args.experts)).collect(),
+    };
     let join = || async {
         let config = NetworkConfig { bootstrap: vec![args.bootstrap.clone()], ..NetworkConfig::default() };
         ExpertNetwork::join(&Identity::generate(), args.model, layout.clone(), config).await

@@ -248,8 +248,9 @@ impl FeedForward {
             Self::Dense(swiglu) => return Ok(apply(swiglu, x, pool)),
             Self::Moe { spec, gate, shared } => (spec, gate, shared),
         };
+        let choosable = experts.choosable(layer);
         let routing = within(pool, x.len() == gate.inputs(), || {
-            route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate)
+            route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate, choosable)
         })?;
         let mut out = experts.forward(layer, x, &routing).map_err(|source| ForwardError::Experts { layer, source })?;
         if out.len() != x.len() {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::ClientArgs;
+use super::{ClientArgs, DraftArgs};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -19,6 +19,8 @@ Examples:
 pub(crate) struct GatewayArgs {
     #[command(flatten)]
     pub(crate) client: ClientArgs,
+    #[command(flatten)]
+    pub(crate) draft: DraftArgs,
     /// Where to serve.
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "IP:PORT")]
     pub(crate) listen: SocketAddr,

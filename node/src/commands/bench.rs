@@ -1,10 +1,11 @@
 //! `hanse bench`: what distribution costs, on loopback volunteers, and what this machine could do at best.
 //!
-//! One file for each part; `--part` chooses.
+//! One file for each part; `--part` chooses. What drafts bring (`--drafts`) is measured on networks of its own.
 
 mod batch;
 mod call;
 mod crowd;
+mod draft;
 mod experts;
 mod floor;
 mod generate;
@@ -21,7 +22,7 @@ use hanse_node::testnet::{Testnet, TestnetConfig, split};
 use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
-use hanse_router::{Client, ModelConfig, NetworkConfig};
+use hanse_router::{Client, EngineConfig, ModelConfig, NetworkConfig};
 use serde::Serialize;
 
 use crate::cli::{BenchArgs, BenchPart};
@@ -77,6 +78,9 @@ impl std::fmt::Display for Micros {
 }
 
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if let Some(round_trips) = &args.drafts {
+        return draft::run(&args, round_trips).await;
+    }
     let wanted = |part| args.part.contains(&part);
     let dir = args.model.clone().map_or_else(paths::bundled_model, Ok)?;
     let bar = output::spinner("measuring the machine");
@@ -121,7 +125,9 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         let net = Testnet::start(TestnetConfig::new(std::env::current_exe()?, &dir, specs), |_| ()).await?;
         let bootstrap = net.bootstrap().context("no volunteer has an address")?.clone();
         let network = NetworkConfig { bootstrap: vec![bootstrap], wire: args.wire, ..NetworkConfig::default() };
-        let client = Client::connect(&config, id, &Identity::generate(), network).await?;
+        // The price of a step is measured, not how many are spared.
+        let plain = EngineConfig { drafts: false, ..EngineConfig::default() };
+        let client = Client::connect(&config, id, &Identity::generate(), network).await?.with_engine(plain);
         // First, so that the peers' statistics are of these calls alone.
         if wanted(BenchPart::Call) {
             bar.set_message("calling");
@@ -137,7 +143,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         }
         if wanted(BenchPart::Generate) || wanted(BenchPart::Batch) {
             bar.set_message("generating");
-            let local = tokio::task::spawn_blocking(move || Client::local(&config)).await??;
+            let local = tokio::task::spawn_blocking(move || Client::local(&config)).await??.with_engine(plain);
             if wanted(BenchPart::Generate) {
                 document.generate = Some(generate::run(&args, &client, &local, &layout).await?);
             }

@@ -62,7 +62,7 @@ pub(crate) async fn run(args: ChatArgs) -> anyhow::Result<()> {
     if !args.client.local && !args.client.names_network() {
         crate::cli::usage_error("give --bootstrap ADDR to use a network, or --local to compute everything here");
     }
-    let client = client::open(&args.client, args.client.local).await?;
+    let client = client::open(&args.client, Some(&args.draft), args.client.local).await?;
     let talked = talk(&client, &args).await;
     client.close().await;
     talked
@@ -181,7 +181,7 @@ async fn answer(
             token = generation.next() => token,
             () = interrupts.next() => {
                 say!("");
-                let told = generation.progress().map(|so_far| footer(count, so_far.timings, &so_far.network));
+                let told = generation.progress().map(|so_far| footer(count, so_far.timings, &so_far.network, &so_far.drafts));
                 eprintln!("[stopped after {}]", told.unwrap_or_else(|| "0 tokens".to_owned()));
                 return Ok(Answer { text, stopped: true });
             }
@@ -196,7 +196,7 @@ async fn answer(
     show(&summary.rest)?;
     text.push_str(&summary.rest);
     say!("");
-    eprintln!("[{}]", footer(count, summary.timings, &summary.network));
+    eprintln!("[{}]", footer(count, summary.timings, &summary.network, &summary.drafts));
     if summary.finish_reason == FinishReason::Length {
         let reason = if count >= args.max_tokens { "as long as --max-tokens allows" } else { "the context is full" };
         eprintln!("[cut off: {reason}]");

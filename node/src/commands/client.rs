@@ -4,16 +4,26 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use hanse_model::Checkpoint;
 use hanse_model::compute_pool;
 use hanse_protocol::Identity;
-use hanse_router::{Client, LocalFallback};
+use hanse_router::{Client, EngineConfig, LocalFallback, Resident};
 
-use crate::cli::{ClientArgs, FallbackKind};
+use crate::cli::{ClientArgs, DraftArgs, FallbackKind};
 use crate::model::{Model, ModelRef};
 use crate::output;
 
-/// A client that computes the experts here, or on the network that `args` name.
-pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Client> {
+/// A client that computes the experts here, or on the network that `args` name, and drafts as `draft` says.
+pub(crate) async fn open(args: &ClientArgs, draft: Option<&DraftArgs>, local: bool) -> anyhow::Result<Client> {
+    let client = open_plain(args, draft, local).await?;
+    let Some(draft) = draft else { return Ok(client) };
+    let client = client.with_engine(EngineConfig { drafts: draft.drafts(), ..EngineConfig::default() });
+    let Some(dir) = draft.draft_model.clone() else { return Ok(client) };
+    let with_model = move || anyhow::Ok(client.with_draft_model(&Checkpoint::open(&dir)?)?);
+    tokio::task::spawn_blocking(with_model).await?
+}
+
+async fn open_plain(args: &ClientArgs, draft: Option<&DraftArgs>, local: bool) -> anyhow::Result<Client> {
     if args.fallback == FallbackKind::Local && !matches!(args.model, ModelRef::Folder(_)) {
         crate::cli::usage_error(
             "--fallback local computes from a model folder, and --model names none: give the folder, or --fallback fetch",
@@ -34,13 +44,22 @@ pub(crate) async fn open(args: &ClientArgs, local: bool) -> anyhow::Result<Clien
         }
         FallbackKind::None => {}
     }
+    let resident = draft.and_then(|draft| draft.resident);
+    if let Some(size) = resident {
+        let (checkpoint, pool) = (checkpoint.clone(), Arc::new(compute_pool(args.threads)?));
+        let spinner = output::spinner("loading experts to hold");
+        let load = move || Resident::load(checkpoint, pool, size.as_u64());
+        let loaded = tokio::task::spawn_blocking(load).await?;
+        spinner.finish_and_clear();
+        network.resident = Some(Arc::new(loaded?));
+    }
     // Clients have a new identity each time: volunteers cannot tell one client's visits from another's.
     let identity = Identity::generate();
     let spinner = output::spinner("looking for peers");
     let client = Client::connect_with(&checkpoint, threads, model.id(), &identity, network).await;
     spinner.finish_and_clear();
     // Not before all of the trunk is loaded: what is damaged in the cache is fetched again.
-    if let (FallbackKind::None, Some(remote)) = (args.fallback, model.remote()) {
+    if let (FallbackKind::None, None, Some(remote)) = (args.fallback, resident, model.remote()) {
         remote.close().await;
     }
     Ok(client?)

@@ -36,10 +36,11 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
     // Before the model is opened, which takes its time: another one may have the address.
     let listener = TcpListener::bind(args.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}: choose another --listen", args.listen))?;
-    let client = client::open(&args.client, args.client.local).await?.with_engine(EngineConfig {
+    let client = client::open(&args.client, Some(&args.draft), args.client.local).await?.with_engine(EngineConfig {
         kv_bytes: usize::try_from(args.kv_memory.as_u64()).unwrap_or(usize::MAX),
         max_sequences: args.max_sequences as usize,
         max_waiting: args.max_waiting as usize,
+        drafts: args.draft.drafts(),
     });
     let max_connections = client.engine_config().capacity() + OTHER_CONNECTIONS;
     allow_files(max_connections as u64 + OTHER_FILES);

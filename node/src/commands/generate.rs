@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::bail;
 use futures::StreamExt;
 use hanse_model::SamplingParams;
-use hanse_router::{GenerateRequest, NetworkUse, Timings};
+use hanse_router::{DraftUse, GenerateRequest, NetworkUse, Summary, Timings};
 use serde::Serialize;
 
 use super::client;
@@ -22,6 +22,28 @@ struct Document<'a> {
     finish_reason: hanse_router::FinishReason,
     timings: TimingsDocument,
     network: &'a NetworkUse,
+    drafts: DraftsDocument,
+}
+
+#[derive(Serialize)]
+pub(crate) struct DraftsDocument {
+    /// Drafted tokens that were verified.
+    drafted: u64,
+    /// Of which came.
+    accepted: u64,
+    /// Tokens that a forward pass gave, on average.
+    tokens_per_step: f64,
+    /// Layers that waited for peers, by token after the first.
+    round_trips_per_token: f64,
+}
+
+impl From<&Summary> for DraftsDocument {
+    fn from(summary: &Summary) -> Self {
+        let DraftUse { drafted, accepted, decode_round_trips } = summary.drafts;
+        let tokens = summary.timings.decode_tokens.max(1);
+        let round_trips_per_token = decode_round_trips as f64 / tokens as f64;
+        Self { drafted, accepted, tokens_per_step: summary.timings.tokens_per_step(), round_trips_per_token }
+    }
 }
 
 #[derive(Serialize)]
@@ -58,7 +80,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
     if !args.client.local && !args.client.names_network() {
         crate::cli::usage_error("give --bootstrap ADDR to use a network, or --local to compute everything here");
     }
-    let client = client::open(&args.client, args.client.local).await?;
+    let client = client::open(&args.client, Some(&args.draft), args.client.local).await?;
     let prompt = client::prompt_ids(&client, args.prompt.as_deref(), args.prompt_ids.as_deref())?;
     let request = GenerateRequest {
         prompt: prompt.clone(),
@@ -91,6 +113,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
             finish_reason: summary.finish_reason,
             timings: summary.timings.into(),
             network: &summary.network,
+            drafts: summary.into(),
         });
     }
     show(&summary.rest)?;
@@ -99,7 +122,7 @@ pub(crate) async fn run(args: GenerateArgs) -> anyhow::Result<()> {
         show(&tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))?;
     }
     say!("");
-    eprintln!("[{}]", footer(tokens.len(), summary.timings, &summary.network));
+    eprintln!("[{}]", footer(tokens.len(), summary.timings, &summary.network, &summary.drafts));
     Ok(())
 }
 
@@ -112,7 +135,7 @@ pub(crate) fn show(text: &str) -> anyhow::Result<()> {
 }
 
 /// What is said of an answer after it: how many tokens, how fast, from whom.
-pub(crate) fn footer(tokens: usize, timings: Timings, network: &NetworkUse) -> String {
+pub(crate) fn footer(tokens: usize, timings: Timings, network: &NetworkUse, drafts: &DraftUse) -> String {
     let speed = timings.tokens_per_second();
     let answer = format!("{}, {speed:.1} tokens/s", output::count(tokens, "token"));
     if network.frames == 0 {
@@ -121,6 +144,9 @@ pub(crate) fn footer(tokens: usize, timings: Timings, network: &NetworkUse) -> S
     let mut line = format!("{answer}, {}, {} frames", output::count(network.peers, "peer"), network.frames);
     if network.retries + network.hedged > 0 {
         line += &format!(", {} retries, {} hedged", network.retries, network.hedged);
+    }
+    if drafts.accepted > 0 {
+        line += &format!(", {:.1} tokens a pass", timings.tokens_per_step());
     }
     line
 }

@@ -22,7 +22,7 @@ struct Document<'a> {
 
 pub(crate) async fn run(args: ScoreArgs) -> anyhow::Result<()> {
     let local = args.client.local || !args.client.names_network();
-    let client = client::open(&args.client, local).await?;
+    let client = client::open(&args.client, None, local).await?;
     let file = args.file.as_deref().map(client::read_text).transpose()?;
     let tokens = client::prompt_ids(&client, args.prompt.as_deref().or(file.as_deref()), args.prompt_ids.as_deref())?;
     let bar = output::count_bar("scoring");

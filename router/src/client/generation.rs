@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::engine::Step;
 use crate::generate::{FinishReason, GenerateError, ScoredToken, Timings, Token};
-use crate::stats::NetworkUse;
+use crate::stats::{DraftUse, NetworkUse};
 
 /// What is known when a generation has ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,8 @@ pub struct Summary {
     /// What the forward passes that it took part in cost on the network, together with the other generations in them; zeros for a
     /// local client.
     pub network: NetworkUse,
+    /// What drafts brought.
+    pub drafts: DraftUse,
 }
 
 /// What a generation has cost as of one of its tokens.
@@ -31,6 +33,8 @@ pub struct Progress {
     pub timings: Timings,
     /// As [`Summary::network`].
     pub network: NetworkUse,
+    /// As [`Summary::drafts`].
+    pub drafts: DraftUse,
 }
 
 /// The tokens of one generation as they come. Dropping it ends the generation.

@@ -7,7 +7,7 @@ use super::rows_of;
 
 /// Adds all answers of a layer to `output`, `[rows, width]`: of each the assignments that were asked for, the layer's rows that the
 /// frame carried, and the values.
-pub(super) fn add_answers<'a>(
+pub(crate) fn add_answers<'a>(
     combine: Combine,
     width: usize,
     answers: impl Iterator<Item = (&'a [ExpertRows], &'a [u32], &'a [f32])>,

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::future::{AbortHandle, Abortable};
 use futures::stream::FuturesUnordered;
-use hanse_protocol::{ExpertRows, PeerId};
+use hanse_protocol::{Combine, ExpertRows, PeerId};
+use tokio::task::JoinHandle;
 
 use super::combine::{add_answers, as_answer};
 use super::trace::Reason;
@@ -134,6 +135,40 @@ impl<'a> Layer<'a> {
 
     /// Computes `wanted` (experts ascending) and returns `[rows, hidden_size]`.
     pub(super) async fn run(mut self, wanted: Vec<ExpertRows>) -> Result<Vec<f32>, DispatchError> {
+        let (here, wanted) = self.split_off_resident(wanted);
+        self.usage.counts.resident += here.iter().map(|assigned| assigned.rows.len() as u64).sum::<u64>();
+        // While the calls are on their way.
+        let computing = self.compute_resident(here);
+        if !wanted.is_empty() {
+            self.call_peers(wanted).await?;
+        }
+        let resident = match computing {
+            Some(computing) => Some(computing.await.map_err(|e| DispatchError::Resident(e.to_string()))?),
+            None => None,
+        };
+        Ok(self.add_up(resident))
+    }
+
+    /// What is computed here and what is asked of peers. Peers that add up need all of a row's experts that they host.
+    fn split_off_resident(&self, wanted: Vec<ExpertRows>) -> (Vec<ExpertRows>, Vec<ExpertRows>) {
+        match &self.network.config.resident {
+            Some(resident) if self.network.combine() == Combine::Client => resident.held().split(self.layer, wanted),
+            _ => (Vec::new(), wanted),
+        }
+    }
+
+    fn compute_resident(&self, here: Vec<ExpertRows>) -> Option<JoinHandle<(Vec<ExpertRows>, Vec<f32>)>> {
+        let resident = self.network.config.resident.clone().filter(|_| !here.is_empty())?;
+        let (held, layer, hidden) = (resident.held(), self.layer, self.hidden.to_vec());
+        let width = self.network.directory.layout().hidden_size as usize;
+        Some(tokio::task::spawn_blocking(move || {
+            let values = resident.compute(&held, layer, &hidden, width, &here);
+            (here, values)
+        }))
+    }
+
+    /// Has peers compute `wanted`, which is not empty.
+    async fn call_peers(&mut self, wanted: Vec<ExpertRows>) -> Result<(), DispatchError> {
         self.usage.counts.round_trips += 1;
         self.pieces.push(Piece::new(ROOT, wanted, Vec::new(), None));
         self.split(ROOT, &Why::First)?;
@@ -154,7 +189,7 @@ impl<'a> Layer<'a> {
                 else => return Err(self.no_replica()),
             }
         }
-        Ok(self.add_up())
+        Ok(())
     }
 
     fn no_replica(&self) -> DispatchError {
@@ -459,11 +494,13 @@ impl<'a> Layer<'a> {
         }
     }
 
-    fn add_up(&self) -> Vec<f32> {
+    fn add_up(&self, resident: Option<(Vec<ExpertRows>, Vec<f32>)>) -> Vec<f32> {
         let width = self.network.directory.layout().hidden_size as usize;
         let mut output = vec![0.0; self.hidden.len()];
         let mut answers = Vec::new();
-        self.answers(ROOT, &mut answers);
+        if !self.pieces.is_empty() {
+            self.answers(ROOT, &mut answers);
+        }
         let answers = answers.into_iter().filter_map(|piece| {
             let piece = &self.pieces[piece];
             piece
@@ -471,7 +508,8 @@ impl<'a> Layer<'a> {
                 .as_ref()
                 .map(|(rows, values)| (piece.assignments.as_slice(), rows.as_slice(), values.as_slice()))
         });
-        add_answers(self.network.combine(), width, answers, &mut output);
+        let resident = resident.as_ref().map(|(assigned, values)| (assigned.as_slice(), &[][..], values.as_slice()));
+        add_answers(self.network.combine(), width, answers.chain(resident), &mut output);
         output
     }
 }

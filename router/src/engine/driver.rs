@@ -2,18 +2,19 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hanse_model::{ForwardError, Segment};
 use rayon::prelude::*;
 use tokio::runtime::Handle;
 
+use super::draft::{StepMeasure, Verdict};
 use super::experts::StepExperts;
 use super::memory::common;
 use super::schedule;
 use super::sequence::{Outcome, Sequence};
 use super::{Engine, State, Step};
-use crate::client::{Core, Summary};
+use crate::client::{Core, Place, Summary};
 use crate::dispatch::Usage;
 use crate::generate::GenerateError;
 
@@ -24,6 +25,17 @@ const HEADROOM: usize = 64;
 
 /// Which of the active sequences has ended, and how.
 type End = (usize, Result<Summary, GenerateError>);
+
+/// What a step gave one of the active sequences.
+struct Taken {
+    index: usize,
+    outcome: Outcome,
+    /// Tokens.
+    came: usize,
+    /// Whether it was decoding before.
+    decodes: bool,
+    verdict: Verdict,
+}
 
 pub(super) struct Driver {
     core: Arc<Core>,
@@ -101,7 +113,8 @@ impl Driver {
     /// Bytes that a sequence has or is about to have.
     fn bytes(sequence: &Sequence, ahead: usize) -> usize {
         let cache = sequence.cache();
-        cache.bytes().max((sequence.tokens().len() + ahead) * cache.bytes_per_position())
+        let own = cache.bytes().max((sequence.tokens().len() + ahead) * cache.bytes_per_position());
+        own + sequence.draft_bytes()
     }
 
     fn used(&self, ahead: usize) -> usize {
@@ -114,6 +127,7 @@ impl Driver {
         while self.active.len() > 1 && self.used(0) > limit {
             let Some(mut latest) = self.active.pop() else { break };
             latest.replace_cache(self.core.trunk.new_cache());
+            latest.forget_drafts();
             self.waiting.push_front(latest);
             self.engine.state().status.preemptions += 1;
         }
@@ -172,16 +186,59 @@ impl Driver {
         let pending: Vec<usize> = readable.iter().map(|&i| self.active[i].pending()).collect();
         let mut rows = vec![0; self.active.len()];
         readable.into_iter().zip(schedule::rows(&pending)).for_each(|(index, count)| rows[index] = count);
+        let mut measure = self.draft(&mut rows);
+        let began = Instant::now();
         match self.forward(&rows, None) {
-            Ok(logits) => self.take(&rows, logits, Vec::new()),
-            Err(error) => self.one_by_one(&rows, error),
+            Ok(logits) => {
+                measure.tokens = self.take(&rows, logits, Vec::new());
+                measure.took = began.elapsed();
+                self.engine.drafting().measured(measure);
+                self.choose_resident();
+            }
+            Err(error) => self.one_by_one(rows, error),
         }
+    }
+
+    /// Now and then, has the experts that the gates chose most take the place of others that this client holds.
+    fn choose_resident(&self) {
+        let Place::Network(network) = &self.core.place else { return };
+        let Some(resident) = &network.config.resident else { return };
+        if resident.is_due(self.engine.state().status.steps) {
+            let (network, resident) = (network.clone(), resident.clone());
+            self.runtime.spawn_blocking(move || {
+                if let Err(error) = resident.hold_most_chosen(|layer| network.calls(layer)) {
+                    tracing::warn!(%error, "cannot load experts to hold: those that are held stay");
+                }
+            });
+        }
+    }
+
+    /// Has tokens drafted for those that are decoding, and adds rows for what is to be verified.
+    fn draft(&mut self, rows: &mut [usize]) -> StepMeasure {
+        let engine = self.engine.clone();
+        let parts = self.active.iter_mut().zip(&*rows).filter(|(sequence, rows)| **rows > 0 && sequence.is_decoding());
+        let mut decoding: Vec<&mut Sequence> = parts.map(|(sequence, _)| sequence).collect();
+        let sequences = decoding.len();
+        let prompt_rows = rows.iter().sum::<usize>() - sequences;
+        engine.drafting().draft(&self.core, &mut decoding, prompt_rows);
+        let drafted: usize = decoding.iter().map(|sequence| sequence.drafted_rows()).sum();
+        let parts = self.active.iter().zip(rows).filter(|(_, rows)| **rows > 0);
+        parts.for_each(|(sequence, rows)| *rows += sequence.drafted_rows());
+        StepMeasure { prompt_rows, rows: sequences + drafted, sequences, tokens: 0, took: Duration::ZERO }
     }
 
     /// A pass for all has failed, perhaps for experts that only some need: each has one of its own, and the experts have been waited
     /// for.
-    fn one_by_one(&mut self, rows: &[usize], error: ForwardError) {
-        if rows.iter().filter(|&&count| count > 0).count() == 1 {
+    fn one_by_one(&mut self, mut rows: Vec<usize>, error: ForwardError) {
+        let drafted: usize = self.active.iter().map(Sequence::drafted_rows).sum();
+        for (sequence, rows) in self.active.iter_mut().zip(&mut rows) {
+            *rows -= sequence.drafted_rows();
+            sequence.drop_draft();
+        }
+        if drafted > 0 {
+            // Perhaps only a draft needed what is missing.
+            self.engine.drafting().pause();
+        } else if rows.iter().filter(|&&count| count > 0).count() == 1 {
             let failed = rows.iter().position(|&count| count > 0);
             return self.end(failed.map(|index| (index, Err(error.into()))).into_iter().collect());
         }
@@ -219,29 +276,45 @@ impl Driver {
         logits
     }
 
-    /// Draws the tokens of those that have rows in this pass, and ends those that have come to their end or have `failed`.
-    fn take(&mut self, rows: &[usize], logits: Vec<Vec<f32>>, mut failed: Vec<End>) {
-        let (vocab, defaults) = (self.core.trunk.spec().vocab_size, &self.core.defaults);
+    /// Draws the tokens of those that have rows in this pass, and ends those that have come to their end or have `failed`. Gives the
+    /// number of tokens that went to those that were decoding.
+    fn take(&mut self, rows: &[usize], logits: Vec<Vec<f32>>, mut failed: Vec<End>) -> usize {
+        let core = self.core.clone();
+        let (vocab, defaults) = (core.trunk.spec().vocab_size, &core.defaults);
         let parts = self.active.iter_mut().enumerate().zip(rows).filter(|(_, rows)| **rows > 0);
         let parts: Vec<_> = parts.map(|(part, _)| part).zip(logits).collect();
-        let before: usize = parts.iter().map(|((_, sequence), _)| sequence.tokens().len()).sum();
         let take = |((index, sequence), logits): ((usize, &mut Sequence), Vec<f32>)| {
-            (index, sequence.take(&logits, vocab, defaults))
+            let (before, decodes) = (sequence.tokens().len(), sequence.was_decoding());
+            let outcome = sequence.take(&logits, vocab, defaults);
+            let came = sequence.tokens().len() - before;
+            Taken { index, outcome, came, decodes, verdict: sequence.judge(came) }
         };
         // Drawing from a large vocabulary takes long enough to share it out.
-        let outcomes: Vec<_> = if parts.len() == 1 {
+        let taken: Vec<Taken> = if parts.len() == 1 {
             parts.into_iter().map(take).collect()
         } else {
             self.core.pool.install(|| parts.into_par_iter().map(take).collect())
         };
-        let after: usize = outcomes.iter().map(|(index, _)| self.active[*index].tokens().len()).sum();
-        self.engine.state().status.tokens += (after - before) as u64;
-        let ended = outcomes.into_iter().filter_map(|(index, outcome)| match outcome {
+        let mut drafting = self.engine.drafting();
+        for Taken { index, verdict, .. } in &taken {
+            drafting.learn(verdict, self.active[*index].memory_mut());
+        }
+        drop(drafting);
+        let mut state = self.engine.state();
+        for Taken { came, verdict, .. } in &taken {
+            state.status.tokens += *came as u64;
+            state.status.drafted += verdict.verified as u64;
+            state.status.accepted += verdict.accepted as u64;
+        }
+        drop(state);
+        let tokens = taken.iter().filter(|taken| taken.decodes).map(|taken| taken.came).sum();
+        let ended = taken.into_iter().filter_map(|taken| match taken.outcome {
             Outcome::GoesOn => None,
-            Outcome::Ended(end) => Some((index, end)),
+            Outcome::Ended(end) => Some((taken.index, end)),
         });
         failed.extend(ended);
         self.end(failed);
+        tokens
     }
 
     /// Tells the ends of some sequences and takes them out.

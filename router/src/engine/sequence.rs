@@ -9,11 +9,13 @@ use hanse_model::{
 use tokio::sync::mpsc;
 
 use super::Step;
+use super::draft::{Asked, Draft, MOST, Memory, ModelCache, Verdict};
 use crate::client::{Progress, Summary};
 use crate::dispatch::Usage;
 use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, ScoredToken, Timings, Token};
+use crate::stats::DraftUse;
 
-/// Messages that one step may bring: of the prompt, of a token, and of the end.
+/// Messages that a step without drafts may bring: of the prompt, of a token, and of the end.
 const MESSAGES: usize = 3;
 
 /// A reader that has had no room for so long has gone, as far as its sequence is concerned.
@@ -39,7 +41,15 @@ pub(super) struct Sequence {
     began: Instant,
     prefilled: Option<Instant>,
     decode_steps: usize,
+    /// Round trips until the prompt's last logits.
+    prefill_round_trips: u64,
     network: Usage,
+    /// What may come next, as far as it is known.
+    draft: Draft,
+    drafts: DraftUse,
+    memory: Memory,
+    /// Tokens of the rows of a pass with drafts.
+    rows: Vec<u32>,
 }
 
 impl std::fmt::Debug for Sequence {
@@ -89,7 +99,12 @@ impl Sequence {
             began: Instant::now(),
             prefilled: None,
             decode_steps: 0,
+            prefill_round_trips: 0,
             network: Usage::default(),
+            draft: Draft::default(),
+            drafts: DraftUse::default(),
+            memory: Memory::default(),
+            rows: Vec::new(),
             request,
         })
     }
@@ -141,9 +156,72 @@ impl Sequence {
         !self.steps.is_closed() && !long
     }
 
-    /// The next `rows` of its tokens as a part of a forward pass.
+    /// Whether its next step gives a token of the answer after another one.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.prefilled.is_some() && self.pending() == 1
+    }
+
+    /// How many tokens a draft may have: the last token of the answer needs none, and the reader must have room for what comes.
+    pub(super) fn draft_room(&self) -> usize {
+        let wanted = (self.limit - self.produced()).saturating_sub(1);
+        wanted.min(self.steps.capacity().saturating_sub(MESSAGES)).min(MOST)
+    }
+
+    /// What a drafter needs to know to fill `draft` with up to `most` tokens.
+    pub(super) fn asked<'a>(&'a mut self, draft: &'a mut Draft, most: usize) -> Asked<'a> {
+        let Self { tokens, cache, sampler, memory, .. } = self;
+        Asked { tokens, cache, sampler, memory, draft, most }
+    }
+
+    pub(super) fn draft_mut(&mut self) -> &mut Draft {
+        &mut self.draft
+    }
+
+    /// Drafted tokens in its next segment.
+    pub(super) fn drafted_rows(&self) -> usize {
+        self.draft.verified
+    }
+
+    pub(super) fn memory_mut(&mut self) -> &mut Memory {
+        &mut self.memory
+    }
+
+    /// Gives up its draft.
+    pub(super) fn drop_draft(&mut self) {
+        self.draft = Draft::default();
+    }
+
+    /// Bytes of memory that drafters take for it.
+    pub(super) fn draft_bytes(&self) -> usize {
+        self.memory.model.as_ref().map_or(0, ModelCache::bytes)
+    }
+
+    /// Gives up its draft and what drafters keep of it in memory.
+    pub(super) fn forget_drafts(&mut self) {
+        self.drop_draft();
+        self.memory.model = None;
+    }
+
+    /// Between a pass and what is taken from it: whether it had a token of the answer before.
+    pub(super) fn was_decoding(&self) -> bool {
+        self.prefilled.is_some()
+    }
+
+    /// What became of its last draft, which is over.
+    pub(super) fn judge(&mut self, came: usize) -> Verdict {
+        let draft = std::mem::take(&mut self.draft);
+        Verdict::of(&draft, &self.tokens[self.tokens.len() - came..])
+    }
+
+    /// The next `rows` of its tokens as a part of a forward pass, and its draft.
     pub(super) fn segment(&mut self, rows: usize) -> Segment<'_> {
         let first = self.cache.len();
+        if self.draft.verified > 0 {
+            self.rows.clear();
+            self.rows.extend_from_slice(&self.tokens[first..]);
+            self.rows.extend_from_slice(&self.draft.tokens[..self.draft.verified]);
+            return Segment { tokens: &self.rows, cache: &mut self.cache, logits: LogitsWanted::All };
+        }
         let last = (first + rows).min(self.tokens.len());
         let logits = match last == self.tokens.len() {
             _ if self.tells_prompt() => LogitsWanted::All,
@@ -164,11 +242,41 @@ impl Sequence {
 
     /// Takes the logits, `[n, vocab]`, of the segment that has just gone through the model.
     pub(super) fn take(&mut self, logits: &[f32], vocab: usize, defaults: &GenerationDefaults) -> Outcome {
-        match self.advance(logits, vocab, defaults) {
+        let advanced = match self.draft.verified {
+            0 => self.advance(logits, vocab, defaults),
+            _ => self.verify(logits, vocab, defaults),
+        };
+        match advanced {
             Ok(None) => Outcome::GoesOn,
             Ok(Some(reason)) => Outcome::Ended(self.finish(reason)),
             Err(error) => Outcome::Ended(Err(error)),
         }
+    }
+
+    /// Draws tokens, as without a draft, as long as they are what was drafted; the reason if the answer has ended.
+    fn verify(
+        &mut self,
+        logits: &[f32],
+        vocab: usize,
+        defaults: &GenerationDefaults,
+    ) -> Result<Option<FinishReason>, GenerateError> {
+        self.decode_steps += 1;
+        let before = self.tokens.len();
+        let mut drawn = Ok(None);
+        for (place, row) in logits.chunks_exact(vocab).enumerate() {
+            drawn = self.draw(row, defaults);
+            // The last row is that of the last drafted token: what comes after it was not drafted.
+            let goes_on = self.tokens.last() == self.draft.tokens.get(place);
+            if !matches!(drawn, Ok(None)) || !goes_on {
+                break;
+            }
+        }
+        // The last token has not been through the model, nor have any that came of a draft's other tokens.
+        self.cache.truncate(self.tokens.len() - 1);
+        self.drafts.drafted += self.draft.verified as u64;
+        let accepted = self.tokens[before..].iter().zip(&self.draft.tokens[..self.draft.verified]);
+        self.drafts.accepted += accepted.take_while(|(came, drafted)| came == drafted).count() as u64;
+        drawn
     }
 
     /// Draws a token if it is time; the reason if the answer has ended.
@@ -185,13 +293,20 @@ impl Sequence {
             return Ok(None);
         }
         match self.prefilled {
-            None => self.prefilled = Some(Instant::now()),
+            None => {
+                self.prefilled = Some(Instant::now());
+                self.prefill_round_trips = self.network.counts().round_trips;
+            }
             Some(_) => self.decode_steps += 1,
         }
         if self.produced() == self.limit {
             return Ok(Some(FinishReason::Length));
         }
-        let logits = &logits[logits.len().saturating_sub(vocab)..];
+        self.draw(&logits[logits.len().saturating_sub(vocab)..], defaults)
+    }
+
+    /// Draws the next token from its logits, `[vocab]`; the reason if it is the last one.
+    fn draw(&mut self, logits: &[f32], defaults: &GenerationDefaults) -> Result<Option<FinishReason>, GenerateError> {
         let id = match &mut self.constraint {
             Some(constraint) => {
                 let allowed = constraint.allowed().map_err(GenerateError::Grammar)?;
@@ -247,14 +362,22 @@ impl Sequence {
                 reason = FinishReason::Stop;
             }
         }
-        let Progress { timings, network } = self.progress();
-        Ok(Summary { finish_reason: reason, rest, timings, network })
+        let Progress { timings, network, drafts } = self.progress();
+        Ok(Summary { finish_reason: reason, rest, timings, network, drafts })
     }
 
     fn progress(&self) -> Progress {
         let prefilled = self.prefilled.unwrap_or(self.began);
         let prefill: Duration = prefilled - self.began;
-        let timings = Timings { prefill, decode: prefilled.elapsed(), decode_steps: self.decode_steps };
-        Progress { timings, network: self.network.counts() }
+        let timings = Timings {
+            prefill,
+            decode: prefilled.elapsed(),
+            decode_steps: self.decode_steps,
+            decode_tokens: self.produced().saturating_sub(1),
+        };
+        let network = self.network.counts();
+        let decode_round_trips = network.round_trips.saturating_sub(self.prefill_round_trips);
+        let drafts = DraftUse { decode_round_trips, ..self.drafts };
+        Progress { timings, network, drafts }
     }
 }

@@ -42,6 +42,8 @@ struct Gauges {
     reused_tokens: Gauge,
     steps: Gauge,
     preemptions: Gauge,
+    drafted: Gauge,
+    accepted: Gauge,
     frames: Gauge,
     retries: Gauge,
     hedged: Gauge,
@@ -81,6 +83,8 @@ impl Metrics {
             ("prefix_tokens_reused", "Tokens of prompts that were not computed again", &gauges.reused_tokens),
             ("engine_steps", "Forward passes", &gauges.steps),
             ("engine_preemptions", "Keys and values given up for lack of memory", &gauges.preemptions),
+            ("draft_tokens", "Drafted tokens that were verified", &gauges.drafted),
+            ("draft_tokens_accepted", "Of which came", &gauges.accepted),
             ("expert_calls", "Frames sent to peers", &gauges.frames),
             ("expert_retries", "Of which because another one failed", &gauges.retries),
             ("expert_hedges", "Of which because another one was late", &gauges.hedged),
@@ -102,8 +106,8 @@ impl Metrics {
         self.prompt_tokens.inc_by(prompt_tokens as u64);
         self.completion_tokens.inc_by(completion_tokens as u64);
         self.first_token.observe(summary.timings.prefill.as_secs_f64());
-        if summary.timings.decode_steps > 0 {
-            self.between_tokens.observe(summary.timings.decode.as_secs_f64() / summary.timings.decode_steps as f64);
+        if summary.timings.decode_tokens > 0 {
+            self.between_tokens.observe(summary.timings.decode.as_secs_f64() / summary.timings.decode_tokens as f64);
         }
     }
 
@@ -116,6 +120,8 @@ impl Metrics {
         self.gauges.reused_tokens.set(engine.reused_tokens as i64);
         self.gauges.steps.set(engine.steps as i64);
         self.gauges.preemptions.set(engine.preemptions as i64);
+        self.gauges.drafted.set(engine.drafted as i64);
+        self.gauges.accepted.set(engine.accepted as i64);
         self.gauges.frames.set(engine.network.frames as i64);
         self.gauges.retries.set(engine.network.retries as i64);
         self.gauges.hedged.set(engine.network.hedged as i64);

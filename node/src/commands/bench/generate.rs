@@ -71,7 +71,7 @@ async fn speed(client: &Client, request: &GenerateRequest) -> anyhow::Result<f64
         token?;
     }
     let summary = generation.summary().context("the generation ended without a word")?;
-    if summary.timings.decode_steps == 0 {
+    if summary.timings.decode_tokens == 0 {
         bail!("nothing to time: give --max-tokens 2 or more");
     }
     Ok(summary.timings.tokens_per_second())
