@@ -184,10 +184,12 @@ fn holes_are_punched_also_for_those_who_joined_over_tcp() {
     let boot = world.bootstrap();
     let tcp = boot.addresses().into_iter().find(|address| address.contains("/tcp/")).unwrap();
     let _volunteers = halves(&world, &tcp);
+    // Its first try may come before it knows its address for QUIC, and the next one comes seconds later.
+    let mut client = world.conversation("client", &tcp);
     waits_for("a hole is punched", || {
-        let generated = world.generation("client", &tcp, MANY_TOKENS).end();
-        assert_eq!(generated.network["peers"], 2, "{}", generated.network);
-        generated.log.contains("hole punched")
+        assert!(client.is_running(), "it ended before a hole was punched:\n{}", client.log());
+        let log = client.log();
+        log.contains("hole punched") && log.contains("2 peers")
     });
 }
 

@@ -298,12 +298,23 @@ impl World {
     }
 
     pub(crate) fn generation(&self, space: &str, bootstrap: &str, tokens: &str) -> Generation {
+        self.client_of(space, bootstrap, &["generate", "--json", "--prompt", PROMPT, "--max-tokens", tokens], "")
+    }
+
+    /// A client that asks again and again, for longer than one generation takes.
+    pub(crate) fn conversation(&self, space: &str, bootstrap: &str) -> Generation {
+        let questions = format!("{PROMPT}\n").repeat(100);
+        self.client_of(space, bootstrap, &["chat", "--temperature", "0", "--max-tokens", TOKENS], &questions)
+    }
+
+    fn client_of(&self, space: &str, bootstrap: &str, args: &[&str], input: &str) -> Generation {
         let home = tempfile::tempdir().unwrap();
-        let (document, log) = (home.path().join("document"), home.path().join("log"));
+        let [document, log, questions] = ["document", "log", "questions"].map(|name| home.path().join(name));
+        std::fs::write(&questions, input).unwrap();
         let mut command = self.hanse(space, &home);
-        command.args(["generate", "--json", "--threads", "1", "--prompt", PROMPT, "--max-tokens", tokens, "--model"]);
-        command.arg(tiny_moe()).args(["--join-timeout", "60", "--bootstrap", bootstrap]);
+        command.args(args).args(["--threads", "1", "--join-timeout", "60", "--bootstrap", bootstrap, "--model"]);
         let file = |path| std::fs::File::create(path).unwrap();
+        command.arg(tiny_moe()).stdin(std::fs::File::open(questions).unwrap());
         let child = command.stdout(file(&document)).stderr(file(&log)).spawn().unwrap();
         Generation { child, document, log, _home: home }
     }
