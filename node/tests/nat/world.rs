@@ -298,7 +298,9 @@ impl World {
     }
 
     pub(crate) fn generation(&self, space: &str, bootstrap: &str, tokens: &str) -> Generation {
-        self.client_of(space, bootstrap, &["generate", "--json", "--prompt", PROMPT, "--max-tokens", tokens], "")
+        // Without drafts, which would have it end sooner than what is to happen meanwhile.
+        let args = ["generate", "--json", "--draft", "none", "--prompt", PROMPT, "--max-tokens", tokens];
+        self.client_of(space, bootstrap, &args, "")
     }
 
     /// A client that asks again and again, for longer than one generation takes.
