@@ -1,6 +1,6 @@
 //! Experts that the client holds itself, beside those of its peers.
 //!
-//! They serve twice. Where the client adds up ([`Combine::Client`](hanse_protocol::Combine::Client)) they are not asked of anybody: a
+//! They serve twice. Where the client adds up ([`Combine::Client`]) they are not asked of anybody: a
 //! layer whose chosen experts are all here makes no call. That changes no bit, since everybody computes an expert with the same kernels and the client adds
 //! in the same order. And the model drafts for itself with them alone, which is no result but a guess that is verified.
 
