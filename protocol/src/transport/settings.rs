@@ -4,10 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{
-    AckFrequencyConfig, ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
-    VarInt,
-};
+use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
 
 /// Application error code of a connection closed in the ordinary way.
 pub(super) const CLOSED: VarInt = VarInt::from_u32(0);
@@ -35,13 +32,6 @@ const INITIAL_WINDOW: u64 = 256 << 10;
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// A peer not heard of for so long is gone: two keep-alives may be lost.
 const IDLE: VarInt = VarInt::from_u32(15_000); // milliseconds
-/// Largest datagram looked for and taken: that of jumbo frames, less the headers of IPv6 and UDP. Ordinary paths are found out to carry
-/// 1452; where more passes, as on loopback and in racks, a row is one packet to encrypt and not six, which takes 35 us off an echo of 8 KiB.
-const LARGEST_DATAGRAM: u16 = 9000 - 48;
-/// Packets after which the other side acknowledges, if nothing else is to be sent and nothing is missing. With the usual two, a call of
-/// several packets is acknowledged before it is answered, which wakes both sides once more: 25 us of an echo of 8 KiB. The answer of a quick
-/// peer carries the acknowledgement; otherwise it comes after 25 ms.
-const ACKNOWLEDGED: u32 = 16;
 /// Handshakes waiting to be accepted.
 const MAX_INCOMING: usize = 256;
 /// Bytes buffered for each of them, and for all together.
@@ -67,14 +57,6 @@ pub(super) fn crowded_server(crypto: Arc<dyn quinn::crypto::ServerConfig>) -> Se
     serving(crypto, transport)
 }
 
-/// For both.
-pub(super) fn endpoint() -> EndpointConfig {
-    let mut config = EndpointConfig::default();
-    // It fails only below QUIC's least, 1200 bytes.
-    let _ = config.max_udp_payload_size(LARGEST_DATAGRAM);
-    config
-}
-
 fn serving(crypto: Arc<dyn quinn::crypto::ServerConfig>, transport: TransportConfig) -> ServerConfig {
     let mut config = ServerConfig::with_crypto(crypto);
     config
@@ -89,14 +71,8 @@ fn transport() -> TransportConfig {
     // Cubic rather than BBR: quinn's BBR is experimental and lost many packets on this traffic.
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW);
-    let mut datagrams = MtuDiscoveryConfig::default();
-    datagrams.upper_bound(LARGEST_DATAGRAM);
-    let mut acknowledgements = AckFrequencyConfig::default();
-    acknowledgements.ack_eliciting_threshold(ACKNOWLEDGED.into());
     let mut config = TransportConfig::default();
     config
-        .mtu_discovery_config(Some(datagrams))
-        .ack_frequency_config(Some(acknowledgements))
         .max_concurrent_bidi_streams(STREAMS.into())
         // The protocol uses neither.
         .max_concurrent_uni_streams(0u32.into())
