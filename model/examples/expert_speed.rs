@@ -77,7 +77,7 @@ impl Wide {
     }
 
     /// The three products alone.
-    fn library(&self, x: &[f32], rows: usize, middle: &mut [f32], output: &mut [f32]) {
+    fn gemm(&self, x: &[f32], rows: usize, middle: &mut [f32], output: &mut [f32]) {
         let [gate, up, down] = &self.0;
         product(x, &gate.0, middle, rows);
         product(x, &up.0, middle, rows);
@@ -124,7 +124,7 @@ fn main() -> candle_core::Result<()> {
             for (expert, wide) in experts.iter().zip(&wide) {
                 let hanse = || run_experts(&mut [ExpertJob { expert, hidden: &hidden, output: &mut output }], &pool);
                 best[0] = best[0].min(timed(hanse));
-                best[1] = best[1].min(timed(|| wide.library(&hidden, rows, &mut middle, &mut output)));
+                best[1] = best[1].min(timed(|| wide.gemm(&hidden, rows, &mut middle, &mut output)));
                 let candle = || drop(pool.install(|| wide.candle(&tensor)).expect("a product"));
                 best[2] = best[2].min(timed(candle));
             }
