@@ -1,4 +1,4 @@
-//! Moving capacity: one block given up for another that is worth clearly more.
+//! Moving capacity: blocks given up for others that are worth clearly more.
 
 use hanse_protocol::HostedExperts;
 
@@ -29,8 +29,22 @@ pub struct Move {
     pub gain: f64,
     /// See `gain`.
     pub loss: f64,
-    /// How many blocks are about as good as the one taken: as many members may move at the same time.
+    /// How many moves are about as good as this one: as many members may move at the same time.
     pub openings: usize,
+}
+
+impl Move {
+    /// Whether it is still worth making, now that `others` is the network without this member.
+    #[must_use]
+    pub fn still_gains(&self, others: &View) -> bool {
+        let (hosted, coming, demand) = (others.hosted(), others.coming(), others.demand());
+        let worth = |pairs: &[(u32, u32)]| -> f64 {
+            let places = pairs.iter().filter_map(|(layer, expert)| others.table().index(*layer, *expert));
+            places.map(|at| value(hosted[at] + coming[at], demand[at])).sum()
+        };
+        let kept_by_others = |(layer, expert): &(u32, u32)| others.replicas(*layer, *expert) > 0;
+        self.give.iter().all(kept_by_others) && worth(&self.take) >= HYSTERESIS * worth(&self.give)
+    }
 }
 
 /// A candidate: a block of one layer with the experts of it that matter.
@@ -47,28 +61,55 @@ struct Block {
     score: f64,
 }
 
-/// The best move for a member that hosts `own` (and is counted in `view`) and has `budget_bytes` for experts in all.
+/// The best move for a member that hosts `own` (and is counted in `view`) and has `budget_bytes` for experts in all: the best
+/// exchange of one block, and those that are best after it, until a quarter of what it hosts has moved.
 ///
-/// `None` when no move gains [`HYSTERESIS`] times what it costs. Only experts that another member hosts now are given up. `seed`
-/// decides among moves that are about as good, so that members with different seeds do not all make the same.
+/// `None` when no exchange gains [`HYSTERESIS`] times what it costs. Only experts that another member hosts now are given up. `seed`
+/// decides among exchanges that are about as good, so that members with different seeds do not all make the same.
 #[must_use]
 pub fn rebalance(view: &View, own: &HostedExperts, budget_bytes: u64, seed: u64) -> Option<Move> {
+    let mut mine = view.table().mask(own);
+    let most = mine.iter().filter(|mine| **mine).count() / 4;
+    let mut found = exchange(view, &mine, budget_bytes, seed)?;
+    let (mut after, mut last, mut exchanges) = (view.clone(), found.clone(), 1);
+    while found.take.len() < most {
+        after.exchange(&mut mine, &last);
+        let Some(next) = exchange(&after, &mine, budget_bytes, seed) else { break };
+        let undoes = next.take.iter().any(|pair| found.give.contains(pair))
+            || next.give.iter().any(|pair| found.take.contains(pair));
+        if undoes || found.take.len() + next.take.len() > most {
+            break;
+        }
+        found.take.extend(&next.take);
+        found.give.extend(&next.give);
+        found.gain += next.gain;
+        found.loss += next.loss;
+        exchanges += 1;
+        last = next;
+    }
+    found.take.sort_unstable();
+    found.give.sort_unstable();
+    found.openings = (found.openings / exchanges).max(1);
+    Some(found)
+}
+
+/// The best exchange of one block for another, for a member that hosts what is marked in `mine`: see [`rebalance`].
+fn exchange(view: &View, mine: &[bool], budget_bytes: u64, seed: u64) -> Option<Move> {
     let table = view.table();
-    let mine = table.mask(own);
     let demand = view.demand();
     // What an expert is worth to this member: with as many replicas as there are without it.
     let worth: Vec<f64> = (0..table.len())
         .map(|i| value((view.hosted()[i] + view.coming()[i]).saturating_sub(mine[i].into()), demand[i]))
         .collect();
     let own_count = mine.iter().filter(|mine| **mine).count();
-    let used: u64 = table.layers().iter().map(|layer| layer.bytes * count_in(layer, &mine) as u64).sum();
+    let used: u64 = table.layers().iter().map(|layer| layer.bytes * count_in(layer, mine) as u64).sum();
     let free = budget_bytes.saturating_sub(used);
     let small = previous_power_of_two(u32::try_from(own_count / 4).unwrap_or(u32::MAX));
 
     let (mut takes, mut gives) = (Vec::new(), Vec::new());
     for layer in table.layers() {
         let size = layer.pack().min(small);
-        let share = count_in(layer, &mine) as f64 / f64::from(layer.experts);
+        let share = count_in(layer, mine) as f64 / f64::from(layer.experts);
         for start in (0..layer.experts).step_by(size as usize) {
             let block = |is_in: &dyn Fn(usize) -> bool| {
                 let places =

@@ -162,6 +162,34 @@ fn a_lost_expert_is_taken_for_one_that_others_have() {
 }
 
 #[test]
+fn a_quarter_of_what_is_hosted_moves_at_a_time_and_each_expert_once() {
+    let table = table(8, 8);
+    // Four members host layers 0 to 3, nobody the others. Blocks of these layers are single experts.
+    let own = layers(0..4, 8);
+    let found = rebalance(&view(&table, &vec![own.clone(); 4]), &own, 320, 1).unwrap();
+    assert_eq!((found.take.len(), found.give.len()), (8, 8));
+    assert!(found.take.iter().all(|(layer, _)| *layer >= 4) && found.give.iter().all(|(layer, _)| *layer < 4));
+    for pairs in [&found.take, &found.give] {
+        assert_eq!(set(pairs.iter().copied()).count(), 8, "{pairs:?}");
+    }
+    assert!(found.openings < 8, "fewer may move at the same time: {}", found.openings);
+}
+
+#[test]
+fn a_move_is_called_off_when_others_have_made_it_meanwhile() {
+    let table = table(4, 8);
+    let own = layers(0..3, 8);
+    let others = [own.clone(), own.clone()];
+    let found = rebalance(&view(&table, &[own.clone(), own.clone(), own.clone()]), &own, 240, 1).unwrap();
+    assert!(found.still_gains(&view(&table, &others)));
+    let taken = set(found.take.iter().copied());
+    let made = [own.clone(), own.clone(), taken.clone(), taken];
+    assert!(!found.still_gains(&view(&table, &made)), "there are two replicas now");
+    let kept = set(own.iter().filter(|pair| !found.give.contains(pair)));
+    assert!(!found.still_gains(&view(&table, &[kept.clone(), kept])), "nobody else hosts what would be given up");
+}
+
+#[test]
 fn the_last_replica_is_never_given_up() {
     let table = table(4, 8);
     let own = layers(0..2, 8);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use hanse_protocol::{Advert, HostedExperts, rows_per_minute};
 
-use super::ExpertTable;
+use super::{ExpertTable, Move};
 
 /// Rows a minute that are added to every expert's measured ones, so that a handful of calls is not taken for a trend.
 const NOISE_ROWS: f64 = 8.0;
@@ -68,6 +68,16 @@ impl View {
         for (layer, expert) in loading.iter().filter(|(layer, expert)| !hosted.contains(*layer, *expert)) {
             if let Some(index) = self.table.index(layer, expert) {
                 self.coming[index] = self.coming[index].saturating_add_signed(by);
+            }
+        }
+    }
+
+    /// The network after a move of a member that hosts what is marked in `mine`, which is changed alike.
+    pub(super) fn exchange(&mut self, mine: &mut [bool], made: &Move) {
+        for (pairs, hosts) in [(&made.take, true), (&made.give, false)] {
+            for index in pairs.iter().filter_map(|(layer, expert)| self.table.index(*layer, *expert)) {
+                self.hosted[index] = self.hosted[index].saturating_add_signed(if hosts { 1 } else { -1 });
+                mine[index] = hosts;
             }
         }
     }

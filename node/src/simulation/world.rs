@@ -268,13 +268,15 @@ impl World {
         }
     }
 
-    /// What was to be given up goes if others still host it, and what comes instead is fetched.
+    /// What was to be given up goes if that still gains, and what comes instead is fetched.
     fn give(&mut self, at: usize, found: &Move) {
         let session = self.members[at].session;
-        let replicas = |pair: &(u32, u32)| self.said.replicas(pair.0, pair.1);
-        // Its own advert does not name them any more.
         let next = self.scenario.pace.interval / 8;
-        if found.give.iter().any(|pair| replicas(pair) == 0) {
+        let mut others = self.said.clone();
+        if let Some(own) = &self.members[at].said {
+            own.remove_from(&mut others);
+        }
+        if !found.give.is_empty() && !found.still_gains(&others) {
             let member = &mut self.members[at];
             (member.loading, member.retiring) = (BTreeSet::new(), BTreeSet::new());
             self.measures.called_off += 1;

@@ -198,7 +198,7 @@ impl Host {
         }
     }
 
-    /// Fetches what comes, gives up what must go once others have heard of it and still host it, and loads what comes instead.
+    /// Fetches what comes, gives up what must go once others have heard of it if that still gains, and loads what comes instead.
     async fn carry_out(&mut self, found: &Move) -> Result<(), VolunteerError> {
         let shard = self.announcer.shard.clone();
         let (take, give) = (found.take.len(), found.give.len());
@@ -220,8 +220,8 @@ impl Host {
             tokio::time::sleep(self.config.pace.spacing).await;
             self.neighbours.refresh().await;
             let others = self.neighbours.view(shard.table(), None);
-            if found.give.iter().any(|(layer, expert)| others.replicas(*layer, *expert) == 0) {
-                tracing::info!("what was to be given up is wanted after all");
+            if !found.still_gains(&others) {
+                tracing::info!("others have moved meanwhile; this move would gain too little now");
                 shard.retire(&[])?;
                 shard.claim(&[])?;
                 return self.announcer.announce().await;
