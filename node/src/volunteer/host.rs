@@ -1,10 +1,11 @@
 //! What a volunteer hosts over time: the first choice, loading it, and moving capacity to where it is missed.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hanse_protocol::HostedExperts;
+use hanse_protocol::{HostedExperts, PeerId};
 use hanse_router::weights::FetchError;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -123,7 +124,9 @@ impl Host {
         if connected {
             self.neighbours.look(SETTLE).await;
         }
-        let first = self.chosen(budget_bytes)?;
+        // Who had chosen before this one looked may not see its choice any more.
+        let earlier = self.neighbours.loading();
+        let first = self.chosen(budget_bytes, &earlier)?;
         self.announcer.shard.claim(&first)?;
         if !connected {
             return Ok(first);
@@ -131,7 +134,7 @@ impl Host {
         self.announcer.announce().await?;
         tokio::time::sleep(SETTLE).await;
         self.neighbours.look(SETTLE).await;
-        let second = self.chosen(budget_bytes)?;
+        let second = self.chosen(budget_bytes, &earlier)?;
         if second != first {
             self.announcer.shard.claim(&second)?;
             self.announcer.announce().await?;
@@ -139,9 +142,9 @@ impl Host {
         Ok(second)
     }
 
-    fn chosen(&self, budget_bytes: u64) -> Result<Vec<(u32, u32)>, VolunteerError> {
+    fn chosen(&self, budget_bytes: u64, earlier: &BTreeSet<PeerId>) -> Result<Vec<(u32, u32)>, VolunteerError> {
         let table = self.announcer.shard.table();
-        let view = self.neighbours.view_for_choice(table);
+        let view = self.neighbours.view_for_choice(table, earlier);
         let at_hand = self.announcer.shard.at_hand()?;
         let chosen = placement::choose(&view, &at_hand, budget_bytes, self.neighbours.seed());
         if chosen.is_empty() {

@@ -15,7 +15,8 @@ use crate::placement::{ExpertTable, View};
 const SEARCH_TIME: Duration = Duration::from_secs(1);
 /// A member that does not answer so soon counts as silent.
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
-/// A provider that never answered is asked at every so many-th look only: the DHT names those that left for a while.
+/// A provider that did not answer at [`SILENT_LOOKS`] looks is asked at every so many-th only: the DHT names those that left for a
+/// while.
 const ASK_SILENT_EVERY: u32 = 8;
 /// Adverts asked for at a time.
 const READS_AT_A_TIME: usize = 32;
@@ -39,14 +40,53 @@ pub(super) struct Neighbours {
     discovery: Discovery,
     model: ModelId,
     known: BTreeMap<PeerId, Neighbour>,
-    /// Providers that did not answer and are not known, with the look in which they were asked last.
-    silent: BTreeMap<PeerId, u32>,
+    silent: Silent,
+}
+
+/// Providers that never answered. The first failure counts little: they may just have come, as they do when all start together.
+#[derive(Debug, Default)]
+struct Silent {
     looks: u32,
+    peers: BTreeMap<PeerId, Unanswered>,
+}
+
+#[derive(Debug)]
+struct Unanswered {
+    times: u32,
+    /// The look in which it was asked last.
+    asked: u32,
+}
+
+impl Silent {
+    /// Begins another look.
+    fn look(&mut self) {
+        self.looks = self.looks.wrapping_add(1);
+        let looks = self.looks;
+        self.peers.retain(|_, peer| looks.wrapping_sub(peer.asked) < ASK_SILENT_EVERY);
+    }
+
+    /// Whether the peer is not asked in this look.
+    fn skips(&self, peer: &PeerId) -> bool {
+        self.peers.get(peer).is_some_and(|peer| peer.times >= SILENT_LOOKS)
+    }
+
+    fn did_not_answer(&mut self, peer: PeerId) {
+        let looks = self.looks;
+        let entry = self.peers.entry(peer).or_insert(Unanswered { times: 0, asked: looks });
+        (entry.times, entry.asked) = (entry.times + 1, looks);
+        while self.peers.len() > MAX_MEMBERS {
+            self.peers.pop_first();
+        }
+    }
+
+    fn answered(&mut self, peer: &PeerId) {
+        self.peers.remove(peer);
+    }
 }
 
 impl Neighbours {
     pub(super) fn new(discovery: Discovery, model: ModelId) -> Self {
-        Self { discovery, model, known: BTreeMap::new(), silent: BTreeMap::new(), looks: 0 }
+        Self { discovery, model, known: BTreeMap::new(), silent: Silent::default() }
     }
 
     /// Looks at the network: who is there, and what they say. Members that cannot be reached are counted until they were silent
@@ -54,10 +94,8 @@ impl Neighbours {
     pub(super) async fn look(&mut self, until_next: Duration) {
         let mut to_read = self.providers().await;
         to_read.extend(self.known.keys().copied());
-        self.looks = self.looks.wrapping_add(1);
-        let looks = self.looks;
-        self.silent.retain(|_, asked| looks.wrapping_sub(*asked) < ASK_SILENT_EVERY);
-        to_read.retain(|peer| !self.silent.contains_key(peer));
+        self.silent.look();
+        to_read.retain(|peer| !self.silent.skips(peer));
         let horizon = unix_ms().saturating_add(u64::try_from(until_next.as_millis()).unwrap_or(u64::MAX));
         if to_read.len() > READ_ALL {
             let fresh = |peer: &PeerId| {
@@ -75,7 +113,6 @@ impl Neighbours {
     }
 
     async fn read(&mut self, peers: BTreeSet<PeerId>) {
-        let looks = self.looks;
         let reads = peers.into_iter().take(MAX_MEMBERS).map(|peer| {
             let (discovery, model) = (self.discovery.clone(), self.model);
             async move {
@@ -86,6 +123,9 @@ impl Neighbours {
         let answers: Vec<(PeerId, Result<Option<Advert>, ()>)> =
             futures::stream::iter(reads).buffer_unordered(READS_AT_A_TIME).collect().await;
         for (peer, answer) in answers {
+            if answer.is_ok() {
+                self.silent.answered(&peer);
+            }
             match answer {
                 Ok(Some(advert)) => {
                     if self.known.len() < MAX_MEMBERS || self.known.contains_key(&peer) {
@@ -95,15 +135,12 @@ impl Neighbours {
                 Ok(None) => _ = self.known.remove(&peer),
                 Err(()) => match self.known.get_mut(&peer) {
                     Some(neighbour) => neighbour.silent += 1,
-                    None => _ = self.silent.insert(peer, looks),
+                    None => self.silent.did_not_answer(peer),
                 },
             }
         }
         let now = unix_ms();
         self.known.retain(|_, n| n.silent < SILENT_LOOKS && n.advert.expires_unix_ms > now);
-        while self.silent.len() > MAX_MEMBERS {
-            self.silent.pop_first();
-        }
     }
 
     async fn providers(&self) -> BTreeSet<PeerId> {
@@ -142,22 +179,28 @@ impl Neighbours {
         View::of(table.clone(), self.known.values().map(|n| &n.advert).chain(own), unix_ms())
     }
 
-    /// The network without this member, and without what members behind it in the order of peer ids are only about to load: of
-    /// two who choose at the same time, the first one's choice stands.
-    pub(super) fn view_for_choice(&self, table: &Arc<ExpertTable>) -> View {
+    /// The network without this member, and without what members behind it in the order of peer ids are only about to load, unless
+    /// they said so in `earlier`: of two who choose at the same time, the first one's choice stands.
+    pub(super) fn view_for_choice(&self, table: &Arc<ExpertTable>, earlier: &BTreeSet<PeerId>) -> View {
         let own = self.discovery.peer_id();
         let adverts: Vec<Advert> = self
             .known
             .iter()
             .map(|(peer, neighbour)| {
                 let mut advert = neighbour.advert.clone();
-                if *peer > own {
+                if *peer > own && !earlier.contains(peer) {
                     advert.loading = HostedExperts::new();
                 }
                 advert
             })
             .collect();
         View::of(table.clone(), &adverts, unix_ms())
+    }
+
+    /// Those who have said that they are about to load something.
+    pub(super) fn loading(&self) -> BTreeSet<PeerId> {
+        let loading = self.known.iter().filter(|(_, neighbour)| !neighbour.advert.loading.is_empty());
+        loading.map(|(peer, _)| *peer).collect()
     }
 }
 
@@ -167,4 +210,25 @@ async fn read(discovery: &Discovery, peer: PeerId, model: ModelId) -> Result<Opt
         tracing::debug!(%peer, %error, "no advert");
     })?;
     Ok(adverts.into_iter().next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_provider_that_did_not_answer_once_is_asked_at_the_next_look_and_one_that_never_does_seldom() {
+        let (mut silent, peer) = (Silent::default(), hanse_protocol::Identity::generate().peer_id());
+        let mut asked = Vec::new();
+        for look in 0..20 {
+            silent.look();
+            if !silent.skips(&peer) {
+                asked.push(look);
+                silent.did_not_answer(peer);
+            }
+        }
+        assert_eq!(asked, [0, 1, 9, 10, 18, 19]);
+        silent.answered(&peer);
+        assert!(!silent.skips(&peer));
+    }
 }

@@ -47,7 +47,7 @@ pub async fn preview(
         neighbours.look(SETTLE).await;
     }
     discovery.shutdown().await;
-    let view = neighbours.view_for_choice(shard.table());
+    let view = neighbours.view_for_choice(shard.table(), &neighbours.loading());
     let chosen = match &config.hosting {
         Hosting::Experts(spec) => spec.resolve(&layout_of(checkpoint.spec()), checkpoint.spec().layers.len() as u32)?,
         Hosting::MemoryBytes(budget) => choose(&view, &shard.at_hand()?, *budget, neighbours.seed()),
