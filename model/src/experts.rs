@@ -21,6 +21,11 @@ pub trait Experts: Send {
     /// Whatever kept an expert from answering. No expert may be left out instead.
     fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError>;
 
+    /// Whether [`Self::forward`] mostly waits for others, so that this process had better compute something else meanwhile.
+    fn are_elsewhere(&self) -> bool {
+        false
+    }
+
     /// For each expert of `layer` whether the gate may choose it; `None` for all, without which nothing that a pass gives is the model's
     /// answer. Only drafts, which are verified, may say otherwise. If fewer may be chosen than a row needs, the routing names others as
     /// well.

@@ -226,6 +226,10 @@ impl Experts for Elsewhere {
         self.inner = Some(inner);
         result
     }
+
+    fn are_elsewhere(&self) -> bool {
+        true
+    }
 }
 
 #[test]
@@ -233,10 +237,14 @@ fn experts_may_wait_for_the_trunks_own_pool_of_one_thread() {
     let checkpoint = Checkpoint::open(&fixture("qwen2_moe")).unwrap();
     let pool = Arc::new(compute_pool(1).unwrap());
     let trunk = Trunk::load(&checkpoint, pool.clone()).unwrap();
-    let mut experts = Elsewhere { inner: Some(LocalExperts::load(&checkpoint, pool).unwrap()) };
-    let mut cache = trunk.new_cache();
+    let mut here = LocalExperts::load(&checkpoint, pool.clone()).unwrap();
+    let mut elsewhere = Elsewhere { inner: Some(LocalExperts::load(&checkpoint, pool).unwrap()) };
+    let (mut cache, mut own) = (trunk.new_cache(), trunk.new_cache());
     for tokens in [&[1, 2, 3, 4][..], &[5]] {
-        let mut segments = [Segment { tokens, cache: &mut cache, logits: LogitsWanted::Last }];
-        trunk.forward(&mut segments, &mut experts).unwrap();
+        let forward = |experts: &mut dyn Experts, cache: &mut _| {
+            trunk.forward(&mut [Segment { tokens, cache, logits: LogitsWanted::Last }], experts).unwrap().remove(0)
+        };
+        // This model has a shared expert, which is computed meanwhile.
+        assert_eq!(bits(&forward(&mut elsewhere, &mut cache)), bits(&forward(&mut here, &mut own)));
     }
 }

@@ -6,11 +6,12 @@
 //! another sequence that began alike, and giving up a sequence's keys and values when memory is short, to compute them again later.
 //!
 //! Inside: `sequence` is one request, `schedule` decides who gets how many rows, `memory` keeps beginnings, `driver` is the loop,
-//! `experts` what a step calls, `draft` what may come next.
+//! `experts` what a step calls, `draft` what may come next, `groups` whether a step's sequences advance in two groups.
 
 mod draft;
 mod driver;
 mod experts;
+mod groups;
 mod memory;
 mod schedule;
 mod sequence;
@@ -25,6 +26,7 @@ use crate::stats::NetworkUse;
 use draft::Drafting;
 pub(crate) use draft::{DraftModel, Drafter, ModelDrafter};
 use driver::Driver;
+use groups::Groups;
 use memory::Prefixes;
 use sequence::Sequence;
 
@@ -77,6 +79,8 @@ pub struct EngineStatus {
     pub reused_tokens: u64,
     /// Forward passes since the start.
     pub steps: u64,
+    /// Of which were made in two groups, one computing while the other waited for peers.
+    pub grouped_steps: u64,
     /// How often a sequence's keys and values were given up for lack of memory.
     pub preemptions: u64,
     /// Drafted tokens that were verified since the start.
@@ -102,6 +106,7 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     prefixes: Mutex<Prefixes>,
     drafting: Mutex<Drafting>,
+    groups: Mutex<Groups>,
 }
 
 #[derive(Debug, Default)]
@@ -120,7 +125,13 @@ impl Engine {
             drafting = Drafting::lookup();
             drafters.into_iter().for_each(|drafter| drafting.add(drafter));
         }
-        Self { config, state: Mutex::default(), prefixes: Mutex::default(), drafting: Mutex::new(drafting) }
+        Self {
+            config,
+            state: Mutex::default(),
+            prefixes: Mutex::default(),
+            drafting: Mutex::new(drafting),
+            groups: Mutex::default(),
+        }
     }
 
     pub(crate) fn config(&self) -> EngineConfig {
@@ -137,6 +148,10 @@ impl Engine {
 
     fn drafting(&self) -> MutexGuard<'_, Drafting> {
         self.drafting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn groups(&self) -> MutexGuard<'_, Groups> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn status(&self) -> EngineStatus {

@@ -52,4 +52,8 @@ impl Experts for RemoteExperts {
             }
         })
     }
+
+    fn are_elsewhere(&self) -> bool {
+        true
+    }
 }

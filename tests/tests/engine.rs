@@ -79,7 +79,28 @@ fn a_crowd_on_the_network_gives_the_tokens_of_one_process_in_shared_frames() {
         assert_eq!(at_once(&client).await, expected().await);
         let status = client.engine();
         // Two volunteers, six layers; a step may need a retry on a busy machine.
-        assert!(calls(&net) - before <= status.steps * 12 * 11 / 10, "one frame per peer and layer: {status:?}");
+        let passes = status.steps + status.grouped_steps;
+        assert!(calls(&net) - before <= passes * 12 * 11 / 10, "one frame per peer, layer and group: {status:?}");
+        client.close().await;
+    });
+}
+
+#[test]
+fn sequences_in_two_groups_give_the_tokens_of_one_process() {
+    runtime().block_on(async {
+        let net = Net::halves(&tiny_moe()).await;
+        let config = EngineConfig { drafts: false, ..EngineConfig::default() };
+        let client = net.client().await.with_engine(config);
+        let requests = || (0..8u32).map(|i| greedy(&[i + 1, 20, 300], 60));
+        let found = join_all(requests().map(|request| tokens(&client, request))).await;
+        // So many passes are enough to try both ways.
+        let status = client.engine();
+        assert!(status.grouped_steps > 0 && status.grouped_steps < status.steps, "{status:?}");
+        let here = local(config);
+        for (found, request) in found.into_iter().zip(requests()) {
+            assert_eq!(found.unwrap().0, tokens(&here, request).await.unwrap().0);
+        }
+        assert_eq!(here.engine().grouped_steps, 0, "nobody is waited for in one process");
         client.close().await;
     });
 }

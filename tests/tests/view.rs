@@ -17,6 +17,8 @@ use tokio_util::sync::CancellationToken;
 
 /// A peer that dies shows within this.
 const NOTICED: Duration = Duration::from_secs(3);
+/// A page that has been open for so long may have to make place for another one.
+const LEAST_OPEN: Duration = Duration::from_secs(5);
 
 const LAYERS: usize = 6;
 const EXPERTS: usize = 16;
@@ -169,14 +171,15 @@ fn so_many_pages_may_be_open_and_one_more_is_refused_until_another_leaves() {
         let net = Net::start(&tiny_moe(), &["all"]).await;
         let network = watcher(&net).await;
         let (address, _) = serve(ViewSource::network(network.clone(), "tiny")).await;
-        let mut open = Vec::new();
+        let (mut open, began) = (Vec::new(), Instant::now());
         for _ in 0..64 {
             let mut events = ask(address, "/api/events").await;
             assert!(event(&mut events).await.is_some());
             open.push(events);
         }
         let (head, _) = answer(address, "/api/events").await;
-        assert!(head.starts_with("http/1.1 503") && head.contains("retry-after: "), "{head}");
+        let refused = head.starts_with("http/1.1 503") && head.contains("retry-after: ");
+        assert!(refused || began.elapsed() > LEAST_OPEN, "{head}");
         open.pop();
         let another = async {
             loop {
@@ -216,14 +219,15 @@ fn pages_that_are_open_but_not_read_keep_nobody_out() {
         let net = Net::start(&tiny_moe(), &["all"]).await;
         let client = net.client().await;
         let (address, ended) = serve(ViewSource::client(&client, "tiny", true).unwrap()).await;
-        let mut stalled = Vec::new();
+        let (mut stalled, began) = (Vec::new(), Instant::now());
         for _ in 0..64 {
             stalled.push(ask(address, "/api/events").await);
         }
         let mut late = ask(address, "/api/events").await;
         let mut status = String::new();
         late.read_line(&mut status).await.unwrap();
-        assert!(status.starts_with("HTTP/1.1 503"), "nobody is sent away at once: {status}");
+        let refused = status.starts_with("HTTP/1.1 503");
+        assert!(refused || began.elapsed() > LEAST_OPEN, "nobody is sent away at once: {status}");
         let began = Instant::now();
         loop {
             let mut newcomer = ask(address, "/api/events").await;

@@ -64,12 +64,15 @@ struct Projection {
 #[derive(Debug)]
 enum FeedForward {
     Dense(Swiglu),
-    Moe {
-        spec: MoeSpec,
-        gate: Matrix,
-        /// The shared expert and, where there is one, its gate.
-        shared: Option<(Swiglu, Option<Matrix>)>,
-    },
+    Moe { spec: MoeSpec, gate: Matrix, shared: Option<Shared> },
+}
+
+/// The expert that every row goes through.
+#[derive(Debug)]
+struct Shared {
+    swiglu: Swiglu,
+    /// Weighs it, where there is one.
+    gate: Option<Matrix>,
 }
 
 fn tensor(checkpoint: &Checkpoint, name: &str, len: usize) -> Result<Tensor, LoadError> {
@@ -230,7 +233,7 @@ impl FeedForward {
             }
             FeedForwardSpec::Moe(moe) => Self::Moe {
                 gate: checkpoint.matrix(&checkpoint.gate_name(layer), moe.experts, hidden)?,
-                shared: checkpoint.shared_expert(layer)?,
+                shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
                 spec: moe.clone(),
             },
         })
@@ -252,22 +255,38 @@ impl FeedForward {
         let routing = within(pool, x.len() == gate.inputs(), || {
             route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate, choosable)
         })?;
-        let mut out = experts.forward(layer, x, &routing).map_err(|source| ForwardError::Experts { layer, source })?;
+        let mut added = None;
+        let out = match shared {
+            // They wait in this thread, while the shared expert is computed in the pool.
+            Some(shared) if experts.are_elsewhere() => pool.in_place_scope(|scope| {
+                scope.spawn(|_| added = Some(shared.forward(x, pool)));
+                experts.forward(layer, x, &routing)
+            }),
+            _ => experts.forward(layer, x, &routing),
+        };
+        let mut out = out.map_err(|source| ForwardError::Experts { layer, source })?;
         if out.len() != x.len() {
             return Err(ForwardError::ExpertsShape { layer, expected: x.len(), found: out.len() });
         }
-        if let Some((swiglu, gate)) = shared {
-            let mut added = apply(swiglu, x, pool);
-            if let Some(gate) = gate {
-                let rows = added.chunks_exact_mut(gate.inputs());
-                for (row, score) in rows.zip(linear(x, gate, pool)) {
-                    let weight = 1.0 / (1.0 + (-score).exp());
-                    row.iter_mut().for_each(|value| *value *= weight);
-                }
-            }
+        if let Some(added) = added.or_else(|| shared.as_ref().map(|shared| shared.forward(x, pool))) {
             out.iter_mut().zip(added).for_each(|(value, added)| *value += added);
         }
         Ok(out)
+    }
+}
+
+impl Shared {
+    /// `x` is `[rows, hidden]`, and so is the result.
+    fn forward(&self, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
+        let mut out = apply(&self.swiglu, x, pool);
+        if let Some(gate) = &self.gate {
+            let rows = out.chunks_exact_mut(gate.inputs());
+            for (row, score) in rows.zip(linear(x, gate, pool)) {
+                let weight = 1.0 / (1.0 + (-score).exp());
+                row.iter_mut().for_each(|value| *value *= weight);
+            }
+        }
+        out
     }
 }
 

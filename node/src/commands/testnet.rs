@@ -202,12 +202,14 @@ async fn status(args: crate::cli::TestnetStatusArgs) -> anyhow::Result<()> {
             )
         }
     };
-    let mut table = output::table(&["node", "state", "experts", "pid", "path to", "path from", "peer id"]);
+    let mut table = output::table(&["node", "state", "experts", "pid", "path", "peer id"]);
     for node in document["nodes"].as_array().into_iter().flatten() {
         let pid = if node["pid"].is_null() { String::new() } else { text(&node["pid"]) };
         let (to, from) = (path(&node["to"]), path(&node["from"]));
+        let both = if to == from { to } else { format!("to {to},\nfrom {from}") };
         let [number, state, experts, peer] = ["node", "state", "experts", "peer_id"].map(|name| text(&node[name]));
-        table.add_row([number, state, experts, pid, to, from, peer]);
+        let peer = peer.parse().map_or(peer, |id| output::short(&id));
+        table.add_row([number, state, experts, pid, both, peer]);
     }
     println!("{table}");
     println!("\njoin through --bootstrap {}", text(&document["bootstrap"]));

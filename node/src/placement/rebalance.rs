@@ -37,10 +37,11 @@ impl Move {
     /// Whether it is still worth making, now that `others` is the network without this member.
     #[must_use]
     pub fn still_gains(&self, others: &View) -> bool {
-        let (hosted, coming, demand) = (others.hosted(), others.coming(), others.demand());
+        let (hosted, demand) = (others.hosted(), others.demand());
+        // Not what others are about to load: two who are about to load the same would both leave it.
         let worth = |pairs: &[(u32, u32)]| -> f64 {
             let places = pairs.iter().filter_map(|(layer, expert)| others.table().index(*layer, *expert));
-            places.map(|at| value(hosted[at] + coming[at], demand[at])).sum()
+            places.map(|at| value(hosted[at], demand[at])).sum()
         };
         let kept_by_others = |(layer, expert): &(u32, u32)| others.replicas(*layer, *expert) > 0;
         self.give.iter().all(kept_by_others) && worth(&self.take) >= HYSTERESIS * worth(&self.give)

@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use super::draft::{StepMeasure, Verdict};
 use super::experts::StepExperts;
+use super::groups;
 use super::memory::common;
 use super::schedule;
 use super::sequence::{Outcome, Sequence};
@@ -44,6 +45,28 @@ pub(super) struct Driver {
     /// Those that advance, in the order of their arrival.
     active: Vec<Sequence>,
     waiting: VecDeque<Sequence>,
+}
+
+/// The logits of each sequence of a pass, in order.
+type Logits = Vec<Vec<f32>>;
+
+/// A pass of each group, all at the same time; gives the logits of each, or the first error, and what all used.
+fn in_groups<'a>(
+    mut groups: Vec<Vec<Segment<'a>>>,
+    pass: impl Fn(&mut [Segment<'a>]) -> (Result<Logits, ForwardError>, Usage) + Sync,
+) -> (Result<Vec<Logits>, ForwardError>, Usage) {
+    let pass = &pass;
+    let outcomes: Vec<(Result<Logits, ForwardError>, Usage)> = std::thread::scope(|scope| {
+        let (first, others) = groups.split_first_mut().map_or((None, &mut [][..]), |(a, b)| (Some(a), b));
+        let others: Vec<_> = others.iter_mut().map(|group| scope.spawn(move || pass(group))).collect();
+        let first = first.map(|group| pass(group));
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        first.into_iter().chain(joined).collect()
+    });
+    let mut used = Usage::default();
+    outcomes.iter().for_each(|(_, usage)| used.add(usage));
+    (outcomes.into_iter().map(|(logits, _)| logits).collect(), used)
 }
 
 /// If the driver dies of a defect, its sequences end and the next request starts a new one.
@@ -258,27 +281,47 @@ impl Driver {
     }
 
     /// The logits of each sequence that has rows in this pass, in order.
-    fn forward(&mut self, rows: &[usize], patience: Option<Duration>) -> Result<Vec<Vec<f32>>, ForwardError> {
-        let part = |(sequence, &rows): (&mut Sequence, &usize)| (rows > 0).then(|| sequence.steps().clone());
-        let readers = self.active.iter_mut().zip(rows).filter_map(part).collect();
-        let (place, runtime) = (&self.core.place, &self.runtime);
-        let mut experts = StepExperts { place, runtime, readers, patience, usage: Usage::default() };
+    fn forward(&mut self, rows: &[usize], patience: Option<Duration>) -> Result<Logits, ForwardError> {
         let parts = self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0);
-        let mut segments: Vec<Segment<'_>> = parts.map(|(sequence, rows)| sequence.segment(*rows)).collect();
-        let logits = self.core.trunk.forward(&mut segments, &mut experts);
-        drop(segments);
-        let used = experts.usage;
-        self.active.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).for_each(|(sequence, _)| sequence.used(&used));
+        let mut parts: Vec<(&mut Sequence, usize)> = parts.map(|(sequence, rows)| (sequence, *rows)).collect();
+        let rows: Vec<usize> = parts.iter().map(|(_, rows)| *rows).collect();
+        // Those that are tried alone have nobody to share a pass with, and in this process nobody is waited for.
+        let in_network = matches!(self.core.place, Place::Network(_));
+        let groups = if in_network { self.engine.groups().choose(&rows) } else { 1 };
+        let began = Instant::now();
+        let group = groups::assign(&rows, groups);
+        let readers: Vec<_> = parts.iter().map(|(sequence, _)| sequence.steps().clone()).collect();
+        let before: Vec<usize> = parts.iter().map(|(sequence, _)| sequence.cache().len()).collect();
+        let mut segments: Vec<Vec<Segment<'_>>> = (0..groups).map(|_| Vec::new()).collect();
+        for ((sequence, rows), &group) in parts.iter_mut().zip(&group) {
+            segments[group].push(sequence.segment(*rows));
+        }
+        let (core, runtime) = (&self.core, &self.runtime);
+        let (logits, used) = in_groups(segments, |segments| {
+            let (place, readers) = (&core.place, readers.clone());
+            let mut experts = StepExperts { place, runtime, readers, patience, usage: Usage::default() };
+            let logits = core.trunk.forward(segments, &mut experts);
+            (logits, experts.usage)
+        });
+        if logits.is_err() {
+            // One of two groups may have got through.
+            parts.iter_mut().zip(before).for_each(|((sequence, _), before)| sequence.truncate(before));
+        }
+        parts.iter_mut().for_each(|(sequence, _)| sequence.used(&used));
         let mut state = self.engine.state();
         state.status.steps += 1;
+        state.status.grouped_steps += u64::from(groups > 1);
         state.status.network.add(&used.counts);
         drop(state);
-        logits
+        let mut logits = logits?;
+        self.engine.groups().measured(&rows, groups, began.elapsed());
+        logits.iter_mut().for_each(|of_group| of_group.reverse());
+        Ok(group.into_iter().filter_map(|group| logits[group].pop()).collect())
     }
 
     /// Draws the tokens of those that have rows in this pass, and ends those that have come to their end or have `failed`. Gives the
     /// number of tokens that went to those that were decoding.
-    fn take(&mut self, rows: &[usize], logits: Vec<Vec<f32>>, mut failed: Vec<End>) -> usize {
+    fn take(&mut self, rows: &[usize], logits: Logits, mut failed: Vec<End>) -> usize {
         let core = self.core.clone();
         let (vocab, defaults) = (core.trunk.spec().vocab_size, &core.defaults);
         let parts = self.active.iter_mut().enumerate().zip(rows).filter(|(_, rows)| **rows > 0);

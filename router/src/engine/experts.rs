@@ -42,4 +42,8 @@ impl Experts for StepExperts<'_> {
             }
         })
     }
+
+    fn are_elsewhere(&self) -> bool {
+        matches!(self.place, Place::Network(_))
+    }
 }

@@ -128,6 +128,11 @@ impl Sequence {
         std::mem::replace(&mut self.cache, cache)
     }
 
+    /// Takes back what a pass that has failed has added to its cache.
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.cache.truncate(len);
+    }
+
     /// How many positions of a cache of tokens that begin like this one's may be used: the last token must go through the model,
     /// and so must a prompt whose log probabilities are wanted.
     pub(super) fn reusable(&self) -> usize {
