@@ -13,6 +13,8 @@ use super::{ExpertTable, View, WHOLE_LAYER_BONUS, lot, value};
 pub const HYSTERESIS: f64 = 4.0;
 /// Of the blocks most worth taking, so many are weighed against what would be given up.
 const WEIGHED: usize = 8;
+/// The most exchanges of a move: looking for each takes milliseconds in a large network.
+const EXCHANGES: usize = 16;
 /// What an expert is worth less than if it has enough replicas: see [`value`].
 const SAFE: f64 = 100.0;
 /// A block counts as an opening if it is worth this share of the best.
@@ -63,7 +65,7 @@ struct Block {
 }
 
 /// The best move for a member that hosts `own` (and is counted in `view`) and has `budget_bytes` for experts in all: the best
-/// exchange of one block, and those that are best after it, until a quarter of what it hosts has moved.
+/// exchange of one block, and those that are best after it, at most sixteen, until a quarter of what it hosts has moved.
 ///
 /// `None` when no exchange gains [`HYSTERESIS`] times what it costs. Only experts that another member hosts now are given up. `seed`
 /// decides among exchanges that are about as good, so that members with different seeds do not all make the same.
@@ -73,7 +75,7 @@ pub fn rebalance(view: &View, own: &HostedExperts, budget_bytes: u64, seed: u64)
     let most = mine.iter().filter(|mine| **mine).count() / 4;
     let mut found = exchange(view, &mine, budget_bytes, seed)?;
     let (mut after, mut last, mut exchanges) = (view.clone(), found.clone(), 1);
-    while found.take.len() < most {
+    while found.take.len() < most && exchanges < EXCHANGES {
         after.exchange(&mut mine, &last);
         let Some(next) = exchange(&after, &mine, budget_bytes, seed) else { break };
         let undoes = next.take.iter().any(|pair| found.give.contains(pair))
