@@ -26,6 +26,8 @@ pub(crate) const LANES: usize = 16;
 /// be valid for [`LANES`] values.
 pub(crate) trait Lanes {
     type V: Copy;
+    /// The first or the last eight lanes.
+    type Half: Copy;
     /// There are registers for tiles of sixteen outputs; otherwise for six.
     const WIDE: bool;
 
@@ -36,6 +38,10 @@ pub(crate) trait Lanes {
     unsafe fn store(v: Self::V, to: *mut f32);
     /// `a * b + c`, rounded once.
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn load_half(from: *const f32) -> Self::Half;
+    unsafe fn store_half(v: Self::Half, to: *mut f32);
+    /// [`Lanes::mul_add`] of eight lanes.
+    unsafe fn mul_add_half(a: Self::Half, b: Self::Half, c: Self::Half) -> Self::Half;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;

@@ -1,5 +1,6 @@
 //! Matrices in their stored dtype, and `y = x W^T` with results that do not depend on batch, threads or machine.
 
+mod halves;
 pub(crate) mod kernel;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,7 @@ use super::{LANES, Lanes};
 pub(crate) struct Portable;
 
 type Array = [f32; LANES];
+type Half = [f32; LANES / 2];
 
 #[inline(always)]
 fn map(a: Array, f: impl Fn(f32) -> f32) -> Array {
@@ -28,6 +29,7 @@ fn zip(a: Array, b: Array, f: impl Fn(f32, f32) -> f32) -> Array {
 
 impl Lanes for Portable {
     type V = Array;
+    type Half = Half;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -54,6 +56,22 @@ impl Lanes for Portable {
     unsafe fn mul_add(a: Array, b: Array, c: Array) -> Array {
         let mut out = c;
         for i in 0..LANES {
+            out[i] = a[i].mul_add(b[i], c[i]);
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f32) -> Half {
+        unsafe { from.cast::<Half>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_half(v: Half, to: *mut f32) {
+        unsafe { to.cast::<Half>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add_half(a: Half, b: Half, c: Half) -> Half {
+        let mut out = c;
+        for i in 0..out.len() {
             out[i] = a[i].mul_add(b[i], c[i]);
         }
         out

@@ -23,6 +23,7 @@ pub(crate) struct Avx512;
 
 impl Lanes for Avx512 {
     type V = __m512;
+    type Half = __m256;
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -51,6 +52,18 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store_half(v: __m256, to: *mut f32) {
+        unsafe { _mm256_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add_half(a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
@@ -121,6 +134,7 @@ pub(crate) struct Avx2;
 
 impl Lanes for Avx2 {
     type V = (__m256, __m256);
+    type Half = __m256;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -157,6 +171,18 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store_half(v: __m256, to: *mut f32) {
+        unsafe { _mm256_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add_half(a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

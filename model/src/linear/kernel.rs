@@ -7,6 +7,7 @@
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
+use super::halves::by_halves;
 use crate::lanes::{LANES, Lanes, Stored, instantiate, padded};
 
 /// What to compute: `y[row][column]` for all rows and a range of columns.
@@ -19,8 +20,8 @@ pub(crate) struct Shape {
     pub(crate) columns: (usize, usize),
 }
 
-/// From so many rows on, machines with few registers widen weights first.
-const WIDEN_ROWS: usize = 8;
+/// From so many rows on, machines with few registers take eight lanes at a time.
+const HALVES_FROM: usize = 8;
 
 instantiate! {
     /// Computes columns of `y = x W^T`.
@@ -38,43 +39,18 @@ unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut
             rows::<L, W, 4>(x, w, y, shape, column);
             column += 4;
         }
-        // Few registers make small tiles, which would widen the same weights again and again.
-        let widen = !L::WIDE && size_of::<W>() < size_of::<f32>() && shape.rows >= WIDEN_ROWS;
-        let mut wide = Vec::with_capacity(if widen { 3 * shape.inputs } else { 0 });
+        if !L::WIDE && shape.rows >= HALVES_FROM {
+            let columns = (end - column) / 3 * 3;
+            by_halves::<L, W>(x, w, y, Shape { columns: (column, column + columns), ..shape });
+            column += columns;
+        }
         while !L::WIDE && end - column >= 3 {
-            if widen {
-                widen_to::<L, W>(
-                    w.wrapping_add(column.wrapping_mul(shape.inputs)),
-                    3 * shape.inputs,
-                    wide.as_mut_ptr(),
-                );
-                rows::<L, f32, 3>(x, wide.as_ptr(), y.wrapping_add(column), shape, 0);
-            } else {
-                rows::<L, W, 3>(x, w, y, shape, column);
-            }
+            rows::<L, W, 3>(x, w, y, shape, column);
             column += 3;
         }
         while column < end {
             rows::<L, W, 1>(x, w, y, shape, column);
             column += 1;
-        }
-    }
-}
-
-/// Widens `len` values.
-#[inline(always)]
-unsafe fn widen_to<L: Lanes, W: Stored>(from: *const W, len: usize, to: *mut f32) {
-    unsafe {
-        let mut at = 0usize;
-        while len.wrapping_sub(at) >= LANES {
-            L::store(W::load::<L>(from.wrapping_add(at)), to.wrapping_add(at));
-            at = at.wrapping_add(LANES);
-        }
-        let left = len.wrapping_sub(at);
-        if left > 0 {
-            let mut buffer = [0.0; LANES];
-            L::store(W::load::<L>(padded(from.wrapping_add(at), left).as_ptr()), buffer.as_mut_ptr());
-            std::ptr::copy_nonoverlapping(buffer.as_ptr(), to.wrapping_add(at), left);
         }
     }
 }

@@ -59,6 +59,17 @@ fn check<W: Stored>(
     Ok(())
 }
 
+#[test]
+fn blocks_of_many_rows_inputs_and_columns_agree_with_a_row_alone() {
+    // More of each than a block has, and an incomplete one at the end.
+    let (rows, inputs, outputs) = (70, 1100, 17);
+    let x: Vec<f32> = (0..rows * inputs).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.013).collect();
+    let w: Vec<f32> = (0..outputs * inputs).map(|i| ((i * 53 % 89) as f32 - 44.0) * 0.017).collect();
+    check(&x, &w, |v| v, rows, inputs).unwrap();
+    let brain: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+    check(&x, &brain, bf16::to_f32, rows, inputs).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
