@@ -140,10 +140,14 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The best that this machine has.
+    /// The best that this machine has, or the one that the variable `HANSE_ISA` names if it is among them: for measurements.
     pub(crate) fn detect() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available()[0])
+        *BEST.get_or_init(|| {
+            let (available, wanted) = (Self::available(), std::env::var("HANSE_ISA").unwrap_or_default());
+            let named = available.iter().find(|isa| format!("{isa:?}").eq_ignore_ascii_case(&wanted));
+            *named.unwrap_or(&available[0])
+        })
     }
 
     /// All that this machine has, best first.

@@ -12,6 +12,26 @@ const HALVES_COLUMNS: usize = 12;
 /// Sums of so many rows stay in the second cache.
 const HALVES_ROWS: usize = 64;
 
+/// Rows of values that lie `stride` values apart.
+#[derive(Clone, Copy)]
+struct Strided {
+    first: *const f32,
+    stride: usize,
+}
+
+impl Strided {
+    #[inline(always)]
+    fn row(self, row: usize) -> *const f32 {
+        self.first.wrapping_add(row.wrapping_mul(self.stride))
+    }
+
+    /// From a row and a value of each row on.
+    #[inline(always)]
+    fn from(self, row: usize, value: usize) -> Self {
+        Self { first: self.row(row).wrapping_add(value), ..self }
+    }
+}
+
 /// A range of columns, a multiple of three, on machines with sixteen registers of eight lanes: the sums of four rows and three columns
 /// take twelve, first of eight lanes and then of the other eight. Tiles of sixteen lanes would read more than they multiply.
 #[inline(always)]
@@ -19,28 +39,28 @@ pub(super) unsafe fn by_halves<L: Lanes, W: Stored>(x: *const f32, w: *const W, 
     let Shape { rows, inputs, outputs, columns: (begin, end) } = shape;
     let full = inputs / LANES * LANES;
     let mut sums = vec![[0.0f32; LANES]; HALVES_COLUMNS * HALVES_ROWS.min(rows)];
-    let mut wide = Vec::<f32>::with_capacity(HALVES_COLUMNS * inputs);
+    // So that columns whose length is a power of two do not fall on the same places of a cache.
+    let stride = inputs.next_multiple_of(LANES) + LANES;
+    let mut wide = Vec::<f32>::with_capacity(HALVES_COLUMNS * stride);
     let mut column = begin;
     while column < end {
         let columns = HALVES_COLUMNS.min(end - column);
         let weights = wide.as_mut_ptr();
         unsafe {
-            widen_to::<L, W>(w.wrapping_add(column.wrapping_mul(inputs)), columns * inputs, weights);
+            for c in 0..columns {
+                let from = w.wrapping_add(column.wrapping_add(c).wrapping_mul(inputs));
+                widen_to::<L, W>(from, inputs, weights.wrapping_add(c.wrapping_mul(stride)));
+            }
             let mut first = 0usize;
             while first < rows {
                 let count = HALVES_ROWS.min(rows - first);
-                let x = x.wrapping_add(first.wrapping_mul(inputs));
+                let x = Strided { first: x, stride: inputs }.from(first, 0);
                 sums[..count * columns].fill([0.0; LANES]);
                 let mut at = 0usize;
                 while at < inputs {
                     let len = if at < full { HALVES_INPUTS.min(full - at) } else { inputs - at };
-                    add_products::<L>(
-                        (x.wrapping_add(at), count),
-                        (weights.wrapping_add(at), columns),
-                        inputs,
-                        len,
-                        sums.as_mut_ptr(),
-                    );
+                    let weights = Strided { first: weights, stride };
+                    add_products::<L>((x.from(0, at), count), (weights.from(0, at), columns), len, sums.as_mut_ptr());
                     at = at.wrapping_add(len);
                 }
                 for row in 0..count {
@@ -56,29 +76,28 @@ pub(super) unsafe fn by_halves<L: Lanes, W: Stored>(x: *const f32, w: *const W, 
     }
 }
 
-/// Adds the products of `len` inputs of some rows and columns, `stride` apart, to `sums`, which are `[rows, columns]`. If `len` is not a
-/// multiple of [`LANES`] the rest is padded.
+/// Adds the products of `len` inputs of some rows and columns to `sums`, which are `[rows, columns]`. If `len` is not a multiple of [`LANES`]
+/// the rest is padded.
 #[inline(always)]
 unsafe fn add_products<L: Lanes>(
-    (x, rows): (*const f32, usize),
-    (w, columns): (*const f32, usize),
-    stride: usize,
+    (x, rows): (Strided, usize),
+    (w, columns): (Strided, usize),
     len: usize,
     sums: *mut [f32; LANES],
 ) {
     let mut row = 0usize;
     unsafe {
         while row < rows {
-            let x = x.wrapping_add(row.wrapping_mul(stride));
+            let x = x.from(row, 0);
             let four = rows - row >= 4;
             let mut column = 0usize;
             while column < columns {
-                let w = w.wrapping_add(column.wrapping_mul(stride));
+                let w = w.from(column, 0);
                 let sums = sums.wrapping_add(row.wrapping_mul(columns).wrapping_add(column));
                 if four {
-                    halves_tile::<L, 4>(x, w, stride, len, sums, columns);
+                    halves_tile::<L, 4>(x, w, len, sums, columns);
                 } else {
-                    halves_tile::<L, 1>(x, w, stride, len, sums, columns);
+                    halves_tile::<L, 1>(x, w, len, sums, columns);
                 }
                 column += 3;
             }
@@ -90,33 +109,32 @@ unsafe fn add_products<L: Lanes>(
 /// `R` rows and three columns of [`add_products`].
 #[inline(always)]
 unsafe fn halves_tile<L: Lanes, const R: usize>(
-    x: *const f32,
-    w: *const f32,
-    stride: usize,
+    x: Strided,
+    w: Strided,
     len: usize,
     sums: *mut [f32; LANES],
     columns: usize,
 ) {
     if len.is_multiple_of(LANES) {
-        return unsafe { halves_of::<L, R>(x, w, stride, len, sums, columns) };
+        return unsafe { halves_of::<L, R>(x, w, len, sums, columns) };
     }
     let (mut xs, mut ws) = ([[0.0; LANES]; R], [[0.0; LANES]; 3]);
     unsafe {
         for r in 0..R {
-            xs[r] = padded(x.wrapping_add(r.wrapping_mul(stride)), len);
+            xs[r] = padded(x.row(r), len);
         }
         for c in 0..3 {
-            ws[c] = padded(w.wrapping_add(c.wrapping_mul(stride)), len);
+            ws[c] = padded(w.row(c), len);
         }
-        halves_of::<L, R>(xs.as_ptr().cast(), ws.as_ptr().cast(), LANES, LANES, sums, columns);
+        let of = |values: &[[f32; LANES]]| Strided { first: values.as_ptr().cast(), stride: LANES };
+        halves_of::<L, R>(of(&xs), of(&ws), LANES, sums, columns);
     }
 }
 
 #[inline(always)]
 unsafe fn halves_of<L: Lanes, const R: usize>(
-    x: *const f32,
-    w: *const f32,
-    stride: usize,
+    x: Strided,
+    w: Strided,
     len: usize,
     sums: *mut [f32; LANES],
     columns: usize,
@@ -136,10 +154,10 @@ unsafe fn halves_of<L: Lanes, const R: usize>(
             while at < len {
                 let mut weights = [own[0][0]; 3];
                 for c in 0..3 {
-                    weights[c] = L::load_half(w.wrapping_add(c.wrapping_mul(stride)).wrapping_add(at));
+                    weights[c] = L::load_half(w.row(c).wrapping_add(at));
                 }
                 for r in 0..R {
-                    let values = L::load_half(x.wrapping_add(r.wrapping_mul(stride)).wrapping_add(at));
+                    let values = L::load_half(x.row(r).wrapping_add(at));
                     for c in 0..3 {
                         own[r][c] = L::mul_add_half(values, weights[c], own[r][c]);
                     }
