@@ -104,6 +104,12 @@ impl HeldExpert {
         &self.device
     }
 
+    /// Whether it is this device that holds it, and not one that only has the same name.
+    #[must_use]
+    pub fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.device), Arc::as_ptr(device))
+    }
+
     /// What the device keeps of it, if that is a `T`.
     #[must_use]
     pub fn weights<T: Any>(&self) -> Option<&T> {
@@ -134,11 +140,6 @@ pub struct HeldJob<'a> {
     pub output: &'a mut [f32],
 }
 
-/// Whether both are the same device, not only equal ones.
-fn same(a: &Arc<dyn Device>, b: &Arc<dyn Device>) -> bool {
-    std::ptr::addr_eq(Arc::as_ptr(a), Arc::as_ptr(b))
-}
-
 /// Computes all jobs, those of each device as one piece of work and the devices side by side; changes the order of the jobs.
 /// Returns the devices that failed, whose jobs' outputs may not be used.
 ///
@@ -150,7 +151,7 @@ pub fn run_held(jobs: &mut [HeldJob<'_>]) -> Vec<(Arc<dyn Device>, DeviceError)>
         assert_eq!(output.len(), hidden.len(), "output as long as the input");
     }
     jobs.sort_by_key(|job| Arc::as_ptr(job.expert.device()).cast::<()>());
-    let mut groups: Vec<_> = jobs.chunk_by_mut(|a, b| same(a.expert.device(), b.expert.device())).collect();
+    let mut groups: Vec<_> = jobs.chunk_by_mut(|a, b| a.expert.is_on(b.expert.device())).collect();
     let run = |jobs: &mut [HeldJob<'_>]| {
         let device = Arc::clone(jobs.first()?.expert.device());
         device.run(jobs).err().map(|error| (device, error))
