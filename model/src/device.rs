@@ -58,6 +58,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::Failed`]
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError>;
 
+    /// Takes the memory that computing such experts needs besides their own: a hidden size, and a width between.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
+    fn prepare(&self, hidden_size: usize, intermediate_size: usize) -> Result<(), DeviceError>;
+
     /// Takes an expert in: its weights are in the device's memory, in their stored dtype, for as long as the answer lives.
     ///
     /// # Errors
@@ -203,6 +209,10 @@ impl Device for Cpu {
 
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Ok(None)
+    }
+
+    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {

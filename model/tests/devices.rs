@@ -247,6 +247,9 @@ impl Device for Broken {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Err(broken())
     }
+    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
     fn hold(&self, _expert: Expert) -> Result<Weights, DeviceError> {
         Ok(Box::new(()))
     }

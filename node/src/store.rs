@@ -1,6 +1,7 @@
 //! The experts that this volunteer holds.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use hanse_model::{Checkpoint, Device, DeviceError, Expert, HeldExpert, LoadError};
@@ -19,6 +20,8 @@ pub struct ExpertStore {
     /// Those that work.
     devices: RwLock<Vec<Arc<dyn Device>>>,
     lost: Notify,
+    /// The last expert that was to be held did not fit, and none has gone since.
+    is_full: AtomicBool,
 }
 
 /// The experts of a store at one moment. They stay usable for as long as it is kept.
@@ -37,7 +40,13 @@ impl ExpertStore {
     /// An empty store for rows of `hidden_size` values, whose experts lie on `devices`.
     #[must_use]
     pub fn new(hidden_size: usize, devices: Vec<Arc<dyn Device>>) -> Self {
-        Self { experts: RwLock::default(), hidden_size, devices: RwLock::new(devices), lost: Notify::new() }
+        Self {
+            experts: RwLock::default(),
+            hidden_size,
+            devices: RwLock::new(devices),
+            lost: Notify::new(),
+            is_full: AtomicBool::new(false),
+        }
     }
 
     /// Loads experts and holds them from then on, each on the device with most room; all of them or, after an error, none.
@@ -76,6 +85,7 @@ impl ExpertStore {
                 Err(error) => self.give_up(&device, &error),
             }
         }
+        self.is_full.store(true, Ordering::Relaxed);
         Ok(None)
     }
 
@@ -85,8 +95,12 @@ impl ExpertStore {
         free.map_err(|error| self.give_up(device, &error)).ok().map(|free| free.unwrap_or(u64::MAX))
     }
 
-    /// The most bytes of experts that all devices can hold, those that are here included, where each takes up to `expert_bytes`.
+    /// The most bytes of experts that all devices can hold, those that are here included, where each takes up to `expert_bytes`. A
+    /// device may use more memory for an expert than it has bytes; when one did not fit, what is here is all.
     pub(crate) fn capacity(&self, expert_bytes: u64) -> u64 {
+        if self.is_full.load(Ordering::Relaxed) {
+            return self.bytes();
+        }
         let whole = |free: u64| if free == u64::MAX { free } else { free - free % expert_bytes.max(1) };
         let free: Vec<u64> = self.devices().iter().filter_map(|device| self.free(device)).collect();
         free.into_iter().map(whole).fold(self.bytes(), u64::saturating_add)
@@ -123,6 +137,7 @@ impl ExpertStore {
     /// Gives experts up. Work that was accepted before is still done: it has a snapshot.
     pub fn remove(&self, unwanted: &[(u32, u32)]) {
         self.change(|experts| unwanted.iter().for_each(|pair| _ = experts.remove(pair)));
+        self.is_full.store(false, Ordering::Relaxed);
     }
 
     fn change(&self, change: impl FnOnce(&mut Experts)) {

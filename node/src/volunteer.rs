@@ -6,12 +6,13 @@ mod neighbours;
 mod preview;
 mod shard;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hanse_model::{Checkpoint, Device, DeviceChoice, LoadError, OpenError, compute_pool};
+use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError, compute_pool};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
@@ -146,6 +147,9 @@ pub enum VolunteerError {
     /// A device that was named cannot be used.
     #[error(transparent)]
     Device(#[from] OpenError),
+    /// No device has room to compute.
+    #[error("nothing can be computed: {0}")]
+    Unusable(#[from] DeviceError),
     /// Not even one of the experts wanted fits onto the devices, or all of these failed.
     #[error("no expert fits on {devices}: see `hanse doctor` for what is free there")]
     NoRoom {
@@ -221,7 +225,7 @@ impl Volunteer {
         config: VolunteerConfig,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
-        let devices = open_devices(&config).await?;
+        let devices = open_devices(&config, checkpoint).await?;
         let discovery = Discovery::start(
             identity,
             DiscoveryConfig {
@@ -417,12 +421,31 @@ impl Volunteer {
     }
 }
 
-/// Opens the devices; a card takes a while.
-async fn open_devices(config: &VolunteerConfig) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
+/// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
+async fn open_devices(
+    config: &VolunteerConfig,
+    checkpoint: &Checkpoint,
+) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
     let (choice, threads) = (config.device.clone(), config.threads);
+    let spec = checkpoint.spec();
+    let widths: BTreeSet<usize> = spec.moe_layers().map(|(_, moe)| moe.intermediate_size).collect();
+    let hidden_size = spec.hidden_size;
     let opening = tokio::task::spawn_blocking(move || {
         let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
-        Ok(choice.open(Arc::new(pool))?)
+        let (mut usable, mut unusable) = (Vec::new(), None);
+        for device in choice.open(Arc::new(pool))? {
+            match widths.iter().try_for_each(|width| device.prepare(hidden_size, *width)) {
+                Ok(()) => usable.push(device),
+                Err(error) => {
+                    tracing::warn!(%error, "a device is left out");
+                    unusable = Some(error);
+                }
+            }
+        }
+        match unusable {
+            Some(error) if usable.is_empty() => Err(error.into()),
+            _ => Ok(usable),
+        }
     });
     opening.await.map_err(|e| VolunteerError::Compute(e.to_string()))?
 }

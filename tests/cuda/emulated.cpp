@@ -12,7 +12,6 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <ucontext.h>
 #include <vector>
 
 // --- what the source takes for CUDA ---
@@ -61,17 +60,41 @@ static inline float emulated_half(unsigned short bits) {
 }
 #define half_to_float emulated_half
 
-// The threads of a warp take turns: each runs until it gives a value to another one.
+// The threads of a warp take turns: each runs until it gives a value to another one. What a function keeps for its caller goes on
+// the stack, and the stack is changed.
+#ifndef __x86_64__
+#error "the emulated card runs on x86-64"
+#endif
+extern "C" void hanse_switch_stack(void **from, void *to);
+asm(R"(
+.text
+hanse_switch_stack:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+)");
+
 static thread_local struct Warp {
-    ucontext_t scheduler, threads[32];
+    void *scheduler, *threads[32];
     std::vector<char> stacks[32];
     float given[32];
     bool done[32];
     int now;
-    void (*body)();
 } warp;
 
-static void give_way() { swapcontext(&warp.threads[warp.now], &warp.scheduler); }
+static void give_way() { hanse_switch_stack(&warp.threads[warp.now], warp.scheduler); }
 
 static float __shfl_xor_sync(unsigned, float value, int mask) {
     const int thread = warp.now;
@@ -156,17 +179,19 @@ static void run_warp(unsigned first_thread) {
     for (int i = 0; i < 32; i++) {
         warp.done[i] = false;
         warp.stacks[i].resize(64 << 10);
-        getcontext(&warp.threads[i]);
-        warp.threads[i].uc_stack.ss_sp = warp.stacks[i].data();
-        warp.threads[i].uc_stack.ss_size = warp.stacks[i].size();
-        makecontext(&warp.threads[i], thread_body, 0);
+        uintptr_t top = reinterpret_cast<uintptr_t>(warp.stacks[i].data() + warp.stacks[i].size()) & ~uintptr_t(15);
+        // Six registers, where to begin, and where that would return to.
+        void **stack = reinterpret_cast<void **>(top) - 8;
+        std::memset(stack, 0, 8 * sizeof(void *));
+        stack[6] = reinterpret_cast<void *>(thread_body);
+        warp.threads[i] = stack;
     }
     for (int left = 32; left > 0;) {
         left = 0;
         for (warp.now = 0; warp.now < 32; warp.now++) {
             if (warp.done[warp.now]) continue;
             threadIdx.x = first_thread + warp.now;
-            swapcontext(&warp.scheduler, &warp.threads[warp.now]);
+            hanse_switch_stack(&warp.scheduler, warp.threads[warp.now]);
             left += !warp.done[warp.now];
         }
     }

@@ -217,10 +217,9 @@ impl Card {
         })
     }
 
-    /// Makes room for pieces of such experts, if there is not enough.
-    fn make_room(&self, layout: &Layout) -> Result<(), DeviceError> {
+    /// Makes room for pieces, if there is not enough.
+    fn make_room(&self, wanted: (usize, usize, usize)) -> Result<(), DeviceError> {
         let mut slots = lock(&self.slots);
-        let wanted = room(layout);
         let has = slots[0].room();
         if wanted.0 <= has.0 && wanted.1 <= has.1 && wanted.2 <= has.2 {
             return Ok(());
@@ -281,9 +280,13 @@ impl Device for Card {
         self.free().map(|free| Some(free.saturating_sub(MARGIN_BYTES)))
     }
 
+    fn prepare(&self, hidden_size: usize, intermediate_size: usize) -> Result<(), DeviceError> {
+        self.make_room(room(hidden_size, intermediate_size))
+    }
+
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
         let layout = Layout::of(&expert.swiglu);
-        self.make_room(&layout)?;
+        self.make_room(room(layout.hidden_size, layout.inner_size))?;
         let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
         self.upload(&expert, &layout, &memory).map_err(self.failed("copying weights"))?;
         Ok(Box::new(OnCard { layout, memory }))

@@ -200,8 +200,9 @@ fn place(group: Group, launch: &mut Launch) -> Group {
 }
 
 /// Floats that a piece of such experts takes at most: input, between, output.
-pub(super) fn room(layout: &Layout) -> (usize, usize, usize) {
-    (PIECE_ROWS * layout.x_size(), PIECE_ROWS * layout.inner_size, PIECE_ROWS * layout.hidden_size)
+pub(super) fn room(hidden_size: usize, inner_size: usize) -> (usize, usize, usize) {
+    let padded = |size: usize| PIECE_ROWS * size.next_multiple_of(CHUNK);
+    (padded(hidden_size), padded(inner_size), PIECE_ROWS * hidden_size)
 }
 
 const _: () = assert!(size_of::<Group>() == 64 && GATES * 2 == PANEL && CHUNK == PANEL);

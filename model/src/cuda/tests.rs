@@ -99,7 +99,7 @@ proptest! {
             .enumerate()
             .map(|(job, &rows)| Wanted { layout: layouts[(job + which) % layouts.len()], weights: (job as u64 + 1) << 32, rows })
             .collect();
-        let rooms = || layouts.iter().map(room);
+        let rooms = || layouts.iter().map(|layout| room(layout.hidden_size, layout.inner_size));
         let most = |of: fn((usize, usize, usize)) -> usize| rooms().map(of).max().unwrap();
         let mut next = vec![0; jobs.len()];
         for piece in plan(&jobs) {

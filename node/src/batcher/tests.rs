@@ -233,6 +233,9 @@ impl Device for Frail {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         self.check().map(|()| Some(self.room.load(Relaxed) * 100))
     }
+    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
         self.check()?;
         let no_room = |_| DeviceError::NoRoom { device: "frail".into(), wanted_bytes: expert.bytes(), free_bytes: 0 };
@@ -260,6 +263,12 @@ fn experts_go_where_there_is_most_room_and_those_that_fit_nowhere_are_named() {
     };
     assert_eq!((on(&small).len(), on(&large).len()), (1, 3));
     assert_eq!(store.capacity(50), store.bytes(), "nothing is left");
+    let bytes = store.bytes();
+    store.remove(&[(0, 0)]);
+    large.room.store(1, Relaxed);
+    assert_eq!(store.capacity(50), store.bytes() + 100);
+    assert!(store.add(&checkpoint, &[(0, 5)]).unwrap().is_empty());
+    assert_eq!(store.bytes(), bytes);
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ pub async fn preview(
     model: ModelId,
     config: &VolunteerConfig,
 ) -> Result<Preview, VolunteerError> {
-    let shard = Shard::new(checkpoint.clone(), config.remote.clone(), open_devices(config).await?);
+    let shard = Shard::new(checkpoint.clone(), config.remote.clone(), open_devices(config, checkpoint).await?);
     let joins = !config.bootstrap.is_empty() || config.mdns;
     let discovery = Discovery::start(
         identity,
