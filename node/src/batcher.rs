@@ -6,7 +6,7 @@
 //!
 //! While a pass runs, others queue for the next one: a busy batcher reads each expert's weights once for all who wait, and an idle one
 //! adds no delay. Small work that meets an idle batcher is computed at once in the caller's task, as waking a thread would take longer
-//! than the work; everything else goes to one thread. A row's result does not depend on who else is in a pass.
+//! than the work; everything else, and what a card computes, goes to one thread. A row's result does not depend on who else is in a pass.
 
 mod compute;
 mod queue;
