@@ -13,6 +13,8 @@ scratch=$(mktemp -d)
 started=()
 end() {
     for pid in "${started[@]}"; do kill "$pid" 2> /dev/null || true; done
+    # They take leave.
+    wait
     rm -rf "$scratch"
 }
 trap end EXIT
@@ -25,12 +27,12 @@ fail() {
 g++ -std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC -fvisibility=hidden \
     -Wl,-soname,libcuda.so.1 -o "$scratch/libcuda.so.1" tests/cuda/emulated.cpp
 
-emulated() { LD_LIBRARY_PATH="$scratch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$@"; }
+emulated=(env "LD_LIBRARY_PATH=$scratch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
 
 say "kernels and batcher: the processor's bits"
 export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
-emulated cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
-emulated cargo test --quiet -p hanse-node --features cuda --lib batcher
+"${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
+"${emulated[@]}" cargo test --quiet -p hanse-node --features cuda --lib batcher
 unset HANSE_TEST_DEVICE
 
 cargo build --quiet -p hanse-node --features cuda
@@ -40,7 +42,7 @@ model=examples/models/tiny-moe
 node() {
     local number=$1
     shift
-    emulated "$hanse" node --model $model --listen /ip4/127.0.0.1/udp/0/quic-v1 --data-dir "$scratch/data$number" --threads 1 --json "$@" \
+    "${emulated[@]}" "$hanse" node --model $model --listen /ip4/127.0.0.1/udp/0/quic-v1 --data-dir "$scratch/data$number" --threads 1 --json "$@" \
         > "$scratch/node$number" 2> "$scratch/log$number" &
     started+=($!)
     local tries
