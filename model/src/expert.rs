@@ -12,7 +12,7 @@ use crate::share::Pending;
 /// Weights stay in the checkpoint's mapping in their stored dtype; arithmetic is f32.
 #[derive(Debug)]
 pub struct Expert {
-    swiglu: Swiglu,
+    pub(crate) swiglu: Swiglu,
 }
 
 impl Expert {

@@ -40,6 +40,9 @@ mod attention;
 mod cache;
 mod chat_template;
 mod checkpoint;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
+mod device;
 mod expert;
 mod experts;
 mod families;
@@ -61,6 +64,10 @@ pub use chat_template::{ChatMessage, ChatTemplate, ChatTemplateError};
 pub use checkpoint::{
     Checkpoint, CheckpointError, ConfigError, ExpertParts, LoadError, Mapping, Part, PartHashes, PartSource, Parts,
     Piece, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
+};
+pub use device::{
+    CardReport, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError, Weights,
+    cards, run_held,
 };
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};

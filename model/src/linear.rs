@@ -12,6 +12,8 @@ use rayon::ThreadPool;
 use safetensors::Dtype;
 
 use crate::checkpoint::Mapping;
+#[cfg(any(feature = "cuda", test))]
+use crate::checkpoint::StoredDtype;
 use crate::lanes::Isa;
 use crate::share::share;
 
@@ -105,6 +107,28 @@ impl Matrix {
             Values::F16(_) | Values::Bf16(_) => 2,
         };
         (self.outputs * self.inputs * size) as u64
+    }
+
+    /// The stored dtype.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn dtype(&self) -> StoredDtype {
+        match self.values {
+            Values::F32(_) => StoredDtype::F32,
+            Values::F16(_) => StoredDtype::F16,
+            Values::Bf16(_) => StoredDtype::Bf16,
+        }
+    }
+
+    /// The bits of one row of a matrix in f16 or bf16; `None` in f32.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn half_row(&self, row: usize) -> Option<&[u16]> {
+        use half::slice::HalfFloatSliceExt;
+        let range = row * self.inputs..(row + 1) * self.inputs;
+        match &self.values {
+            Values::F32(_) => None,
+            Values::F16(slab) => Some(slab.values()[range].reinterpret_cast()),
+            Values::Bf16(slab) => Some(slab.values()[range].reinterpret_cast()),
+        }
     }
 
     /// Copies one row, widened to f32; `to` is `[inputs]`.

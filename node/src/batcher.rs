@@ -6,7 +6,7 @@
 //!
 //! While a pass runs, others queue for the next one: a busy batcher reads each expert's weights once for all who wait, and an idle one
 //! adds no delay. Small work that meets an idle batcher is computed at once in the caller's task, as waking a thread would take longer
-//! than the work; everything else goes to one thread. A row's result does not depend on who else is in a pass.
+//! than the work; everything else, and what a card computes, goes to one thread. A row's result does not depend on who else is in a pass.
 
 mod compute;
 mod queue;
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use hanse_protocol::{Combine, ExpertRows, PeerId};
 use tokio_util::sync::CancellationToken;
 
-use crate::store::Snapshot;
+use crate::store::{ExpertStore, Snapshot};
 use compute::compute;
 use queue::{Queue, Request, Slice};
 
@@ -54,10 +54,12 @@ impl Work {
         self.assignments.iter().map(|assigned| assigned.rows.len()).sum()
     }
 
+    /// Whether it is quickly done by the caller itself. A card computes while the caller waits.
     fn is_small(&self) -> bool {
-        let bytes = |assigned: &ExpertRows| {
-            let weights = self.experts.expert(self.layer, assigned.expert).map_or(0, |expert| expert.bytes());
-            weights.saturating_mul(assigned.rows.len() as u64)
+        let bytes = |assigned: &ExpertRows| match self.experts.expert(self.layer, assigned.expert) {
+            Some(expert) if !expert.device().is_host() => u64::MAX,
+            Some(expert) => expert.bytes().saturating_mul(assigned.rows.len() as u64),
+            None => 0,
         };
         self.assignments.iter().map(bytes).fold(0, u64::saturating_add) < AT_ONCE
     }
@@ -81,6 +83,9 @@ pub(crate) enum WorkError {
     /// It waited until its deadline.
     #[error("the deadline passed in the queue")]
     DeadlinePassed,
+    /// The device that holds some of the experts failed. Others may have them.
+    #[error("the device that holds the experts failed")]
+    Device,
     /// The batcher has stopped, or failed at this work.
     #[error("the work was lost")]
     Lost,
@@ -98,7 +103,8 @@ struct Shared {
     state: Mutex<State>,
     /// There is work for the thread, or it has to stop.
     arrived: Condvar,
-    pool: Arc<rayon::ThreadPool>,
+    /// What is told when a device fails.
+    store: Arc<ExpertStore>,
     max_pairs: usize,
 }
 
@@ -110,7 +116,7 @@ impl Shared {
     /// Runs a pass; [`State::computing`] is set.
     fn pass(&self, slices: &[Slice]) {
         // A defect in one pass must not end the service: its callers see that their work was lost.
-        if std::panic::catch_unwind(AssertUnwindSafe(|| compute(slices, &self.pool))).is_err() {
+        if std::panic::catch_unwind(AssertUnwindSafe(|| compute(slices, &self.store))).is_err() {
             tracing::error!("computing a batch panicked");
             slices.iter().for_each(|(request, _)| request.give_up());
         }
@@ -132,8 +138,8 @@ impl std::fmt::Debug for Batcher {
 impl Batcher {
     /// Starts the computing thread. At most `max_pairs` (row, expert) pairs wait at a time, or twice as many where clients that
     /// have less than their share of them come to a full queue.
-    pub(crate) fn start(pool: Arc<rayon::ThreadPool>, max_pairs: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared { state: Mutex::default(), arrived: Condvar::new(), pool, max_pairs });
+    pub(crate) fn start(store: Arc<ExpertStore>, max_pairs: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared { state: Mutex::default(), arrived: Condvar::new(), store, max_pairs });
         let worker = shared.clone();
         let thread = std::thread::Builder::new().name("experts".into()).spawn(move || compute_loop(&worker))?;
         Ok(Self { shared, thread: Some(thread) })

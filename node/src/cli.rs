@@ -15,6 +15,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 pub(crate) use draft::DraftArgs;
 pub(crate) use gateway::GatewayArgs;
+use hanse_model::DeviceChoice;
 use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
@@ -242,9 +243,14 @@ pub(crate) struct NodeArgs {
     /// Which experts to host: `all`, or layers and experts such as 0-3:0-31,5:7. Without this and --memory: all.
     #[arg(long, value_name = "SPEC", conflicts_with = "memory")]
     pub(crate) experts: Option<ExpertsSpec>,
-    /// How much memory to give to experts, such as 6GiB: those with the fewest replicas in the network are taken.
+    /// How much memory to give to experts, such as 6GiB: those with the fewest replicas in the network are taken. With --device
+    /// cuda it is memory on the cards, all together; what does not fit there is not taken.
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<bytesize::ByteSize>,
+    /// What holds and computes the experts: `cpu`; `cuda` for all NVIDIA cards of the machine, or some of them such as
+    /// cuda:0,cuda:1; `auto` for all cards if there are any and this build can use them, else the processor.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: DeviceChoice,
     /// Control-plane address to listen on; may be given more than once.
     #[arg(long, value_name = "ADDR", num_args = 1.., default_values = LISTEN)]
     pub(crate) listen: Vec<Multiaddr>,
@@ -275,7 +281,7 @@ pub(crate) struct NodeArgs {
     /// Where the identity key is kept; by default hanse in the user's data folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// Threads that compute experts; 0 takes one per core.
+    /// Threads that compute experts, where the processor does; 0 takes one per core.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = threads)]
     pub(crate) threads: usize,
     /// Say which experts would be hosted and why, and do nothing.

@@ -300,7 +300,7 @@ impl Server {
             let code = match error {
                 WorkError::Full => RefusalCode::Busy,
                 WorkError::DeadlinePassed => RefusalCode::DeadlinePassed,
-                WorkError::Lost => RefusalCode::Internal,
+                WorkError::Device | WorkError::Lost => RefusalCode::Internal,
             };
             (code, error.to_string())
         })?;

@@ -1,19 +1,27 @@
 //! The experts that this volunteer holds.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use hanse_model::{Checkpoint, Expert, LoadError};
+use hanse_model::{Checkpoint, Device, DeviceError, Expert, HeldExpert, LoadError};
 use hanse_protocol::{HostedError, HostedExperts};
+use tokio::sync::Notify;
 
 /// Experts by layer and number.
-type Experts = BTreeMap<(u32, u32), Arc<Expert>>;
+type Experts = BTreeMap<(u32, u32), Arc<HeldExpert>>;
 
-/// Loaded experts by layer and number. They may change while it serves: whoever computes works on a `Snapshot`.
+/// Loaded experts by layer and number, on one device or several. They may change while it serves: whoever computes works on a
+/// `Snapshot`.
 #[derive(Debug)]
 pub struct ExpertStore {
     experts: RwLock<Arc<Experts>>,
     hidden_size: usize,
+    /// Those that work.
+    devices: RwLock<Vec<Arc<dyn Device>>>,
+    lost: Notify,
+    /// The last expert that was to be held did not fit, and none has gone since.
+    is_full: AtomicBool,
 }
 
 /// The experts of a store at one moment. They stay usable for as long as it is kept.
@@ -23,51 +31,113 @@ pub struct Snapshot(Arc<Experts>);
 impl Snapshot {
     /// The expert, if it is here.
     #[must_use]
-    pub fn expert(&self, layer: u32, expert: u32) -> Option<&Expert> {
+    pub fn expert(&self, layer: u32, expert: u32) -> Option<&HeldExpert> {
         self.0.get(&(layer, expert)).map(Arc::as_ref)
     }
 }
 
 impl ExpertStore {
-    /// An empty store for rows of `hidden_size` values.
+    /// An empty store for rows of `hidden_size` values, whose experts lie on `devices`.
     #[must_use]
-    pub fn new(hidden_size: usize) -> Self {
-        Self { experts: RwLock::default(), hidden_size }
-    }
-
-    /// Loads `wanted` (layer, expert) pairs; `progress` is told after each how many are loaded.
-    ///
-    /// # Errors
-    /// The first tensor that is missing or has a wrong shape.
-    pub fn load(
-        checkpoint: &Checkpoint,
-        wanted: &[(u32, u32)],
-        mut progress: impl FnMut(usize),
-    ) -> Result<Self, LoadError> {
-        let store = Self::new(checkpoint.spec().hidden_size);
-        for (done, &pair) in wanted.iter().enumerate() {
-            store.add(checkpoint, &[pair])?;
-            progress(done + 1);
+    pub fn new(hidden_size: usize, devices: Vec<Arc<dyn Device>>) -> Self {
+        Self {
+            experts: RwLock::default(),
+            hidden_size,
+            devices: RwLock::new(devices),
+            lost: Notify::new(),
+            is_full: AtomicBool::new(false),
         }
-        Ok(store)
     }
 
-    /// Loads experts and holds them from then on; all of them or, after an error, none.
+    /// Loads experts and holds them from then on, each on the device with most room; all of them or, after an error, none.
+    /// Returns those for which no device has room.
     ///
     /// # Errors
     /// The first tensor that is missing or has a wrong shape.
-    pub fn add(&self, checkpoint: &Checkpoint, wanted: &[(u32, u32)]) -> Result<(), LoadError> {
-        let mut loaded = Vec::with_capacity(wanted.len());
+    pub fn add(&self, checkpoint: &Checkpoint, wanted: &[(u32, u32)]) -> Result<Vec<(u32, u32)>, LoadError> {
+        let (mut loaded, mut left_out) = (Vec::with_capacity(wanted.len()), Vec::new());
         for &(layer, expert) in wanted {
-            loaded.push(((layer, expert), Arc::new(Expert::load(checkpoint, layer as usize, expert as usize)?)));
+            match self.place(|| Expert::load(checkpoint, layer as usize, expert as usize))? {
+                Some(held) => loaded.push(((layer, expert), Arc::new(held))),
+                None => left_out.push((layer, expert)),
+            }
         }
-        self.change(|experts| experts.extend(loaded));
-        Ok(())
+        self.change(|experts| {
+            // A device may have failed meanwhile.
+            let devices = self.devices();
+            let (kept, lost): (Vec<_>, Vec<_>) =
+                loaded.into_iter().partition(|(_, held)| devices.iter().any(|device| held.is_on(device)));
+            left_out.extend(lost.into_iter().map(|(pair, _)| pair));
+            experts.extend(kept);
+        });
+        Ok(left_out)
+    }
+
+    /// Has the device with most room take an expert, or the next where that is not enough.
+    fn place(&self, load: impl Fn() -> Result<Expert, LoadError>) -> Result<Option<HeldExpert>, LoadError> {
+        let mut devices: Vec<_> =
+            self.devices().into_iter().filter_map(|device| Some((self.free(&device)?, device))).collect();
+        devices.sort_by_key(|(free, _)| std::cmp::Reverse(*free));
+        for (_, device) in devices {
+            match HeldExpert::new(&device, load()?) {
+                Ok(held) => return Ok(Some(held)),
+                Err(error @ DeviceError::NoRoom { .. }) => tracing::debug!(%error, "an expert does not fit"),
+                Err(error) => self.give_up(&device, &error),
+            }
+        }
+        self.is_full.store(true, Ordering::Relaxed);
+        Ok(None)
+    }
+
+    /// Bytes of experts that a device could take; `None` if it has just failed.
+    fn free(&self, device: &Arc<dyn Device>) -> Option<u64> {
+        let free = device.free_bytes();
+        free.map_err(|error| self.give_up(device, &error)).ok().map(|free| free.unwrap_or(u64::MAX))
+    }
+
+    /// The most bytes of experts that all devices can hold, those that are here included, where each takes up to `expert_bytes`. A
+    /// device may use more memory for an expert than it has bytes; when one did not fit, what is here is all.
+    pub(crate) fn capacity(&self, expert_bytes: u64) -> u64 {
+        if self.is_full.load(Ordering::Relaxed) {
+            return self.bytes();
+        }
+        let whole = |free: u64| if free == u64::MAX { free } else { free - free % expert_bytes.max(1) };
+        let free: Vec<u64> = self.devices().iter().filter_map(|device| self.free(device)).collect();
+        free.into_iter().map(whole).fold(self.bytes(), u64::saturating_add)
+    }
+
+    /// The devices that work.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Arc<dyn Device>> {
+        self.devices.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A device has failed: it gets no more experts, and those that it holds are not here any more.
+    pub(crate) fn give_up(&self, failed: &Arc<dyn Device>, error: &DeviceError) {
+        {
+            let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+            let before = devices.len();
+            devices.retain(|device| !std::ptr::addr_eq(Arc::as_ptr(device), Arc::as_ptr(failed)));
+            if devices.len() == before {
+                return;
+            }
+        }
+        let before = self.len();
+        self.change(|experts| experts.retain(|_, held| !held.is_on(failed)));
+        let (device, given_up) = (failed.name(), before - self.len());
+        tracing::error!(device, given_up, left = self.len(), %error, "a device failed and its experts are given up; start anew to use it again");
+        self.lost.notify_one();
+    }
+
+    /// Completes when a device has failed since the last time.
+    pub(crate) async fn lost(&self) {
+        self.lost.notified().await;
     }
 
     /// Gives experts up. Work that was accepted before is still done: it has a snapshot.
     pub fn remove(&self, unwanted: &[(u32, u32)]) {
         self.change(|experts| unwanted.iter().for_each(|pair| _ = experts.remove(pair)));
+        self.is_full.store(false, Ordering::Relaxed);
     }
 
     fn change(&self, change: impl FnOnce(&mut Experts)) {

@@ -6,12 +6,13 @@ mod neighbours;
 mod preview;
 mod shard;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hanse_model::{Checkpoint, LoadError, compute_pool};
+use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError, compute_pool};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
@@ -52,7 +53,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum Hosting {
     /// These.
     Experts(ExpertsSpec),
-    /// As many as fit into so many bytes, rarest in the network first.
+    /// As many as fit into so many bytes, and onto the devices, rarest in the network first.
     MemoryBytes(u64),
 }
 
@@ -75,7 +76,9 @@ pub struct VolunteerConfig {
     pub reach: ReachConfig,
     /// Which experts to host.
     pub hosting: Hosting,
-    /// Computing threads; 0 takes one per core.
+    /// What holds experts and computes them. Several devices are one volunteer.
+    pub device: DeviceChoice,
+    /// Computing threads, where the processor computes; 0 takes one per core.
     pub threads: usize,
     /// With [`Hosting::MemoryBytes`]: how fast capacity moves to where it is missed.
     pub pace: Pace,
@@ -93,7 +96,7 @@ pub struct VolunteerConfig {
 }
 
 impl Default for VolunteerConfig {
-    /// All experts, on free loopback ports, alone.
+    /// All experts, computed by the processor, on free loopback ports, alone.
     fn default() -> Self {
         let loopback = Multiaddr::from(Ipv4Addr::LOCALHOST);
         let quic = loopback
@@ -108,6 +111,7 @@ impl Default for VolunteerConfig {
             mdns: false,
             reach: ReachConfig::default(),
             hosting: Hosting::Experts(ExpertsSpec::All),
+            device: DeviceChoice::Cpu,
             threads: 0,
             pace: Pace::default(),
             max_bandwidth: None,
@@ -139,6 +143,18 @@ pub enum VolunteerError {
         budget_bytes: u64,
         /// The size of the model's smallest expert.
         expert_bytes: u64,
+    },
+    /// A device that was named cannot be used.
+    #[error(transparent)]
+    Device(#[from] OpenError),
+    /// No device has room to compute.
+    #[error("nothing can be computed: {0}")]
+    Unusable(#[from] DeviceError),
+    /// Not even one of the experts wanted fits onto the devices, or all of these failed.
+    #[error("no expert fits on {devices}: see `hanse doctor` for what is free there")]
+    NoRoom {
+        /// Their names.
+        devices: String,
     },
     /// An expert's weights cannot be read.
     #[error(transparent)]
@@ -209,6 +225,7 @@ impl Volunteer {
         config: VolunteerConfig,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
+        let devices = open_devices(&config, checkpoint).await?;
         let discovery = Discovery::start(
             identity,
             DiscoveryConfig {
@@ -221,7 +238,7 @@ impl Volunteer {
             },
         )
         .await?;
-        match Self::serve(identity, checkpoint, model, config, discovery.clone(), progress) {
+        match Self::serve(identity, checkpoint, model, config, devices, discovery.clone(), progress) {
             Ok(volunteer) => Ok(volunteer),
             Err(error) => {
                 discovery.shutdown().await;
@@ -235,21 +252,21 @@ impl Volunteer {
         checkpoint: &Checkpoint,
         model: ModelId,
         config: VolunteerConfig,
+        devices: Vec<Arc<dyn Device>>,
         discovery: Discovery,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
         let failed = |error: &dyn std::fmt::Display| VolunteerError::Compute(error.to_string());
-        let pool = Arc::new(compute_pool(config.threads).map_err(|e| failed(&e))?);
         let endpoint =
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
-        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone()));
+        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone(), devices));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
             store: shard.store().clone(),
             top_k: checkpoint.spec().moe_layers().map(|(_, moe)| moe.top_k as u32).max().unwrap_or(1),
-            batcher: Batcher::start(pool, MAX_QUEUED_PAIRS).map_err(|e| failed(&e))?,
+            batcher: Batcher::start(shard.store().clone(), MAX_QUEUED_PAIRS).map_err(|e| failed(&e))?,
             counters: Counters::default(),
             demand: Demand::new(config.demand_half_life, Instant::now()),
             draining: AtomicBool::new(false),
@@ -402,6 +419,35 @@ impl Volunteer {
         self.discovery.shutdown().await;
         self.server.counters.counts()
     }
+}
+
+/// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
+async fn open_devices(
+    config: &VolunteerConfig,
+    checkpoint: &Checkpoint,
+) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
+    let (choice, threads) = (config.device.clone(), config.threads);
+    let spec = checkpoint.spec();
+    let widths: BTreeSet<usize> = spec.moe_layers().map(|(_, moe)| moe.intermediate_size).collect();
+    let hidden_size = spec.hidden_size;
+    let opening = tokio::task::spawn_blocking(move || {
+        let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
+        let (mut usable, mut unusable) = (Vec::new(), None);
+        for device in choice.open(Arc::new(pool))? {
+            match widths.iter().try_for_each(|width| device.prepare(hidden_size, *width)) {
+                Ok(()) => usable.push(device),
+                Err(error) => {
+                    tracing::warn!(%error, "a device is left out");
+                    unusable = Some(error);
+                }
+            }
+        }
+        match unusable {
+            Some(error) if usable.is_empty() => Err(error.into()),
+            _ => Ok(usable),
+        }
+    });
+    opening.await.map_err(|e| VolunteerError::Compute(e.to_string()))?
 }
 
 /// A free port on the address of the first control-plane listener that has one.

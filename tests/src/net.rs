@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::StreamExt;
-use hanse_model::Checkpoint;
+use hanse_model::{Checkpoint, DeviceChoice};
 use hanse_node::placement::Pace;
 use hanse_node::{Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::{Identity, ModelId, Multiaddr};
@@ -78,6 +78,8 @@ impl Net {
         let config = VolunteerConfig {
             bootstrap: self.volunteers.first().map(|first| first.addresses()[0].clone()).into_iter().collect(),
             hosting,
+            // What `--device` takes; the processor by default.
+            device: std::env::var("HANSE_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap()),
             threads: 1,
             pace: PACE,
             ..VolunteerConfig::default()

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Instant;
 
-use hanse_model::{ExpertJob, add_weighted, run_experts};
+use hanse_model::{HeldJob, add_weighted, run_held};
 use hanse_protocol::Combine;
 
-use super::Work;
 use super::queue::Slice;
-use crate::store::Snapshot;
+use super::{Work, WorkError};
+use crate::store::{ExpertStore, Snapshot};
 
 /// The rows of one expert over all requests of a pass.
 struct Joined<'a> {
@@ -39,8 +39,9 @@ fn parts(work: &Work, pairs: &Range<usize>) -> Vec<Part> {
     parts
 }
 
-/// Computes ranges of requests' pairs together, and has the requests advance.
-pub(super) fn compute(slices: &[Slice], pool: &rayon::ThreadPool) {
+/// Computes ranges of requests' pairs together, and has the requests advance. Those that needed a device that failed are refused, and
+/// the store gives the device up.
+pub(super) fn compute(slices: &[Slice], store: &ExpertStore) {
     let started = Instant::now();
     let all_parts: Vec<Vec<Part>> = slices.iter().map(|(request, pairs)| parts(&request.work, pairs)).collect();
     let mut joined: BTreeMap<(u32, u32), Joined<'_>> = BTreeMap::new();
@@ -61,16 +62,17 @@ pub(super) fn compute(slices: &[Slice], pool: &rayon::ThreadPool) {
             }
         }
     }
-    let mut jobs: Vec<ExpertJob<'_>> = joined
+    let mut jobs: Vec<HeldJob<'_>> = joined
         .iter_mut()
         .filter_map(|((layer, expert), rows)| {
             rows.output.resize(rows.input.len(), 0.0);
             let expert = rows.experts.expert(*layer, *expert)?;
-            Some(ExpertJob { expert, hidden: &rows.input, output: &mut rows.output })
+            Some(HeldJob { expert, hidden: &rows.input, output: &mut rows.output })
         })
         .collect();
-    run_experts(&mut jobs, pool);
+    let failures = run_held(&mut jobs);
     drop(jobs);
+    failures.iter().for_each(|(device, error)| store.give_up(device, error));
     let computed = started.elapsed();
 
     // Experts ascend in `joined` as they do in each request, so that each slice's outputs come in the order of its parts.
@@ -84,7 +86,16 @@ pub(super) fn compute(slices: &[Slice], pool: &rayon::ThreadPool) {
             rest = others;
         }
     }
+    let is_lost = |layer: u32, expert: u32| {
+        let held = joined.get(&(layer, expert)).and_then(|rows| rows.experts.expert(layer, expert));
+        held.is_some_and(|held| failures.iter().any(|(device, _)| held.is_on(device)))
+    };
     for (((request, pairs), parts), outputs) in slices.iter().zip(&all_parts).zip(outputs) {
+        let Work { layer, assignments, .. } = &request.work;
+        if parts.iter().any(|(index, _)| is_lost(*layer, assignments[*index].expert)) {
+            request.refuse(WorkError::Device);
+            continue;
+        }
         request.advance(pairs.len(), started, computed, |values| add(&request.work, parts, &outputs, values));
     }
 }

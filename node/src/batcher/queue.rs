@@ -62,7 +62,7 @@ impl Request {
         }
     }
 
-    fn refuse(&self, error: WorkError) {
+    pub(super) fn refuse(&self, error: WorkError) {
         if let Some(reply) = self.progress.lock().unwrap_or_else(PoisonError::into_inner).reply.take() {
             // The caller may be gone as well.
             let _ = reply.send(Err(error));

@@ -1,9 +1,12 @@
 //! Turns, bounds, and the same bits whatever the passes.
 
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 
 use futures::FutureExt;
-use hanse_model::{Checkpoint, ExpertJob, add_weighted, compute_pool, run_experts};
+use hanse_model::{
+    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, HeldJob, Weights, add_weighted, compute_pool, run_held,
+};
 use hanse_protocol::Identity;
 
 use super::*;
@@ -20,7 +23,7 @@ fn rows(client: PeerId, rows: u32) -> Work {
     Work {
         client,
         layer: 0,
-        experts: ExpertStore::new(1).snapshot(),
+        experts: ExpertStore::new(1, Vec::new()).snapshot(),
         hidden_size: 1,
         hidden: vec![0.0; rows as usize],
         assignments: vec![ExpertRows { expert: 0, rows: (0..rows).collect(), weights: vec![1.0; rows as usize] }],
@@ -120,9 +123,21 @@ fn bundled() -> (Checkpoint, usize) {
     (checkpoint, width)
 }
 
+/// A store with experts 0, 1 and 2 of layer 0 on the devices.
+fn store_on(checkpoint: &Checkpoint, devices: Vec<Arc<dyn Device>>) -> Arc<ExpertStore> {
+    let store = ExpertStore::new(checkpoint.spec().hidden_size, devices);
+    assert!(store.add(checkpoint, &[(0, 0), (0, 1), (0, 2)]).unwrap().is_empty());
+    Arc::new(store)
+}
+
+/// A store on the device that `HANSE_TEST_DEVICE` names, by default the processor.
+fn store(checkpoint: &Checkpoint, threads: usize) -> Arc<ExpertStore> {
+    let choice = std::env::var("HANSE_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap());
+    store_on(checkpoint, choice.open(Arc::new(compute_pool(threads).unwrap())).unwrap())
+}
+
 /// Work of `rows` rows, all for experts 0, 1 and 2 of layer 0.
-fn real(checkpoint: &Checkpoint, rows: u32, combine: Combine) -> Work {
-    let store = ExpertStore::load(checkpoint, &[(0, 0), (0, 1), (0, 2)], |_| ()).unwrap();
+fn real(checkpoint: &Checkpoint, store: &ExpertStore, rows: u32, combine: Combine) -> Work {
     let width = checkpoint.spec().hidden_size;
     let hidden = (0..rows as usize * width).map(|i| (i * 31 % 97) as f32 / 50.0 - 1.0).collect();
     let assigned = |expert| ExpertRows {
@@ -146,16 +161,16 @@ fn real(checkpoint: &Checkpoint, rows: u32, combine: Combine) -> Work {
 #[tokio::test]
 async fn any_number_of_passes_gives_the_bits_of_one_expert_after_another() {
     let (checkpoint, width) = bundled();
-    let pool = Arc::new(compute_pool(2).unwrap());
-    let batcher = Batcher::start(pool.clone(), 100).unwrap();
+    let store = store(&checkpoint, 2);
+    let batcher = Batcher::start(store.clone(), 100).unwrap();
     // One in the caller's task, one in a pass of the thread, one in four.
     for rows in [1, 100, 1200] {
         for combine in [Combine::Client, Combine::Peer] {
-            let work = real(&checkpoint, rows, combine);
+            let work = real(&checkpoint, &store, rows, combine);
             let mut outputs = vec![vec![0.0; work.hidden.len()]; 3];
             for (expert, output) in outputs.iter_mut().enumerate() {
                 let expert = work.experts.expert(0, expert as u32).unwrap();
-                run_experts(&mut [ExpertJob { expert, hidden: &work.hidden, output }], &pool);
+                assert!(run_held(&mut [HeldJob { expert, hidden: &work.hidden, output }]).is_empty());
             }
             let mut sums = vec![0.0; work.hidden.len()];
             for (assigned, output) in work.assignments.iter().zip(&outputs) {
@@ -172,18 +187,118 @@ async fn any_number_of_passes_gives_the_bits_of_one_expert_after_another() {
 #[tokio::test]
 async fn a_full_queue_refuses_without_waiting_and_small_work_needs_no_thread() {
     let (checkpoint, _) = bundled();
-    let pool = Arc::new(compute_pool(1).unwrap());
-    let batcher = Batcher::start(pool, 10).unwrap();
-    let small = real(&checkpoint, 1, Combine::Peer);
+    let store = store_on(&checkpoint, vec![Arc::new(Cpu::new(Arc::new(compute_pool(1).unwrap())))]);
+    let batcher = Batcher::start(store.clone(), 10).unwrap();
+    let small = real(&checkpoint, &store, 1, Combine::Peer);
     assert!(batcher.run(small).now_or_never().unwrap().is_ok(), "computed within the first poll");
     // A pass that does not end: whoever comes now queues.
     batcher.shared.lock().computing = true;
-    let mut waiting = Box::pin(batcher.run(real(&checkpoint, 3, Combine::Peer)));
+    let mut waiting = Box::pin(batcher.run(real(&checkpoint, &store, 3, Combine::Peer)));
     assert!(waiting.as_mut().now_or_never().is_none());
-    let mut same = real(&checkpoint, 3, Combine::Peer);
+    let mut same = real(&checkpoint, &store, 3, Combine::Peer);
     same.client = batcher.shared.lock().queue.take(Instant::now())[0].0.work.client;
-    batcher.shared.lock().queue.push(Request::new(real(&checkpoint, 3, Combine::Peer)).0, 10).unwrap();
+    batcher.shared.lock().queue.push(Request::new(real(&checkpoint, &store, 3, Combine::Peer)).0, 10).unwrap();
     let refused = batcher.run(same).now_or_never().expect("refused within the first poll");
     assert_eq!(refused.unwrap_err(), WorkError::Full);
     drop(waiting);
+}
+
+/// A device with room for so many experts, which it computes on the processor until it fails.
+#[derive(Debug)]
+struct Frail {
+    cpu: Cpu,
+    room: std::sync::atomic::AtomicU64,
+    fails: std::sync::atomic::AtomicBool,
+}
+
+impl Frail {
+    fn new(room: u64) -> Arc<Self> {
+        let cpu = Cpu::new(Arc::new(compute_pool(1).unwrap()));
+        Arc::new(Self { cpu, room: room.into(), fails: false.into() })
+    }
+
+    fn check(&self) -> Result<(), DeviceError> {
+        let failed = || DeviceError::Failed { device: "frail".into(), what: "a test", reason: "it was told to".into() };
+        if self.fails.load(Relaxed) { Err(failed()) } else { Ok(()) }
+    }
+}
+
+impl Device for Frail {
+    fn name(&self) -> &str {
+        "frail"
+    }
+    fn is_host(&self) -> bool {
+        false
+    }
+    fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
+        self.check().map(|()| Some(self.room.load(Relaxed) * 100))
+    }
+    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
+        self.check()?;
+        let no_room = |_| DeviceError::NoRoom { device: "frail".into(), wanted_bytes: expert.bytes(), free_bytes: 0 };
+        self.room.fetch_update(Relaxed, Relaxed, |room| room.checked_sub(1)).map_err(no_room)?;
+        self.cpu.hold(expert)
+    }
+    fn run(&self, jobs: &mut [HeldJob<'_>]) -> Result<(), DeviceError> {
+        self.check()?;
+        self.cpu.run(jobs)
+    }
+}
+
+#[test]
+fn experts_go_where_there_is_most_room_and_those_that_fit_nowhere_are_named() {
+    let (checkpoint, width) = bundled();
+    let (small, large) = (Frail::new(1), Frail::new(3));
+    let store = ExpertStore::new(width, vec![small.clone(), large.clone()]);
+    let wanted: Vec<(u32, u32)> = (0..6).map(|expert| (0, expert)).collect();
+    assert_eq!(store.capacity(50), 400);
+    assert_eq!(store.add(&checkpoint, &wanted).unwrap(), [(0, 4), (0, 5)]);
+    let held = store.snapshot();
+    let on = |device: &Arc<Frail>| {
+        let device: Arc<dyn Device> = device.clone();
+        (0..6).filter(|&expert| held.expert(0, expert).is_some_and(|held| held.is_on(&device))).collect::<Vec<_>>()
+    };
+    assert_eq!((on(&small).len(), on(&large).len()), (1, 3));
+    assert_eq!(store.capacity(50), store.bytes(), "nothing is left");
+    let bytes = store.bytes();
+    store.remove(&[(0, 0)]);
+    large.room.store(1, Relaxed);
+    assert_eq!(store.capacity(50), store.bytes() + 100);
+    assert!(store.add(&checkpoint, &[(0, 5)]).unwrap().is_empty());
+    assert_eq!(store.bytes(), bytes);
+}
+
+#[tokio::test]
+async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
+    let (checkpoint, width) = bundled();
+    let (frail, sound) = (Frail::new(2), Frail::new(1));
+    let store = store_on(&checkpoint, vec![frail.clone(), sound]);
+    let batcher = Batcher::start(store.clone(), 1000).unwrap();
+    let expected = batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values;
+    let failing: Arc<dyn Device> = frail.clone();
+    let kept = (0..3).find(|&expert| !store.snapshot().expert(0, expert).unwrap().is_on(&failing)).unwrap();
+    frail.fails.store(true, Relaxed);
+    // Both in one pass: one request needs the device, the other does not.
+    batcher.shared.lock().computing = true;
+    let all = real(&checkpoint, &store, 5, Combine::Client);
+    let mut one = real(&checkpoint, &store, 5, Combine::Client);
+    one.assignments.retain(|assigned| assigned.expert == kept);
+    let (all, one) = (batcher.run(all), batcher.run(one));
+    let both = futures::future::join(all, one);
+    tokio::pin!(both);
+    assert!(both.as_mut().now_or_never().is_none());
+    batcher.shared.lock().computing = false;
+    batcher.shared.arrived.notify_one();
+    let (all, one) = both.await;
+    assert_eq!(all.unwrap_err(), WorkError::Device);
+    let rows = 5 * width;
+    assert!(one.unwrap().values == expected[kept as usize * rows..][..rows]);
+    store.lost().now_or_never().expect("who announces is told");
+    assert_eq!((store.len(), store.devices().len()), (1, 1));
+    assert!(store.snapshot().expert(0, kept).is_some());
+    // And nothing is put there any more.
+    assert_eq!(store.add(&checkpoint, &[(0, 9)]).unwrap(), [(0, 9)]);
 }

@@ -23,6 +23,7 @@ Examples:
     --bootstrap /ip4/192.0.2.7/udp/4001/quic-v1/p2p/12D3...
   hanse node --model DIR --experts 0-11:0-63 \\
     --listen /ip4/0.0.0.0/udp/4001/quic-v1 --data-listen 0.0.0.0:4002
+  hanse node --model DIR --device cuda:0,cuda:1 --memory 40GiB --bootstrap ADDR
   hanse node --model DIR --memory 6GiB --bootstrap ADDR --plan
   hanse node --model DIR --memory 6GiB --bootstrap ADDR \\
     --max-cores 4 --quiet-hours 18:00-23:00";

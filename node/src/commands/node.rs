@@ -41,6 +41,8 @@ struct Ready {
     reachability: String,
     experts: usize,
     expert_bytes: u64,
+    /// What computes them.
+    devices: Vec<String>,
     /// Read from others since the start; nothing of it where the model is a folder.
     fetched_bytes: u64,
     model_id: String,
@@ -250,6 +252,7 @@ fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerC
             ..ReachConfig::default()
         },
         hosting,
+        device: args.device.clone(),
         threads,
         max_bandwidth: limits.max_bandwidth.map(|rate| rate.as_u64()),
         ..VolunteerConfig::default()
@@ -266,6 +269,7 @@ fn report(volunteer: &Volunteer, remote: Option<&RemoteModel>, json: bool) -> an
         reachability: volunteer.reachability().to_string(),
         experts: volunteer.store().len(),
         expert_bytes: volunteer.store().bytes(),
+        devices: volunteer.store().devices().iter().map(|device| device.name().to_owned()).collect(),
         fetched_bytes: by_source.iter().map(|(_, bytes)| bytes).sum(),
         model_id: volunteer.model().to_string(),
     };
@@ -277,7 +281,7 @@ fn report(volunteer: &Volunteer, remote: Option<&RemoteModel>, json: bool) -> an
     }
     say!("peer id   {}", ready.peer_id);
     say!("model     {}", ready.model_id);
-    say!("hosting   {} experts, {}", ready.experts, output::bytes(ready.expert_bytes));
+    say!("hosting   {} experts, {}, on {}", ready.experts, output::bytes(ready.expert_bytes), ready.devices.join(", "));
     if ready.fetched_bytes > 0 {
         say!("fetched   {} from {} sources", output::bytes(ready.fetched_bytes), by_source.len());
     }

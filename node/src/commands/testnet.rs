@@ -99,6 +99,9 @@ async fn serve(args: &UpArgs, control: &Control, state: &Path) -> anyhow::Result
         print_up(&up, args);
     }
     let mut killer = args.kill_every.map(Killer::new);
+    // Kept while volunteers are killed: an order that is being read at that moment would be lost.
+    let next = control.next();
+    tokio::pin!(next);
     loop {
         let kill = async {
             match &killer {
@@ -107,7 +110,8 @@ async fn serve(args: &UpArgs, control: &Control, state: &Path) -> anyhow::Result
             }
         };
         tokio::select! {
-            asked = control.next() => {
+            asked = &mut next => {
+                next.set(control.next());
                 let asked = asked.context("no orders can be taken any more")?;
                 if matches!(asked.order, Order::Down) {
                     net.stop().await;

@@ -78,6 +78,12 @@ impl ExpertTable {
         self.layers.iter().map(|layer| layer.bytes).min().unwrap_or(0)
     }
 
+    /// The size of the largest expert.
+    #[must_use]
+    pub fn largest(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.bytes).max().unwrap_or(0)
+    }
+
     /// Bytes of some experts; those that the model does not have count nothing.
     #[must_use]
     pub fn bytes(&self, experts: &[(u32, u32)]) -> u64 {

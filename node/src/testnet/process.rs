@@ -166,7 +166,11 @@ pub(super) async fn launch(launch: Launch<'_>) -> Result<(Process, Ready), Testn
     let index = launch.index;
     let mut command = Command::new(launch.program);
     command.arg("node").arg("--model").arg(launch.model).args(["--experts", launch.spec]);
-    command.args(["--threads", "1", "--json", "--until-stdin-closes"]).arg("--data-dir").arg(launch.data_dir);
+    // Many processes on one card would only be in each other's way.
+    command
+        .args(["--device", "cpu", "--threads", "1", "--json", "--until-stdin-closes"])
+        .arg("--data-dir")
+        .arg(launch.data_dir);
     match launch.addresses {
         Some((control, data)) => {
             let control: Multiaddr = control.iter().filter(|part| !is_peer_id(part)).collect();

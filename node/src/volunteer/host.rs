@@ -144,6 +144,7 @@ impl Host {
 
     fn chosen(&self, budget_bytes: u64, earlier: &BTreeSet<PeerId>) -> Result<Vec<(u32, u32)>, VolunteerError> {
         let table = self.announcer.shard.table();
+        let budget_bytes = self.announcer.shard.budget(budget_bytes);
         let view = self.neighbours.view_for_choice(table, earlier);
         let at_hand = self.announcer.shard.at_hand()?;
         let chosen = placement::choose(&view, &at_hand, budget_bytes, self.neighbours.seed());
@@ -187,6 +188,7 @@ impl Host {
             // As if there were enough of them: others that can be had are taken in their place.
             (0..=TARGET_REPLICAS).for_each(|_| view.add(missed, &[], &HostedExperts::new()));
         }
+        let budget_bytes = self.announcer.shard.budget(budget_bytes);
         match turns.step(&view, &own.hosted, budget_bytes, started.elapsed()) {
             Step::LookAt(at) => Ok(at),
             Step::Move(found) => {

@@ -8,7 +8,7 @@ use hanse_router::client::layout_of;
 use super::host::{LOOK_AROUND, SETTLE};
 use super::neighbours::Neighbours;
 use super::shard::Shard;
-use super::{Hosting, VolunteerConfig, VolunteerError};
+use super::{Hosting, VolunteerConfig, VolunteerError, open_devices};
 use crate::placement::{View, choose};
 
 /// A choice and what it was based on.
@@ -30,7 +30,7 @@ pub async fn preview(
     model: ModelId,
     config: &VolunteerConfig,
 ) -> Result<Preview, VolunteerError> {
-    let shard = Shard::new(checkpoint.clone(), config.remote.clone());
+    let shard = Shard::new(checkpoint.clone(), config.remote.clone(), open_devices(config, checkpoint).await?);
     let joins = !config.bootstrap.is_empty() || config.mdns;
     let discovery = Discovery::start(
         identity,
@@ -48,13 +48,17 @@ pub async fn preview(
     }
     discovery.shutdown().await;
     let view = neighbours.view_for_choice(shard.table(), &neighbours.loading());
+    let budget_bytes = match &config.hosting {
+        Hosting::Experts(_) => u64::MAX,
+        Hosting::MemoryBytes(bytes) => shard.budget(*bytes),
+    };
     let chosen = match &config.hosting {
         Hosting::Experts(spec) => spec.resolve(&layout_of(checkpoint.spec()), checkpoint.spec().layers.len() as u32)?,
-        Hosting::MemoryBytes(budget) => choose(&view, &shard.at_hand()?, *budget, neighbours.seed()),
+        Hosting::MemoryBytes(_) => choose(&view, &shard.at_hand()?, budget_bytes, neighbours.seed()),
     };
     match &config.hosting {
-        Hosting::MemoryBytes(budget_bytes) if chosen.is_empty() => {
-            Err(VolunteerError::TooLittleMemory { budget_bytes: *budget_bytes, expert_bytes: shard.table().smallest() })
+        Hosting::MemoryBytes(_) if chosen.is_empty() => {
+            Err(VolunteerError::TooLittleMemory { budget_bytes, expert_bytes: shard.table().smallest() })
         }
         _ => Ok(Preview { view, chosen }),
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::{Stream, StreamExt, TryStreamExt};
-use hanse_model::Checkpoint;
+use hanse_model::{Checkpoint, Device};
 use hanse_protocol::HostedExperts;
 use hanse_router::weights::cache::Pin;
 use hanse_router::weights::fetch::BLOBS_AT_ONCE;
@@ -37,8 +37,8 @@ pub(super) struct Shard {
 }
 
 impl Shard {
-    pub(super) fn new(checkpoint: Checkpoint, remote: Option<RemoteModel>) -> Self {
-        let store = Arc::new(ExpertStore::new(checkpoint.spec().hidden_size));
+    pub(super) fn new(checkpoint: Checkpoint, remote: Option<RemoteModel>, devices: Vec<Arc<dyn Device>>) -> Self {
+        let store = Arc::new(ExpertStore::new(checkpoint.spec().hidden_size, devices));
         let table = Arc::new(ExpertTable::of(&checkpoint));
         Self { checkpoint, remote, store, table, intent: Mutex::default(), changed: Notify::new() }
     }
@@ -71,9 +71,17 @@ impl Shard {
         }
     }
 
+    /// What of a budget the devices have room for.
+    pub(super) fn budget(&self, budget_bytes: u64) -> u64 {
+        budget_bytes.min(self.store.capacity(self.table.largest()))
+    }
+
     /// Completes when more or fewer experts are served than before, or others should hear of a plan.
     pub(super) async fn changed(&self) {
-        self.changed.notified().await;
+        tokio::select! {
+            () = self.changed.notified() => {}
+            () = self.store.lost() => {}
+        }
     }
 
     /// What an advert says: experts that may be called, and experts that are about to be hosted.
@@ -113,6 +121,13 @@ impl Shard {
         self.changed.notify_one();
     }
 
+    /// The names of the devices.
+    fn devices(&self) -> String {
+        let devices = self.store.devices();
+        let names: Vec<&str> = devices.iter().map(|device| device.name()).collect();
+        if names.is_empty() { "any device: all have failed".into() } else { names.join(", ") }
+    }
+
     /// Brings experts to where they can be loaded from without a wait, as long as what is returned lives.
     ///
     /// # Errors
@@ -122,7 +137,8 @@ impl Shard {
     }
 
     /// Loads experts; each is served as soon as it is there. Those that have to be fetched are, several at a time, while those
-    /// that have come are loaded. `progress` is told how many are loaded.
+    /// that have come are loaded. `progress` is told how many are loaded. Those that no device has room for are left out, and that is
+    /// said.
     ///
     /// Dropped, it ends fetching; what has come stays in the cache.
     ///
@@ -136,7 +152,7 @@ impl Shard {
     ) -> Result<(), VolunteerError> {
         let (send, mut fetched) = mpsc::channel(STEP);
         let _fetching = AbortOnDropHandle::new(tokio::spawn(fetch_ahead(self.remote.clone(), experts.to_vec(), send)));
-        let (mut done, mut step, mut refused) = (0, Vec::with_capacity(STEP), None);
+        let (mut done, mut left_out, mut step, mut refused) = (0, 0, Vec::with_capacity(STEP), None);
         while fetched.recv_many(&mut step, STEP).await > 0 {
             let (mut wanted, mut pins) = (Vec::with_capacity(STEP), Vec::with_capacity(STEP));
             for found in step.drain(..) {
@@ -154,7 +170,7 @@ impl Shard {
             done += wanted.len();
             let (checkpoint, store) = (self.checkpoint.clone(), self.store.clone());
             let loaded = tokio::task::spawn_blocking(move || store.add(&checkpoint, &wanted)).await;
-            loaded.map_err(|e| VolunteerError::Compute(e.to_string()))??;
+            left_out += loaded.map_err(|e| VolunteerError::Compute(e.to_string()))??.len();
             // Loaded experts say themselves that they are in use.
             drop(pins);
             self.changed.notify_one();
@@ -164,6 +180,14 @@ impl Shard {
             }
         }
         self.intent().loading = HostedExperts::new();
+        if left_out > 0 {
+            let devices = self.devices();
+            if self.store.is_empty() {
+                return Err(VolunteerError::NoRoom { devices });
+            }
+            let (hosted, bytes) = (self.store.len(), self.store.bytes());
+            tracing::warn!(left_out, hosted, bytes, %devices, "not all experts fit on the devices: the others are hosted");
+        }
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
 }

@@ -213,6 +213,19 @@ fn experts_that_the_model_does_not_have_cannot_be_hosted() {
     contains(&error(memory), &["1024 bytes hold no expert"]);
 }
 
+#[test]
+fn a_card_that_is_not_there_is_refused_with_what_to_do() {
+    let model = tiny_moe();
+    // Of a higher number than any machine's, so that it fails where there are some too.
+    let missing =
+        error(["node", "--json", "--listen", LOOPBACK, "--device", "cuda:63", "--model", model.to_str().unwrap()]);
+    if cfg!(feature = "cuda") {
+        assert!(["NVIDIA driver", "no cuda:63"].iter().any(|why| missing.contains(why)), "{missing}");
+    } else {
+        contains(&missing, &["computes on the processor only", "--features cuda", "Dockerfile.cuda"]);
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn a_key_that_others_may_read_is_refused() {
@@ -263,6 +276,8 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),
         (&["node", "--model", model, "--experts", "0-"], "0-"),
+        (&["node", "--model", model, "--device", "metal"], "metal is not there yet"),
+        (&["node", "--model", model, "--device", "cuda:0,cpu"], "stands alone"),
         (&["node", "--model", model, "--experts", "all", "--memory", "1GiB"], "--memory"),
         (&["demo", "--nodes", "2", "--replicas", "2"], "--replicas"),
         (&["demo", "--nodes", "3", "--replicas", "1", "--kill"], "--kill"),

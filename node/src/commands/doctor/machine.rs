@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use hanse_model::{CardReport, OpenError, cards};
 use hanse_node::owner::{DataDirLock, LockError};
 use hanse_protocol::{Identity, IdentityError};
 
@@ -56,7 +57,42 @@ pub(super) fn runs(data_dir: &Path) -> bool {
 /// What computes experts.
 pub(super) fn gpu() -> Check {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    Check::ok("gpu", format!("none is used: this build computes on the CPU, which has {cores} cores"))
+    let on_cpu = |why: &str| format!("none is used: {why}; the CPU, which has {cores} cores, computes");
+    match cards() {
+        Ok(cards) => {
+            let shown: Vec<String> = cards.iter().map(card).collect();
+            Check::ok("gpu", format!("{}; the driver knows CUDA {}", shown.join("; "), driver(&cards)))
+        }
+        // A machine without a card is as good as any.
+        Err(error @ OpenError::NoDriver) => Check::ok("gpu", on_cpu(&error.to_string())),
+        Err(OpenError::NotBuilt) => {
+            Check::ok("gpu", on_cpu("this build computes on the CPU only (one for NVIDIA cards: --features cuda)"))
+        }
+        Err(error) => Check::warn(
+            "gpu",
+            on_cpu(&error.to_string()),
+            "see docs/gpu.md, or say --device cpu if there is no card to use",
+        ),
+    }
+}
+
+/// What is there, and how much of it is free.
+fn card(card: &CardReport) -> String {
+    let CardReport { card, name, capability: (major, minor), memory, .. } = card;
+    let memory = match memory {
+        Ok((free, total)) => format!("{} of {} free", output::bytes(*free), output::bytes(*total)),
+        Err(reason) => reason.clone(),
+    };
+    format!("cuda:{card} {name} (compute capability {major}.{minor}), {memory}")
+}
+
+/// The newest CUDA that the driver knows, and the driver's own version where the system tells it.
+fn driver(cards: &[CardReport]) -> String {
+    let newest = cards.first().map_or("", |card| card.driver.as_str());
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let is_version = |word: &&str| word.contains('.') && word.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let own = text.split_whitespace().find(is_version);
+    own.map_or_else(|| newest.to_owned(), |own| format!("{newest} (version {own})"))
 }
 
 /// Whether the disk that holds `dir`, which need not exist yet, is fast enough and has `needed` bytes.

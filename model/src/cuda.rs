@@ -1,0 +1,23 @@
+//! Experts on NVIDIA cards.
+//!
+//! The kernels (`cuda/kernels.cu`) are compiled ahead to PTX (`cuda/kernels.ptx`), which the driver translates for whatever card is
+//! there; nothing but the driver is needed, and that is opened at run time. They add up in the order of the CPU's kernels, so that a
+//! row has the same bits wherever it is computed.
+//!
+//! What is pure is apart from what talks to the driver: `panels` lays weights out, `plan` divides a pass into launches.
+
+mod panels;
+mod plan;
+
+#[cfg(feature = "cuda")]
+mod card;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(test)]
+mod tests;
+
+#[cfg(feature = "cuda")]
+pub(crate) use card::{cards, open};
+
+/// The kernels, as the driver reads them.
+const PTX: &str = include_str!("cuda/kernels.ptx");

@@ -1,0 +1,336 @@
+//! A card as a device: what it holds, and how a pass is computed on it.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::result::DriverError;
+
+use super::driver::{self, Context, Kernel, Memory, Module, Pinned, Stream, reason};
+use super::panels::Layout;
+use super::plan::{Class, Dtype, Group, PIECE_ROWS, Piece, Wanted, plan, room};
+use crate::device::{CardReport, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
+use crate::expert::Expert;
+
+/// Bytes that stay free on a card: for the screen, for other programs, and for what the driver itself takes.
+const MARGIN_BYTES: u64 = 512 << 20;
+/// Weights are handed over in pieces of so many bytes; while one is copied, the next is laid out.
+const UPLOAD_BYTES: usize = 4 << 20;
+/// The oldest cards that the kernels are compiled for.
+const OLDEST_CAPABILITY: (i32, i32) = (6, 0);
+/// Rows begin at a multiple of this after the groups that go with them.
+const ALIGNMENT: usize = 256;
+
+/// What the driver tells of all cards.
+pub(crate) fn cards() -> Result<Vec<CardReport>, OpenError> {
+    let (newest, count) = driver::start()?;
+    (0..count as u32)
+        .map(|card| {
+            let failed = |error| OpenError::Card { card, reason: reason(error) };
+            let (device, name, capability) = driver::look(card).map_err(failed)?;
+            let memory = Context::new(device).and_then(|context| context.memory()).map_err(reason);
+            Ok(CardReport { card, name, capability, memory, driver: version(newest) })
+        })
+        .collect()
+}
+
+/// Opens cards by their numbers, or all of them.
+pub(crate) fn open(wanted: &[u32]) -> Result<Vec<Card>, OpenError> {
+    let (_, cards) = driver::start()?;
+    let all: Vec<u32> = (0..cards as u32).collect();
+    let wanted = if wanted.is_empty() { &all } else { wanted };
+    if wanted.is_empty() {
+        return Err(OpenError::NoSuchCard { card: 0, cards });
+    }
+    wanted
+        .iter()
+        .map(|&card| if all.contains(&card) { Card::open(card) } else { Err(OpenError::NoSuchCard { card, cards }) })
+        .collect()
+}
+
+/// An NVIDIA card.
+#[derive(Debug)]
+pub(crate) struct Card {
+    name: String,
+    context: Arc<Context>,
+    kernels: BTreeMap<(bool, Class), Kernel>,
+    /// What kernels are part of.
+    _module: Module,
+    /// Two, so that one is filled while the other is computed.
+    slots: Mutex<[Slot; 2]>,
+    upload: Mutex<[(Pinned, Stream); 2]>,
+}
+
+/// An expert in a card's memory.
+struct OnCard {
+    layout: Layout,
+    memory: Memory,
+}
+
+/// Room for one piece.
+#[derive(Debug)]
+struct Slot {
+    stream: Stream,
+    /// Groups, and then rows.
+    input: Pinned,
+    output: Pinned,
+    input_on_card: Memory,
+    inner_on_card: Memory,
+    output_on_card: Memory,
+}
+
+impl Slot {
+    fn new(context: &Arc<Context>, (x, inner, y): (usize, usize, usize)) -> Result<Self, DriverError> {
+        let input = (PIECE_ROWS * size_of::<Group>()).next_multiple_of(ALIGNMENT) + 4 * x;
+        Ok(Self {
+            stream: Stream::new(context)?,
+            input: Pinned::new(context, input)?,
+            output: Pinned::new(context, 4 * y)?,
+            input_on_card: Memory::new(context, input)?,
+            inner_on_card: Memory::new(context, 4 * inner)?,
+            output_on_card: Memory::new(context, 4 * y)?,
+        })
+    }
+
+    /// Floats of input, of what lies between, and of output that there is room for.
+    fn room(&self) -> (usize, usize, usize) {
+        let input = self.input_on_card.bytes() - (PIECE_ROWS * size_of::<Group>()).next_multiple_of(ALIGNMENT);
+        (input / 4, self.inner_on_card.bytes() / 4, self.output_on_card.bytes() / 4)
+    }
+
+    /// Copies a piece's rows over and has it computed and copied back; does not wait.
+    ///
+    /// # Safety
+    /// The weights of the piece's experts live until the stream was waited for, and so does this.
+    unsafe fn begin(
+        &mut self,
+        kernels: &BTreeMap<(bool, Class), Kernel>,
+        piece: &Piece,
+        jobs: &[HeldJob<'_>],
+    ) -> Result<(), DriverError> {
+        let groups = driver::bytes_of(&piece.groups);
+        let rows_at = groups.len().next_multiple_of(ALIGNMENT);
+        self.input.bytes()[..groups.len()].copy_from_slice(groups);
+        let x = &mut self.input.floats()[rows_at / 4..][..piece.x];
+        for part in &piece.parts {
+            let job = &jobs[part.job];
+            let width = job.expert.hidden_size();
+            let padded = width.next_multiple_of(super::panels::CHUNK);
+            let rows = &job.hidden[part.rows.start * width..part.rows.end * width];
+            let to = &mut x[part.x..part.x + part.rows.len() * padded];
+            if padded == width {
+                to.copy_from_slice(rows);
+            } else {
+                for (to, row) in to.chunks_exact_mut(padded).zip(rows.chunks_exact(width)) {
+                    to[..width].copy_from_slice(row);
+                    to[width..].fill(0.0);
+                }
+            }
+        }
+        let (first, x) = (self.input_on_card.address(), self.input_on_card.address() + rows_at as u64);
+        let (inner, y) = (self.inner_on_card.address(), self.output_on_card.address());
+        // SAFETY: there is room for the piece (`Card::run` looks), the groups name places within it and weights that live, and
+        // what is copied from and to is not touched before the stream was waited for.
+        unsafe {
+            self.stream.copy_to(&mut self.input, rows_at + 4 * piece.x, &self.input_on_card, 0)?;
+            for (is_down, input, output) in [(false, x, inner), (true, inner, y)] {
+                for launch in &piece.launches {
+                    let Some(kernel) = kernels.get(&(is_down, launch.class)) else { continue };
+                    let blocks = if is_down { launch.down_blocks } else { launch.up_blocks };
+                    let groups = (first + (launch.groups.start * size_of::<Group>()) as u64, launch.groups.len());
+                    self.stream.launch(kernel, (blocks, launch.class.threads()), groups, (input, output))?;
+                }
+            }
+            self.stream.copy_from(&self.output_on_card, 4 * piece.y, &mut self.output)
+        }
+    }
+
+    /// Waits for a piece and gives each job its rows.
+    fn end(&mut self, piece: &Piece, jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
+        self.stream.wait()?;
+        let y = self.output.floats();
+        for part in &piece.parts {
+            let job = &mut jobs[part.job];
+            let width = job.expert.hidden_size();
+            let values = part.rows.len() * width;
+            job.output[part.rows.start * width..][..values].copy_from_slice(&y[part.y..part.y + values]);
+        }
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Card {
+    fn open(card: u32) -> Result<Self, OpenError> {
+        let failed = |error| OpenError::Card { card, reason: reason(error) };
+        let (device, _, capability) = driver::look(card).map_err(failed)?;
+        if capability < OLDEST_CAPABILITY {
+            return Err(OpenError::OldCard { card, capability });
+        }
+        Self::start(format!("cuda:{card}"), device).map_err(failed)
+    }
+
+    fn start(name: String, device: cudarc::driver::sys::CUdevice) -> Result<Self, DriverError> {
+        let context = Context::new(device)?;
+        let text = CString::new(super::PTX).unwrap_or_default();
+        let module = Module::new(&context, &text)?;
+        let mut kernels = BTreeMap::new();
+        for is_down in [false, true] {
+            for class in classes() {
+                let name = CString::new(kernel_name(is_down, class)).unwrap_or_default();
+                kernels.insert((is_down, class), module.kernel(name)?);
+            }
+        }
+        let slot = || Slot::new(&context, (0, 0, 0));
+        let upload = || Ok((Pinned::new(&context, UPLOAD_BYTES)?, Stream::new(&context)?));
+        Ok(Self {
+            name,
+            kernels,
+            slots: Mutex::new([slot()?, slot()?]),
+            upload: Mutex::new([upload()?, upload()?]),
+            _module: module,
+            context,
+        })
+    }
+
+    fn failed(&self, what: &'static str) -> impl Fn(DriverError) -> DeviceError + '_ {
+        move |error| DeviceError::Failed { device: self.name.clone(), what, reason: reason(error) }
+    }
+
+    fn free(&self) -> Result<u64, DeviceError> {
+        self.context.memory().map(|(free, _)| free).map_err(self.failed("asking for its free memory"))
+    }
+
+    /// Allocates where the margin stays free.
+    fn allocate<T>(&self, bytes: u64, make: impl FnOnce() -> Result<T, DriverError>) -> Result<T, DeviceError> {
+        let free_bytes = self.free()?;
+        let no_room = || DeviceError::NoRoom { device: self.name.clone(), wanted_bytes: bytes, free_bytes };
+        if free_bytes.saturating_sub(MARGIN_BYTES) < bytes {
+            return Err(no_room());
+        }
+        make().map_err(|error| match error.0 {
+            cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => no_room(),
+            _ => self.failed("allocating memory")(error),
+        })
+    }
+
+    /// Makes room for pieces, if there is not enough.
+    fn make_room(&self, wanted: (usize, usize, usize)) -> Result<(), DeviceError> {
+        let mut slots = lock(&self.slots);
+        let has = slots[0].room();
+        if wanted.0 <= has.0 && wanted.1 <= has.1 && wanted.2 <= has.2 {
+            return Ok(());
+        }
+        let wanted = (wanted.0.max(has.0), wanted.1.max(has.1), wanted.2.max(has.2));
+        let bytes = 2 * 4 * (wanted.0 + wanted.1 + wanted.2) as u64;
+        let new = || Ok([Slot::new(&self.context, wanted)?, Slot::new(&self.context, wanted)?]);
+        *slots = self.allocate(bytes, new)?;
+        Ok(())
+    }
+
+    fn upload(&self, expert: &Expert, layout: &Layout, memory: &Memory) -> Result<(), DriverError> {
+        let pieces = layout.pieces(UPLOAD_BYTES);
+        let mut buffers = lock(&self.upload);
+        for (number, piece) in pieces.iter().enumerate() {
+            let (pinned, stream) = &mut buffers[number % 2];
+            // The copy before the last, from the same buffer.
+            stream.wait()?;
+            if pinned.bytes().len() < piece.bytes {
+                *pinned = Pinned::new(&self.context, piece.bytes)?;
+            }
+            layout.write(&expert.swiglu, piece, &mut pinned.bytes()[..piece.bytes]);
+            // SAFETY: the buffer is waited for before it is used or dropped, here and below, and the memory outlives this call.
+            unsafe { stream.copy_to(pinned, piece.bytes, memory, piece.at)? };
+        }
+        buffers.iter().try_for_each(|(_, stream)| stream.wait())
+    }
+}
+
+/// All classes that there are kernels for.
+pub(super) fn classes() -> impl Iterator<Item = Class> {
+    const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+    let of = |many| DTYPES.into_iter().flat_map(move |up| DTYPES.into_iter().map(move |down| Class { many, up, down }));
+    [false, true].into_iter().flat_map(of)
+}
+
+/// The name of a class's kernel in `kernels.cu`.
+pub(super) fn kernel_name(is_down: bool, class: Class) -> String {
+    let (kernel, dtype) = if is_down { ("down", class.down) } else { ("gate_up", class.up) };
+    let dtype = match dtype {
+        Dtype::F32 => "f32",
+        Dtype::F16 => "f16",
+        Dtype::Bf16 => "bf16",
+    };
+    format!("{kernel}_{dtype}_{}", class.tile())
+}
+
+impl Device for Card {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_host(&self) -> bool {
+        false
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
+        self.free().map(|free| Some(free.saturating_sub(MARGIN_BYTES)))
+    }
+
+    fn prepare(&self, hidden_size: usize, intermediate_size: usize) -> Result<(), DeviceError> {
+        self.make_room(room(hidden_size, intermediate_size))
+    }
+
+    fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
+        let layout = Layout::of(&expert.swiglu);
+        self.make_room(room(layout.hidden_size, layout.inner_size))?;
+        let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
+        self.upload(&expert, &layout, &memory).map_err(self.failed("copying weights"))?;
+        Ok(Box::new(OnCard { layout, memory }))
+    }
+
+    fn run(&self, jobs: &mut [HeldJob<'_>]) -> Result<(), DeviceError> {
+        let wanted: Option<Vec<Wanted>> = jobs
+            .iter()
+            .map(|job| {
+                let OnCard { layout, memory } =
+                    job.expert.weights().filter(|held: &&OnCard| held.memory.is_of(&self.context))?;
+                let rows = job.hidden.len() / layout.hidden_size;
+                Some(Wanted { layout: *layout, weights: memory.address(), rows })
+            })
+            .collect();
+        let pieces = plan(&wanted.ok_or_else(|| not_held(&self.name))?);
+        let mut slots = lock(&self.slots);
+        // Each expert made room for pieces of its shape when it was taken in, and room never shrinks.
+        let room = slots[0].room();
+        assert!(
+            pieces.iter().all(|piece| piece.x <= room.0 && piece.inner <= room.1 && piece.y <= room.2),
+            "room for pieces"
+        );
+        let done = self.compute(&mut slots, &pieces, jobs);
+        if done.is_err() {
+            // Nothing of what was asked for may still use memory that its owners let go of.
+            slots.iter().for_each(|slot| _ = slot.stream.wait());
+        }
+        done.map_err(self.failed("computing"))
+    }
+}
+
+impl Card {
+    fn compute(&self, slots: &mut [Slot; 2], pieces: &[Piece], jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
+        for (number, piece) in pieces.iter().enumerate() {
+            if let Some(last) = number.checked_sub(2) {
+                slots[number % 2].end(&pieces[last], jobs)?;
+            }
+            // SAFETY: jobs keep their experts, and all pieces are waited for, here and below, or by `run` after an error.
+            unsafe { slots[number % 2].begin(&self.kernels, piece, jobs)? };
+        }
+        for number in pieces.len().saturating_sub(2)..pieces.len() {
+            slots[number % 2].end(&pieces[number], jobs)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,188 @@
+//! The pure parts, and that the PTX is that of the source. What runs on a card is in `tests/devices.rs`.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use proptest::prelude::*;
+
+use super::panels::{CHUNK, Layout};
+use super::plan::{Class, Dtype, PIECE_ROWS, Wanted, plan, room};
+use crate::Checkpoint;
+use crate::checkpoint::Swiglu;
+use crate::linear::Matrix;
+
+/// The first experts of models of all dtypes and of widths that are no whole number of chunks.
+fn swiglus() -> Vec<(PathBuf, Swiglu)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut dirs: Vec<PathBuf> = vec![root.join("examples/models/tiny-moe")];
+    for folder in ["tests/fixtures", "tests/fixtures/extra"] {
+        let entries = std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        dirs.extend(entries.filter(|path| path.join("config.json").exists()));
+    }
+    let opened = dirs.into_iter().filter_map(|dir| Some((Checkpoint::open(&dir).ok()?, dir)));
+    opened
+        .map(|(checkpoint, dir)| {
+            let (layer, _) = checkpoint.spec().moe_layers().next().unwrap();
+            (dir, checkpoint.expert(layer, 1).unwrap())
+        })
+        .collect()
+}
+
+/// The value that the kernels read as that of `column` (of a panel) and `input`, as f32. Written after `kernels.cu`, not after `panels.rs`.
+fn read(bytes: &[u8], dtype: Dtype, width: usize, panel: usize, column: usize, input: usize) -> f32 {
+    let (half, place, octets) = (column / 8, column % 8, width.div_ceil(16).div_ceil(8));
+    let (octet, chunk, thread) = (input / 128, input / 16 % 8, half * 16 + input % 16);
+    let vectors = if dtype == Dtype::F32 { 2 } else { 1 };
+    let vector = (panel * octets + octet) * 8 * vectors * 32 + place * vectors * 32 + thread;
+    let value = |at: usize, len: usize| &bytes[at..at + len];
+    match dtype {
+        Dtype::F32 => {
+            let at = (vector + chunk / 4 * 32) * 16 + chunk % 4 * 4;
+            f32::from_le_bytes(value(at, 4).try_into().unwrap())
+        }
+        Dtype::F16 => half::f16::from_le_bytes(value(vector * 16 + chunk * 2, 2).try_into().unwrap()).to_f32(),
+        Dtype::Bf16 => half::bf16::from_le_bytes(value(vector * 16 + chunk * 2, 2).try_into().unwrap()).to_f32(),
+    }
+}
+
+fn row(matrix: &Matrix, row: usize) -> Vec<f32> {
+    let mut values = vec![f32::NAN; matrix.inputs()];
+    matrix.widen_row(row, &mut values);
+    values
+}
+
+#[test]
+fn kernels_find_every_weight_where_it_lies() {
+    let swiglus = swiglus();
+    let dtypes: std::collections::BTreeSet<Dtype> =
+        swiglus.iter().map(|(_, swiglu)| Layout::of(swiglu).up_dtype.into()).collect();
+    assert_eq!(dtypes.into_iter().collect::<Vec<_>>(), [Dtype::F32, Dtype::F16, Dtype::Bf16]);
+    for (dir, swiglu) in swiglus {
+        let layout = Layout::of(&swiglu);
+        let mut bytes = vec![0xff; layout.bytes()];
+        let pieces = layout.pieces(20_000);
+        let mut rest = bytes.as_mut_slice();
+        for piece in &pieces {
+            let (own, others) = rest.split_at_mut(piece.bytes);
+            layout.write(&swiglu, piece, own);
+            rest = others;
+        }
+        assert!(rest.is_empty() && pieces.windows(2).all(|pair| pair[0].at + pair[0].bytes == pair[1].at));
+        let (up, down) = bytes.split_at(layout.down_at());
+        let (width, inner) = (swiglu.gate_proj.inputs(), swiglu.gate_proj.outputs());
+        for number in 0..layout.inner_size {
+            let (panel, half, place) = (number / 8, number % 8 / 4, number % 4);
+            for (matrix, first) in [(&swiglu.gate_proj, 0), (&swiglu.up_proj, 4)] {
+                let expected = if number < inner { row(matrix, number) } else { vec![0.0; width] };
+                for (input, expected) in expected.iter().enumerate() {
+                    let found = read(up, layout.up_dtype.into(), width, panel, half * 8 + first + place, input);
+                    assert_eq!(found.to_bits(), expected.to_bits(), "{} {number} {input}", dir.display());
+                }
+            }
+        }
+        for number in 0..width {
+            for (input, expected) in row(&swiglu.down_proj, number).iter().enumerate() {
+                let found = read(down, layout.down_dtype.into(), layout.inner_size, number / 16, number % 16, input);
+                assert_eq!(found.to_bits(), expected.to_bits(), "{} {number} {input}", dir.display());
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_pass_computes_every_row_once_in_few_launches(rows in proptest::collection::vec(0usize..700, 0..20), which in 0usize..100) {
+        static LAYOUTS: LazyLock<Vec<Layout>> = LazyLock::new(|| swiglus().iter().map(|(_, swiglu)| Layout::of(swiglu)).collect());
+        let layouts = &*LAYOUTS;
+        let jobs: Vec<Wanted> = rows
+            .iter()
+            .enumerate()
+            .map(|(job, &rows)| Wanted { layout: layouts[(job + which) % layouts.len()], weights: (job as u64 + 1) << 32, rows })
+            .collect();
+        let rooms = || layouts.iter().map(|layout| room(layout.hidden_size, layout.inner_size));
+        let most = |of: fn((usize, usize, usize)) -> usize| rooms().map(of).max().unwrap();
+        let mut next = vec![0; jobs.len()];
+        for piece in plan(&jobs) {
+            let (mut x, mut y) = (0, 0);
+            for part in &piece.parts {
+                prop_assert_eq!((part.rows.start, part.x, part.y), (next[part.job], x, y));
+                next[part.job] = part.rows.end;
+                let layout = jobs[part.job].layout;
+                x += part.rows.len() * layout.x_size();
+                y += part.rows.len() * layout.hidden_size;
+            }
+            prop_assert_eq!((piece.x, piece.y, piece.groups.len()), (x, y, piece.parts.len()));
+            prop_assert!(piece.parts.iter().map(|part| part.rows.len()).sum::<usize>() <= PIECE_ROWS);
+            prop_assert!(piece.x <= most(|room| room.0) && piece.inner <= most(|room| room.1) && piece.y <= most(|room| room.2));
+            let classes: Vec<Class> = piece.launches.iter().map(|launch| launch.class).collect();
+            prop_assert!(classes.is_sorted_by(|a, b| a < b), "each class once: {classes:?}");
+            let mut taken = vec![false; piece.inner];
+            let mut first = 0;
+            for launch in &piece.launches {
+                prop_assert_eq!(launch.groups.start, first);
+                first = launch.groups.end;
+                let (mut up, mut down) = (0, 0);
+                for group in &piece.groups[launch.groups.clone()] {
+                    prop_assert_eq!((group.blocks_before_up, group.blocks_before_down), (up, down));
+                    let part = piece.parts.iter().find(|part| part.x as u64 == group.x && part.y as u64 == group.y);
+                    let part = part.unwrap();
+                    let wanted = jobs[part.job];
+                    prop_assert_eq!((group.gate_up, group.rows as usize), (wanted.weights, part.rows.len()));
+                    prop_assert_eq!(launch.class.many, part.rows.len() > 2);
+                    let inner = group.inner as usize;
+                    for place in &mut taken[inner..inner + part.rows.len() * wanted.layout.inner_size] {
+                        prop_assert!(!std::mem::replace(place, true), "rows between share no place");
+                    }
+                    up += covered(group.rows, group.side, launch.class, wanted.layout.inner_size / 8);
+                    down += covered(group.rows, group.side, launch.class, wanted.layout.hidden_size.div_ceil(16));
+                }
+                prop_assert_eq!((launch.up_blocks, launch.down_blocks), (up, down));
+            }
+            prop_assert!(first == piece.groups.len() && taken.into_iter().all(|taken| taken));
+        }
+        prop_assert_eq!(next, rows);
+    }
+}
+
+/// Blocks that compute each tile and panel once, found by doing what the kernels do. Written after `find_tile` in `kernels.cu`.
+fn covered(rows: u32, side: u32, class: Class, panels: usize) -> u32 {
+    let (warps, tiles) = (class.threads() / 32, (rows as usize).div_ceil(class.tile()));
+    let row_blocks = (tiles as u32).div_ceil(1 << side);
+    let mut seen = vec![vec![false; panels]; tiles];
+    let mut block = 0;
+    while seen.iter().flatten().any(|seen| !seen) {
+        for warp in 0..warps {
+            let tile = ((block % row_blocks) << side) + (warp & ((1 << side) - 1));
+            let panel = block / row_blocks * (warps >> side) + (warp >> side);
+            if let Some(seen) = seen.get_mut(tile as usize).and_then(|row| row.get_mut(panel as usize)) {
+                assert!(!std::mem::replace(seen, true));
+            }
+        }
+        block += 1;
+        assert!(block < 100_000);
+    }
+    // The last blocks may have warps without work, but each has some with.
+    block
+}
+
+#[test]
+fn the_ptx_is_made_of_the_source_and_has_every_kernel() {
+    let hash = blake3::hash(include_bytes!("kernels.cu"));
+    let first = super::PTX.lines().next().unwrap();
+    assert!(first.contains(&hash.to_hex().to_string()), "kernels.cu has changed: run tests/cuda/ptx.sh; {first}");
+    for kernel in ["gate_up", "down"] {
+        for dtype in ["f32", "f16", "bf16"] {
+            for rows in [2, 8] {
+                let entry = format!(".visible .entry {kernel}_{dtype}_{rows}(");
+                assert!(super::PTX.contains(&entry), "{entry}");
+            }
+        }
+    }
+    // Older drivers and cards read no later ones.
+    assert!(super::PTX.contains("\n.version 7.8\n") && super::PTX.contains("\n.target sm_60\n"));
+    // Sums are fused where the source says so and nowhere else, and nothing is approximated or flushed to zero.
+    for inexact in [".ftz", ".approx", ".full", "ex2", "mad.f32", "mad.rn"] {
+        assert!(!super::PTX.contains(inexact), "{inexact}");
+    }
+    assert_eq!(CHUNK, 16);
+}

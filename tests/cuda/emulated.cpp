@@ -1,0 +1,271 @@
+// A driver without a card: libcuda.so.1 for tests. It has the functions that hanse calls, keeps a card's memory in the host's, and
+// runs model/src/cuda/kernels.cu itself, thread by thread, so that everything but the hardware is tried. See emulated.sh.
+//
+// HANSE_EMULATED_CARDS: how many cards (1). HANSE_EMULATED_BYTES: memory of each (4 GiB). HANSE_EMULATED_FAIL: card:launch, such as
+// 0:20: that launch of that card fails, and everything that is asked of the card from then on.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+// --- what the source takes for CUDA ---
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct Index {
+    unsigned x;
+};
+static thread_local Index blockIdx, threadIdx, blockDim;
+
+// Memory that kernels may read; everything else ends the process, as it would the launch.
+static void check_read(const void *at, size_t bytes);
+
+template <class T> static inline T __ldg(const T *from) {
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) {
+        std::fprintf(stderr, "a load of %zu bytes from an address that is no multiple of it\n", sizeof(T));
+        std::abort();
+    }
+    check_read(from, sizeof(T));
+    return *from;
+}
+static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+static inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+static inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : static_cast<int>(std::nearbyint(value)); }
+static inline float emulated_half(unsigned short bits) {
+    const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+    const float size = exponent ? std::ldexp(static_cast<float>(1024 + mantissa), static_cast<int>(exponent) - 25)
+                                : std::ldexp(static_cast<float>(mantissa), -24);
+    return sign ? -size : size;
+}
+#define half_to_float emulated_half
+
+// The threads of a warp take turns: each runs until it gives a value to another one. What a function keeps for its caller goes on
+// the stack, and the stack is changed.
+#ifndef __x86_64__
+#error "the emulated card runs on x86-64"
+#endif
+extern "C" void hanse_switch_stack(void **from, void *to);
+asm(R"(
+.text
+hanse_switch_stack:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+)");
+
+static thread_local struct Warp {
+    void *scheduler, *threads[32];
+    std::vector<char> stacks[32];
+    float given[32];
+    bool done[32];
+    int now;
+} warp;
+
+static void give_way() { hanse_switch_stack(&warp.threads[warp.now], warp.scheduler); }
+
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    const int thread = warp.now;
+    warp.given[thread] = value;
+    give_way();
+    const float taken = warp.given[thread ^ mask];
+    give_way();
+    return taken;
+}
+
+#include "../../model/src/cuda/kernels.cu"
+
+// --- the card ---
+
+typedef int CUresult;
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
+
+static size_t setting(const char *name, size_t other) {
+    const char *value = std::getenv(name);
+    return value ? std::strtoull(value, nullptr, 10) : other;
+}
+
+struct Card {
+    size_t total = setting("HANSE_EMULATED_BYTES", size_t(4) << 30), used = 0, launches = 0, fails_at = 0;
+    bool lost = false;
+};
+static std::mutex mutex;
+static std::map<uintptr_t, std::pair<size_t, Card *>> allocated;
+
+static std::vector<Card> &cards() {
+    static std::vector<Card> cards = [] {
+        std::vector<Card> made(setting("HANSE_EMULATED_CARDS", 1));
+        unsigned card;
+        unsigned long long launch;
+        const char *fail = std::getenv("HANSE_EMULATED_FAIL");
+        if (fail && std::sscanf(fail, "%u:%llu", &card, &launch) == 2 && card < made.size()) made[card].fails_at = launch;
+        return made;
+    }();
+    return cards;
+}
+
+static thread_local Card *current;
+struct Stream {
+    Card *card;
+};
+
+static void check_read(const void *at, size_t bytes) {
+    static thread_local uintptr_t first = 0, last = 0;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    if (address >= first && address + bytes <= last) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = allocated.upper_bound(address);
+    if (found != allocated.begin() && address + bytes <= (--found)->first + found->second.first && found->second.second == current) {
+        first = found->first;
+        last = found->first + found->second.first;
+        return;
+    }
+    std::fprintf(stderr, "a kernel reads %zu bytes that are not the card's\n", bytes);
+    std::abort();
+}
+
+typedef void (*KernelFunction)(const Group *, unsigned, const float *, float *);
+#define ENTRY(kernel, name, rows) {#kernel "_" #name "_" #rows, kernel##_##name##_##rows}
+#define BOTH(name, rows) ENTRY(gate_up, name, rows), ENTRY(down, name, rows)
+static const std::map<std::string, KernelFunction> KERNELS_BY_NAME = {BOTH(f32, 2), BOTH(f32, 8), BOTH(f16, 2), BOTH(f16, 8), BOTH(bf16, 2), BOTH(bf16, 8)};
+
+static thread_local struct Call {
+    KernelFunction function;
+    const Group *groups;
+    unsigned count;
+    const float *input;
+    float *output;
+} call;
+
+static void thread_body() {
+    call.function(call.groups, call.count, call.input, call.output);
+    warp.done[warp.now] = true;
+    give_way();
+}
+
+static void run_warp(unsigned first_thread) {
+    for (int i = 0; i < 32; i++) {
+        warp.done[i] = false;
+        warp.stacks[i].resize(64 << 10);
+        uintptr_t top = reinterpret_cast<uintptr_t>(warp.stacks[i].data() + warp.stacks[i].size()) & ~uintptr_t(15);
+        // Six registers, where to begin, and where that would return to.
+        void **stack = reinterpret_cast<void **>(top) - 8;
+        std::memset(stack, 0, 8 * sizeof(void *));
+        stack[6] = reinterpret_cast<void *>(thread_body);
+        warp.threads[i] = stack;
+    }
+    for (int left = 32; left > 0;) {
+        left = 0;
+        for (warp.now = 0; warp.now < 32; warp.now++) {
+            if (warp.done[warp.now]) continue;
+            threadIdx.x = first_thread + warp.now;
+            hanse_switch_stack(&warp.scheduler, warp.threads[warp.now]);
+            left += !warp.done[warp.now];
+        }
+    }
+}
+
+#define API extern "C" __attribute__((visibility("default"))) CUresult
+#define ALIVE() do { if (!current) return INVALID_VALUE; if (current->lost) return LAUNCH_FAILED; } while (0)
+
+API cuInit(unsigned) { return cards().empty() ? 100 : SUCCESS; }
+API cuDriverGetVersion(int *version) { return *version = 12040, SUCCESS; }
+API cuGetErrorName(CUresult error, const char **text) { return *text = error == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : error == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR", SUCCESS; }
+API cuGetErrorString(CUresult error, const char **text) { return *text = error == LAUNCH_FAILED ? "unspecified launch failure" : error == 100 ? "no CUDA-capable device is detected" : "an error", SUCCESS; }
+API cuDeviceGetCount(int *count) { return *count = static_cast<int>(cards().size()), SUCCESS; }
+API cuDeviceGet(int *device, int number) { return *device = number, number < static_cast<int>(cards().size()) ? SUCCESS : INVALID_VALUE; }
+API cuDeviceGetName(char *name, int size, int) { return std::snprintf(name, size, "Emulated card"), SUCCESS; }
+API cuDeviceGetAttribute(int *value, int attribute, int) { return *value = attribute == 75 ? 9 : 0, SUCCESS; }
+API cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &cards()[device], SUCCESS; }
+API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API cuCtxSetCurrent(void *context) { return current = static_cast<Card *>(context), SUCCESS; }
+API cuMemGetInfo_v2(size_t *free, size_t *total) {
+    ALIVE();
+    std::lock_guard<std::mutex> lock(mutex);
+    return *free = current->total - current->used, *total = current->total, SUCCESS;
+}
+API cuMemAlloc_v2(uintptr_t *at, size_t bytes) {
+    ALIVE();
+    std::lock_guard<std::mutex> lock(mutex);
+    if (current->used + bytes > current->total) return OUT_OF_MEMORY;
+    // Whoever reads what nobody wrote gets no zeros.
+    void *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    std::memset(memory, 0xff, bytes);
+    allocated[*at = reinterpret_cast<uintptr_t>(memory)] = {bytes, current};
+    return current->used += bytes, SUCCESS;
+}
+API cuMemFree_v2(uintptr_t at) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = allocated.find(at);
+    if (found == allocated.end()) std::abort();
+    found->second.second->used -= found->second.first;
+    allocated.erase(found);
+    std::free(reinterpret_cast<void *>(at));
+    return SUCCESS;
+}
+API cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), *at ? SUCCESS : OUT_OF_MEMORY; }
+API cuMemFreeHost(void *at) { return std::free(at), SUCCESS; }
+API cuStreamCreate(Stream **stream, unsigned) { ALIVE(); return *stream = new Stream{current}, SUCCESS; }
+API cuStreamDestroy_v2(Stream *stream) { return delete stream, SUCCESS; }
+API cuStreamSynchronize(Stream *stream) { return stream->card->lost ? LAUNCH_FAILED : SUCCESS; }
+static CUresult copy(Stream *stream, void *to, const void *from, size_t bytes, uintptr_t on_card) {
+    ALIVE();
+    if (stream->card != current) return INVALID_VALUE;
+    // An empty copy is of nothing.
+    if (bytes) check_read(reinterpret_cast<void *>(on_card), bytes);
+    return std::memcpy(to, from, bytes), SUCCESS;
+}
+API cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, Stream *stream) { return copy(stream, reinterpret_cast<void *>(to), from, bytes, to); }
+API cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, Stream *stream) { return copy(stream, to, reinterpret_cast<const void *>(from), bytes, from); }
+API cuModuleLoadData(void **module, const void *text) { return *module = const_cast<void *>(text), std::strstr(static_cast<const char *>(text), ".version") ? SUCCESS : INVALID_VALUE; }
+API cuModuleUnload(void *) { return SUCCESS; }
+API cuModuleGetFunction(const KernelFunction **function, void *, const char *name) {
+    auto found = KERNELS_BY_NAME.find(name);
+    return found == KERNELS_BY_NAME.end() ? NOT_FOUND : (*function = &found->second, SUCCESS);
+}
+API cuLaunchKernel(const KernelFunction *function, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, Stream *stream, void **arguments, void **) {
+    ALIVE();
+    if (stream->card != current || blocks == 0 || threads == 0 || threads % 32) return INVALID_VALUE;
+    if (++current->launches == current->fails_at) {
+        current->lost = true;
+        // As on a card, the launch is accepted; whoever waits for it hears of it.
+        return SUCCESS;
+    }
+    call = {*function, *static_cast<const Group **>(arguments[0]), *static_cast<unsigned *>(arguments[1]), *static_cast<const float **>(arguments[2]), *static_cast<float **>(arguments[3])};
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (unsigned thread = 0; thread < threads; thread += 32) run_warp(thread);
+    return SUCCESS;
+}
