@@ -1,0 +1,138 @@
+//! A curve as a picture: an SVG with text as text, on white, so that it can be read on pages of any colour.
+
+use anyhow::anyhow;
+use plotters::prelude::*;
+
+use super::curve::{Curve, Scale, Series, digits};
+
+const SIZE: (u32, u32) = (760, 440);
+/// Told apart by people who see few colours, and in print.
+const COLOURS: [RGBColor; 5] =
+    [RGBColor(0, 90, 181), RGBColor(204, 85, 0), RGBColor(0, 130, 90), RGBColor(150, 60, 150), RGBColor(90, 90, 90)];
+const TEXT: (&str, i32) = ("sans-serif", 14);
+/// Half the width of the ends of a measured spread, in pixels.
+const CAP: i32 = 4;
+
+/// The picture of `curve`.
+pub(super) fn svg(curve: &Curve) -> anyhow::Result<String> {
+    let mut text = String::new();
+    draw(curve, SVGBackend::with_string(&mut text, SIZE)).map_err(|e| anyhow!("cannot draw {}: {e}", curve.name))?;
+    Ok(text)
+}
+
+/// From the least to the most of `values`, with a little room; from zero where the scale has one.
+fn range(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> std::ops::Range<f64> {
+    let places = values.map(|value| scale.place(value)).filter(|place| place.is_finite());
+    let most = places.clone().fold(f64::MIN, f64::max);
+    let least = if scale == Scale::Linear { 0.0 } else { places.fold(f64::MAX, f64::min) };
+    let room = ((most - least) * 0.06).max(0.05);
+    let first = if scale == Scale::Linear { 0.0 } else { least - room };
+    first..most + room
+}
+
+fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error::Error>> {
+    let root = backend.into_drawing_area();
+    root.fill(&WHITE)?;
+    let points = || curve.series.iter().flat_map(|series| &series.points);
+    let (x_scale, y_scale) = (curve.x.scale, curve.y.scale);
+    let across = range(x_scale, points().map(|point| point.x));
+    let up = range(y_scale, points().flat_map(|point| [point.least, point.most, point.law]));
+    let mut chart = ChartBuilder::on(&root)
+        .caption(curve.title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(48)
+        .y_label_area_size(70)
+        .build_cartesian_2d(across, up)?;
+    chart
+        .configure_mesh()
+        .x_desc(curve.x.label)
+        .y_desc(curve.y.label)
+        .x_label_formatter(&|place| tick(x_scale, *place))
+        .y_label_formatter(&|place| tick(y_scale, *place))
+        .axis_desc_style(TEXT)
+        .label_style(("sans-serif", 12))
+        .light_line_style(WHITE)
+        .bold_line_style(RGBColor(225, 225, 225))
+        .draw()?;
+    for (series, colour) in curve.series.iter().zip(COLOURS.iter().cycle()) {
+        let at = |x: f64, y: f64| (x_scale.place(x), y_scale.place(y));
+        let law = series.points.iter().map(|point| at(point.x, point.law));
+        chart
+            .draw_series(LineSeries::new(law, colour.stroke_width(2)))?
+            .label(named(series, "the law"))
+            .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+        let spread = series.points.iter().map(|point| {
+            let place = |y| y_scale.place(y) - y_scale.place(point.median);
+            // In the backend's pixels there is no place for values, so the spread is drawn in values and its ends in pixels.
+            (at(point.x, point.median), place(point.least), place(point.most))
+        });
+        for ((x, y), down, up) in spread {
+            chart.draw_series([PathElement::new([(x, y + down), (x, y + up)], colour.stroke_width(1))])?;
+            let cap = |y| EmptyElement::at((x, y)) + PathElement::new([(-CAP, 0), (CAP, 0)], colour.stroke_width(1));
+            chart.draw_series([cap(y + down), cap(y + up)])?;
+        }
+        let measured = series.points.iter().map(|point| Circle::new(at(point.x, point.median), 4, colour.filled()));
+        chart
+            .draw_series(measured)?
+            .label(named(series, "measured"))
+            .legend(|(x, y)| Circle::new((x + 10, y), 4, colour.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .background_style(WHITE)
+        .border_style(RGBColor(200, 200, 200))
+        .label_font(("sans-serif", 12))
+        .position(legend_place(curve))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+fn named(series: &Series, what: &str) -> String {
+    if series.name.is_empty() { what.to_owned() } else { format!("{}, {what}", series.name) }
+}
+
+/// Where the curve is not: a curve that falls leaves the upper right, one that rises the upper left.
+fn legend_place(curve: &Curve) -> SeriesLabelPosition {
+    let rises = |series: &Series| series.points.last().zip(series.points.first()).is_some_and(|(b, a)| b.law > a.law);
+    if curve.series.iter().any(rises) { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::UpperRight }
+}
+
+/// A mark that lies between two powers says nothing on a logarithmic scale of few powers.
+fn tick(scale: Scale, place: f64) -> String {
+    if scale == Scale::Log2 && (place - place.round()).abs() > 1e-6 {
+        return String::new();
+    }
+    digits(scale.value(place))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::curve::{Axis, Rounds};
+    use super::*;
+
+    #[test]
+    fn a_picture_has_its_text_as_text_and_a_mark_for_every_point() {
+        let mut rounds = Rounds::default();
+        for x in [1.0, 2.0, 16.0] {
+            rounds.add(x, 100.0 / x, 90.0 / x);
+            rounds.add(x, 110.0 / x, 90.0 / x);
+        }
+        for scale in [Scale::Linear, Scale::Log10] {
+            let curve = Curve {
+                name: "peers",
+                title: "Tokens per second",
+                x: Axis { label: "peers", scale: Scale::Log2 },
+                y: Axis { label: "tokens/s", scale },
+                series: vec![rounds.series("20 ms")],
+            };
+            let picture = svg(&curve).unwrap();
+            for text in ["Tokens per second", "peers", "tokens/s", "20 ms, the law", "20 ms, measured", "16"] {
+                assert!(picture.contains(&format!("\n{text}\n")), "{text} in {picture}");
+            }
+            assert!(picture.contains("<text"));
+            assert_eq!(picture.matches("<circle").count(), 3 + 1, "and one in the legend");
+            assert!(picture.contains("fill=\"#FFFFFF\""), "a background of its own");
+        }
+    }
+}
