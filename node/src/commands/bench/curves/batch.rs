@@ -31,7 +31,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
         net.path(setup, 0.0, 0.0).await?;
         let mut laws = Vec::new();
         for (sequences, passes) in SEQUENCES.into_iter().zip(&recorded) {
-            let served_ms = record::mean_ms(&net.replay(passes).await?);
+            let served_ms = record::median_ms(&net.replay(passes).await?);
             let trunk_ms = setup.trunk_ms(prompts(sequences), setup.max_tokens, passes).await?;
             laws.push(law::step(trunk_ms, served_ms, setup.layers(), ROUND_TRIP_MS));
         }

@@ -1,6 +1,9 @@
 //! A curve as a picture: an SVG with text as text, on white, so that it can be read on pages of any colour.
 
+use std::ops::Range;
+
 use anyhow::anyhow;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 
 use super::curve::{Curve, Scale, Series, digits};
@@ -9,7 +12,11 @@ const SIZE: (u32, u32) = (760, 440);
 /// Told apart by people who see few colours, and in print.
 const COLOURS: [RGBColor; 5] =
     [RGBColor(0, 90, 181), RGBColor(204, 85, 0), RGBColor(0, 130, 90), RGBColor(150, 60, 150), RGBColor(90, 90, 90)];
-const TEXT: (&str, i32) = ("sans-serif", 14);
+const TEXT: (&str, i32) = ("sans-serif", 17);
+/// The most marks of a linear axis.
+const TICKS: f64 = 10.0;
+/// Between two powers of ten.
+const ROUND: [f64; 3] = [1.0, 2.0, 5.0];
 /// Half the width of the ends of a measured spread, in pixels.
 const CAP: i32 = 4;
 
@@ -21,7 +28,7 @@ pub(super) fn svg(curve: &Curve) -> anyhow::Result<String> {
 }
 
 /// From the least to the most of `values`, with a little room; from zero where the scale has one.
-fn range(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> std::ops::Range<f64> {
+fn range(scale: Scale, values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
     let places = values.map(|value| scale.place(value)).filter(|place| place.is_finite());
     let most = places.clone().fold(f64::MIN, f64::max);
     let least = if scale == Scale::Linear { 0.0 } else { places.fold(f64::MAX, f64::min) };
@@ -38,20 +45,20 @@ fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error
     let across = range(x_scale, points().map(|point| point.x));
     let up = range(y_scale, points().flat_map(|point| [point.least, point.most, point.law]));
     let mut chart = ChartBuilder::on(&root)
-        .caption(curve.title, ("sans-serif", 18))
+        .caption(curve.title, ("sans-serif", 21))
         .margin(12)
         .x_label_area_size(48)
         .y_label_area_size(70)
-        .build_cartesian_2d(across, up)?;
+        .build_cartesian_2d(Places::new(x_scale, across), Places::new(y_scale, up))?;
     chart
         .configure_mesh()
         .x_desc(curve.x.label)
         .y_desc(curve.y.label)
-        .x_label_formatter(&|place| tick(x_scale, *place))
-        .y_label_formatter(&|place| tick(y_scale, *place))
+        .x_label_formatter(&|place| digits(x_scale.value(*place)))
+        .y_label_formatter(&|place| digits(y_scale.value(*place)))
+        .max_light_lines(0)
         .axis_desc_style(TEXT)
-        .label_style(("sans-serif", 12))
-        .light_line_style(WHITE)
+        .label_style(("sans-serif", 15))
         .bold_line_style(RGBColor(225, 225, 225))
         .draw()?;
     for (series, colour) in curve.series.iter().zip(COLOURS.iter().cycle()) {
@@ -81,7 +88,7 @@ fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error
         .configure_series_labels()
         .background_style(WHITE)
         .border_style(RGBColor(200, 200, 200))
-        .label_font(("sans-serif", 12))
+        .label_font(("sans-serif", 15))
         .position(legend_place(curve))
         .draw()?;
     root.present()?;
@@ -98,18 +105,65 @@ fn legend_place(curve: &Curve) -> SeriesLabelPosition {
     if curve.series.iter().any(rises) { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::UpperRight }
 }
 
-/// A mark that lies between two powers says nothing on a logarithmic scale of few powers.
-fn tick(scale: Scale, place: f64) -> String {
-    if scale == Scale::Log2 && (place - place.round()).abs() > 1e-6 {
-        return String::new();
+/// An axis in places, with marks of our own.
+struct Places {
+    range: Range<f64>,
+    marks: Vec<f64>,
+}
+
+impl Places {
+    fn new(scale: Scale, range: Range<f64>) -> Self {
+        Self { marks: ticks(scale, &range), range }
     }
-    digits(scale.value(place))
+}
+
+impl Ranged for Places {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, place: &f64, (first, last): (i32, i32)) -> i32 {
+        let part = (place - self.range.start) / (self.range.end - self.range.start);
+        first + (part * f64::from(last - first)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.marks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
+/// Places of round values within `range`: steps of 1, 2 or 5 times a power of ten, powers of two, or 1, 2 and 5 times powers of ten.
+fn ticks(scale: Scale, range: &Range<f64>) -> Vec<f64> {
+    let powers = |most: i32| (-most..=most).flat_map(move |power| ROUND.map(|round| round * 10f64.powi(power)));
+    let places: Vec<f64> = match scale {
+        Scale::Linear => {
+            let wide = range.end - range.start;
+            let step = powers(12).find(|step| wide / step <= TICKS).unwrap_or(wide);
+            (0..).map(|i| f64::from(i) * step).take_while(|place| *place <= range.end).collect()
+        }
+        Scale::Log2 => (-30..=30).map(f64::from).collect(),
+        Scale::Log10 => powers(12).map(f64::log10).collect(),
+    };
+    places.into_iter().filter(|place| range.contains(place)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::curve::{Axis, Rounds};
     use super::*;
+
+    #[test]
+    fn axes_have_round_values() {
+        let values = |scale: Scale, range| -> Vec<String> {
+            ticks(scale, &range).into_iter().map(|place| digits(scale.value(place))).collect()
+        };
+        assert_eq!(values(Scale::Linear, 0.0..106.0), ["0", "20", "40", "60", "80", "100"]);
+        assert_eq!(values(Scale::Log2, -0.2..4.2), ["1", "2", "4", "8", "16"]);
+        assert_eq!(values(Scale::Log10, 0.2..2.8), ["2", "5", "10", "20", "50", "100", "200", "500"]);
+    }
 
     #[test]
     fn a_picture_has_its_text_as_text_and_a_mark_for_every_point() {

@@ -25,7 +25,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
     net.path(setup, 0.0, 0.0).await?;
     let mut rounds = Rounds::default();
     for round in 0..=setup.rounds {
-        let served_ms = record::mean_ms(&net.replay(&passes).await?);
+        let served_ms = record::median_ms(&net.replay(&passes).await?);
         let short_ms = setup.trunk_ms(prompt(least), tokens, &passes).await?;
         let long_ms = setup.trunk_ms(prompt(most), tokens, &passes).await?;
         for context in contexts {

@@ -24,7 +24,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
     let mut rounds = Rounds::default();
     for round in 0..setup.rounds {
         net.path(setup, 0.0, 0.0).await?;
-        let served_ms = record::mean_ms(&net.replay(&passes).await?);
+        let served_ms = record::median_ms(&net.replay(&passes).await?);
         let trunk_ms = setup.trunk_ms(prompt(), setup.max_tokens, &passes).await?;
         let base_ms = law::step(trunk_ms, served_ms, setup.layers(), ROUND_TRIP_MS);
         for percent in LOSS_PERCENT {
@@ -33,7 +33,8 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
             net.path(setup, ROUND_TRIP_MS, path.loss).await?;
             let law_ms = base_ms + lost_ms(setup, &net, &passes, path);
             let decoded = decode(&net.client, prompt(), setup.tokens_for(law_ms / TIMES_AS_LONG)).await?;
-            rounds.add(percent, decoded.tokens_per_second, 1e3 / law_ms);
+            // The mean: what is lost is rare, and costs much.
+            rounds.add(percent, decoded.mean_tokens_per_second, 1e3 / law_ms);
         }
     }
     net.stop().await;

@@ -11,6 +11,7 @@ use hanse_node::ExpertsSpec;
 use hanse_node::testnet::{Shape, Testnet, TestnetConfig};
 use hanse_protocol::{Identity, ModelId, WireDtype};
 use hanse_router::client::layout_of;
+use hanse_router::stats::quantile_of;
 use hanse_router::{
     Client, EngineConfig, ExpertLayout, GenerateRequest, NetworkConfig, NetworkUse, RemoteExperts, Summary,
 };
@@ -129,18 +130,18 @@ impl Setup {
         Ok((step_ms - self.experts_ms(passes).await?).max(0.0))
     }
 
-    /// What the experts of a pass take in this process, in milliseconds, on average.
+    /// What the experts of a pass take in this process, in milliseconds.
     pub(super) async fn experts_ms(&self, passes: &Arc<Vec<Pass>>) -> anyhow::Result<f64> {
         let (mut experts, passes) = (self.experts.clone(), passes.clone());
         let times = tokio::task::spawn_blocking(move || record::replay(&mut experts, &passes)).await??;
-        Ok(record::mean_ms(&times))
+        Ok(record::median_ms(&times))
     }
 
     /// The same, of each pass.
     pub(super) async fn each_experts_ms(&self, passes: &Arc<Vec<Pass>>) -> anyhow::Result<Vec<f64>> {
         let (mut experts, passes) = (self.experts.clone(), passes.clone());
         let times = tokio::task::spawn_blocking(move || record::replay(&mut experts, &passes)).await??;
-        Ok(times.iter().map(|times| record::mean_ms(std::slice::from_ref(times))).collect())
+        Ok(times.iter().map(|times| record::median_ms(std::slice::from_ref(times))).collect())
     }
 }
 
@@ -226,10 +227,12 @@ pub(super) const PROMPT: usize = 16;
 /// What generations did that advanced together.
 #[derive(Debug)]
 pub(super) struct Decoded {
-    /// A decode step of all of them, in milliseconds.
+    /// A decode step of all of them, in milliseconds: the median, so that what else the machine does counts less.
     pub(super) step_ms: f64,
-    /// Tokens of all of them in a second.
+    /// Tokens of all of them in a second, if each step took as long as that one.
     pub(super) tokens_per_second: f64,
+    /// Tokens of all of them in a second, as they came.
+    pub(super) mean_tokens_per_second: f64,
     /// Until the first prompt's last logits.
     pub(super) prefill_ms: f64,
     /// Bytes of hidden states and assignments in the first one's decode steps, by step.
@@ -256,18 +259,23 @@ pub(super) async fn decode(client: &Client, prompts: Vec<Vec<u32>>, tokens: usiz
     let ended: Vec<(Vec<Instant>, Vec<NetworkUse>, Summary)> = futures::future::try_join_all(running).await?;
     let first = ended.iter().filter_map(|(times, ..)| times.first()).max().context("no token")?;
     let last = ended.iter().filter_map(|(times, ..)| times.last()).min().context("no token")?;
-    let between = ended.iter().flat_map(|(times, ..)| times).filter(|time| *time > first && *time <= last).count();
+    let is_between = |time: &&Instant| *time >= first && *time <= last;
+    let between = ended.iter().flat_map(|(times, ..)| times).filter(|time| is_between(time) && *time > first).count();
     let seconds = last.saturating_duration_since(*first).as_secs_f64();
-    if between == 0 || seconds == 0.0 {
+    // All of them get a token in each step.
+    let own: Vec<&Instant> = ended.iter().take(1).flat_map(|(times, ..)| times.iter().filter(is_between)).collect();
+    let steps = own.windows(2).map(|pair| pair[1].saturating_duration_since(*pair[0]).as_secs_f64() * 1e3).collect();
+    let step_ms = quantile_of(steps, 0.5);
+    if between == 0 || seconds == 0.0 || step_ms == 0.0 {
         bail!("nothing to time: give more --max-tokens");
     }
     let (_, uses, summary) = ended.first().context("no generation")?;
     let bytes = |used: &NetworkUse| (used.bytes_sent + used.bytes_received) as f64;
     let counted = uses.last().map_or(0.0, bytes) - uses.first().map_or(0.0, bytes);
-    let tokens_per_second = between as f64 / seconds;
     Ok(Decoded {
-        step_ms: count as f64 * 1e3 / tokens_per_second,
-        tokens_per_second,
+        step_ms,
+        tokens_per_second: count as f64 * 1e3 / step_ms,
+        mean_tokens_per_second: between as f64 / seconds,
         prefill_ms: summary.timings.prefill.as_secs_f64() * 1e3,
         counted_bytes: counted / (uses.len().max(2) - 1) as f64,
     })

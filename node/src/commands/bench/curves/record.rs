@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hanse_model::{Experts, ExpertsError, KvCache, LocalExperts, LogitsWanted, Routing, Segment, Trunk};
+use hanse_router::stats::quantile_of;
 
 /// What one layer of a pass was asked.
 #[derive(Debug)]
@@ -82,8 +83,8 @@ pub(super) fn replay(experts: &mut dyn Experts, passes: &[Pass]) -> anyhow::Resu
     passes.iter().map(|pass| pass.iter().map(&mut time).collect()).collect()
 }
 
-/// Mean of the passes' sums, in milliseconds.
-pub(super) fn mean_ms(times: &[Vec<Duration>]) -> f64 {
-    let sum: f64 = times.iter().flatten().map(Duration::as_secs_f64).sum();
-    sum * 1e3 / times.len().max(1) as f64
+/// Median of the passes' sums, in milliseconds.
+pub(super) fn median_ms(times: &[Vec<Duration>]) -> f64 {
+    let sum = |pass: &Vec<Duration>| pass.iter().map(Duration::as_secs_f64).sum::<f64>() * 1e3;
+    quantile_of(times.iter().map(sum).collect(), 0.5)
 }

@@ -4,7 +4,7 @@ use hanse_node::testnet::split;
 use hanse_protocol::WireDtype;
 
 use super::Measured;
-use super::curve::{Axis, Curve, Rounds};
+use super::curve::{Axis, Curve, Rounds, Scale};
 use super::law;
 use super::net::{Net, PROMPT, Setup, decode};
 use super::record;
@@ -18,7 +18,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
     let mut rounds = Rounds::default();
     for round in 0..setup.rounds {
         net.path(setup, 0.0, 0.0).await?;
-        let served_ms = record::mean_ms(&net.replay(&passes).await?);
+        let served_ms = record::median_ms(&net.replay(&passes).await?);
         let trunk_ms = setup.trunk_ms(prompt(), setup.max_tokens, &passes).await?;
         for round_trip_ms in ROUND_TRIPS_MS {
             setup.bar.set_message(format!("round trip: round {round}, {round_trip_ms} ms"));
@@ -33,7 +33,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
         name: "round-trip",
         title: "Tokens per second and round trip",
         x: Axis::linear("round trip, ms"),
-        y: Axis::linear("tokens/s"),
+        y: Axis { label: "tokens/s", scale: Scale::Log10 },
         series: vec![rounds.series("")],
     }))
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use hanse_node::testnet::split;
 use hanse_protocol::WireDtype;
+use hanse_router::stats::quantile_of;
 
 use super::Measured;
 use super::curve::{Axis, Curve, Rounds, Scale};
@@ -80,14 +81,14 @@ async fn run(
     Ok(ROUND_TRIPS_MS.iter().zip(&rounds).map(|(ms, rounds)| rounds.series(format!("{ms} ms"))).collect())
 }
 
-/// What a layer takes by the number of its calls, in milliseconds: the mean of those that made so many, or the nearest fewer.
+/// What a layer takes by the number of its calls, in milliseconds: the median of those that made so many, or the nearest fewer.
 fn by_calls(asked: &[Vec<Vec<usize>>], took: &[Vec<Duration>]) -> impl Fn(usize) -> f64 + use<> {
     let pairs = || asked.iter().flatten().map(Vec::len).zip(took.iter().flatten());
     let most = pairs().map(|(calls, _)| calls).max().unwrap_or(0);
     let mean = |calls: usize| {
         let times: Vec<f64> =
             pairs().filter(|(made, _)| *made == calls).map(|(_, time)| time.as_secs_f64() * 1e3).collect();
-        (!times.is_empty()).then(|| times.iter().sum::<f64>() / times.len() as f64)
+        (!times.is_empty()).then(|| quantile_of(times, 0.5))
     };
     let means: Vec<Option<f64>> = (0..=most).map(mean).collect();
     move |calls| means.iter().take(calls + 1).rev().flatten().next().copied().unwrap_or(0.0)
@@ -101,7 +102,7 @@ mod tests {
     fn layers_with_more_calls_than_were_timed_count_as_those_with_most() {
         let ms = Duration::from_millis;
         let asked = vec![vec![vec![2], vec![1, 1]], vec![vec![2], vec![1, 1]]];
-        let layer = by_calls(&asked, &[vec![ms(1), ms(4)], vec![ms(3), ms(6)]]);
-        assert_eq!([0, 1, 2, 3].map(layer), [0.0, 2.0, 5.0, 5.0]);
+        let layer = by_calls(&asked, &[vec![ms(2), ms(4)], vec![ms(2), ms(4)]]);
+        assert_eq!([0, 1, 2, 3].map(layer), [0.0, 2.0, 4.0, 4.0]);
     }
 }
