@@ -1,7 +1,7 @@
 //! A clock that is finer than the runtime's, which rounds up to milliseconds: with that a path of 20 ms took 22.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::Notify;
@@ -36,7 +36,9 @@ impl Alarm {
     /// Returns when it is `due`. Who asks again gives the earlier question up; a dropped future may have the next one return too early.
     pub(super) async fn at(&self, due: Instant) {
         if due > Instant::now() {
-            self.0.set(|state| state.due = Some(due));
+            if self.0.lock().due != Some(due) {
+                self.0.set(|state| state.due = Some(due));
+            }
             self.0.rang.notified().await;
         }
     }
@@ -49,13 +51,17 @@ impl Drop for Alarm {
 }
 
 impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.lock());
         self.changed.notify_one();
     }
 
     fn run(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         while !state.ended {
             let now = Instant::now();
             state = match state.due {

@@ -20,6 +20,8 @@ const MAX_PACKET: usize = 65_535;
 const MAX_CLIENTS: usize = 256;
 /// Packets from the node that wait to be put on their way.
 const FROM_NODE_QUEUE: usize = 1024;
+/// Packets that are taken at a time, where so many are there.
+const BURST: usize = 64;
 /// Bytes that the system keeps of what arrives, where it allows so many: what is lost should be lost by the shape, and a call of many rows
 /// comes as a burst of more than the usual 208 KiB.
 const SOCKET_BUFFER: usize = 4 << 20;
@@ -137,12 +139,22 @@ async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>, alarm: Alarm) {
             () = paths.changed.notified() => {}
             () = coming => {}
             Some((client, packet)) = answers.recv() => {
-                paths.lanes().from_node.enter(start.elapsed(), packet.len(), (client, packet));
+                let (now, mut lanes) = (start.elapsed(), paths.lanes());
+                lanes.from_node.enter(now, packet.len(), (client, packet));
+                for _ in 1..BURST {
+                    let Ok((client, packet)) = answers.try_recv() else { break };
+                    lanes.from_node.enter(now, packet.len(), (client, packet));
+                }
             }
             // An error tells of an earlier packet that could not be delivered; that packet is lost.
             received = socket.recv_from(&mut buffer) => if let Ok((length, client)) = received {
-                let packet = buffer.get(..length).unwrap_or_default().to_vec();
-                paths.lanes().to_node.enter(start.elapsed(), length, (client, packet));
+                let (now, mut lanes) = (start.elapsed(), paths.lanes());
+                let packet = |buffer: &[u8], length| buffer.get(..length).unwrap_or_default().to_vec();
+                lanes.to_node.enter(now, length, (client, packet(&buffer, length)));
+                for _ in 1..BURST {
+                    let Ok((length, client)) = socket.try_recv_from(&mut buffer) else { break };
+                    lanes.to_node.enter(now, length, (client, packet(&buffer, length)));
+                }
             }
         }
         let now = start.elapsed();
