@@ -38,7 +38,7 @@ fn curves_are_measured_predicted_and_drawn() {
     // A pass over a prompt waits for a round trip of 20 ms in each of the six layers.
     let prompts = curves[1]["series"][0]["points"].as_array().unwrap();
     assert!(prompts.iter().all(|point| number(&point["least"]) >= 120.0), "{prompts:?}");
-    assert_eq!(document["goals"].as_array().unwrap().len(), 1);
+    assert_eq!(document["goals"].as_array().unwrap().len(), 2);
 }
 
 #[test]

@@ -33,14 +33,15 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
         for (sequences, passes) in SEQUENCES.into_iter().zip(&recorded) {
             let served_ms = record::median_ms(&net.replay(passes).await?);
             let trunk_ms = setup.trunk_ms(prompts(sequences), setup.max_tokens, passes).await?;
-            laws.push(law::step(trunk_ms, served_ms, setup.layers(), ROUND_TRIP_MS));
+            laws.push((trunk_ms, law::step(trunk_ms, served_ms, setup.layers(), ROUND_TRIP_MS)));
         }
         net.path(setup, ROUND_TRIP_MS, 0.0).await?;
-        for (sequences, law_ms) in SEQUENCES.into_iter().zip(laws) {
+        for (sequences, (trunk_ms, law_ms)) in SEQUENCES.into_iter().zip(laws) {
             setup.bar.set_message(format!("batch: round {round}, {sequences} sequences"));
             let tokens = setup.tokens_for(law_ms / 2.0);
             let decoded = decode(&net.client, prompts(sequences), tokens).await?;
             rounds.add(sequences as f64, decoded.tokens_per_second, sequences as f64 * 1e3 / law_ms);
+            rounds.explain(sequences as f64, decoded.parts(trunk_ms, law_ms - trunk_ms));
         }
     }
     net.stop().await;

@@ -36,6 +36,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
             // The first round computes the prompts, which are kept.
             if round > 0 {
                 rounds.add(middle(context), decoded.tokens_per_second, 1e3 / law_ms);
+                rounds.explain(middle(context), decoded.parts(trunk_ms, served_ms));
             }
         }
     }

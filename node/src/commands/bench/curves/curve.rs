@@ -77,6 +77,19 @@ pub(super) struct Point {
     pub(super) law: f64,
     /// Median of the rounds' differences: measured over predicted, less one, as a share.
     pub(super) difference: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) parts: Option<Parts>,
+}
+
+/// Where the time of a step goes, in milliseconds: measured and by the law. Medians over the rounds, of one pass each.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(super) struct Parts {
+    /// In the calls of all layers, as the trace of a pass tells.
+    pub(super) calls: f64,
+    pub(super) calls_law: f64,
+    /// The rest of the step: the trunk.
+    pub(super) rest: f64,
+    pub(super) rest_law: f64,
 }
 
 impl Point {
@@ -90,25 +103,57 @@ impl Point {
             most: quantile(|(measured, _)| *measured, 1.0),
             law: quantile(|(_, law)| *law, 0.5),
             difference: quantile(|(measured, law)| measured / law - 1.0, 0.5),
+            parts: None,
         }
+    }
+}
+
+impl Parts {
+    fn of(rounds: &[Self]) -> Option<Self> {
+        let median = |part: fn(&Self) -> f64| quantile_of(rounds.iter().map(part).collect(), 0.5);
+        (!rounds.is_empty()).then(|| Self {
+            calls: median(|parts| parts.calls),
+            calls_law: median(|parts| parts.calls_law),
+            rest: median(|parts| parts.rest),
+            rest_law: median(|parts| parts.rest_law),
+        })
     }
 }
 
 /// Rounds of one series, place by place.
 #[derive(Debug, Default)]
-pub(super) struct Rounds(Vec<(f64, Vec<(f64, f64)>)>);
+pub(super) struct Rounds(Vec<Place>);
+
+#[derive(Debug)]
+struct Place {
+    x: f64,
+    /// Measured and predicted.
+    rounds: Vec<(f64, f64)>,
+    parts: Vec<Parts>,
+}
 
 impl Rounds {
+    fn at(&mut self, x: f64) -> &mut Place {
+        let index = self.0.iter().position(|place| place.x == x).unwrap_or(self.0.len());
+        if index == self.0.len() {
+            self.0.push(Place { x, rounds: Vec::new(), parts: Vec::new() });
+        }
+        &mut self.0[index]
+    }
+
     /// Notes what a round measured at `x` and what the law says of that round.
     pub(super) fn add(&mut self, x: f64, measured: f64, law: f64) {
-        match self.0.iter_mut().find(|(at, _)| *at == x) {
-            Some((_, rounds)) => rounds.push((measured, law)),
-            None => self.0.push((x, vec![(measured, law)])),
-        }
+        self.at(x).rounds.push((measured, law));
+    }
+
+    /// Notes where the time of a pass at `x` went, if one was written down.
+    pub(super) fn explain(&mut self, x: f64, parts: Option<Parts>) {
+        self.at(x).parts.extend(parts);
     }
 
     pub(super) fn series(&self, name: impl Into<String>) -> Series {
-        Series { name: name.into(), points: self.0.iter().map(|(x, rounds)| Point::of(*x, rounds)).collect() }
+        let point = |place: &Place| Point { parts: Parts::of(&place.parts), ..Point::of(place.x, &place.rounds) };
+        Series { name: name.into(), points: self.0.iter().map(point).collect() }
     }
 }
 
@@ -126,15 +171,25 @@ impl Curve {
     /// A Markdown table.
     pub(super) fn print(&self) -> anyhow::Result<()> {
         say!("\n### {}\n\n![{}]({}.svg)\n", self.title, self.title, self.name);
-        say!("| {} | {}: median (least to most) | the law | difference |", self.x.label, self.y.label);
-        say!("|---|---|---|---|");
+        let explained = self.series.iter().flat_map(|series| &series.points).any(|point| point.parts.is_some());
+        let (more, line) = match explained {
+            true => (" calls, ms: one pass (the law) | the rest of the step, ms (the law) |", "---|---|"),
+            false => ("", ""),
+        };
+        say!("| {} | {}: median (least to most) | the law | difference |{more}", self.x.label, self.y.label);
+        say!("|---|---|---|---|{line}");
         let several = self.series.len() > 1;
         for series in &self.series {
             for point in &series.points {
                 let of = if several { format!(", {}", series.name) } else { String::new() };
                 let [median, least, most, law] = [point.median, point.least, point.most, point.law].map(digits);
                 let difference = point.difference * 100.0;
-                say!("| {}{of} | {median} ({least} to {most}) | {law} | {difference:+.1} % |", digits(point.x));
+                let parts = point.parts.map_or_else(String::new, |parts| {
+                    let [calls, calls_law] = [parts.calls, parts.calls_law].map(digits);
+                    let [rest, rest_law] = [parts.rest, parts.rest_law].map(digits);
+                    format!(" {calls} ({calls_law}) | {rest} ({rest_law}) |")
+                });
+                say!("| {}{of} | {median} ({least} to {most}) | {law} | {difference:+.1} % |{parts}", digits(point.x));
             }
         }
         Ok(())
@@ -168,11 +223,16 @@ mod tests {
             rounds.add(4.0, measured, law);
         }
         rounds.add(8.0, 1.0, 1.0);
+        rounds.explain(4.0, None);
+        for calls in [3.0, 1.0, 2.0] {
+            rounds.explain(4.0, Some(Parts { calls, calls_law: 2.0, rest: 1.0, rest_law: 1.0 }));
+        }
         let series = rounds.series("f32");
         let [first, second] = series.points.as_slice() else { panic!("{series:?}") };
         assert_eq!((first.x, first.least, first.median, first.most, first.law), (4.0, 10.0, 22.0, 30.0, 20.0));
         assert!((first.difference - 0.1).abs() < 1e-9, "of 0 %, 50 % and 10 %");
-        assert_eq!((second.x, second.difference), (8.0, 0.0));
+        assert_eq!(first.parts.map(|parts| parts.calls), Some(2.0));
+        assert_eq!((second.x, second.difference, second.parts), (8.0, 0.0, None));
     }
 
     #[test]

@@ -13,12 +13,13 @@ use hanse_protocol::{Identity, ModelId, WireDtype};
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
 use hanse_router::{
-    Client, EngineConfig, ExpertLayout, GenerateRequest, NetworkConfig, NetworkUse, RemoteExperts, Summary,
+    Client, EngineConfig, ExpertLayout, GenerateRequest, NetworkConfig, NetworkUse, PassTrace, RemoteExperts, Summary,
 };
 use indicatif::ProgressBar;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::curve::Parts;
 use super::law;
 use super::record::{self, Pass};
 use crate::cli::BenchArgs;
@@ -154,8 +155,17 @@ pub(super) struct Net {
 }
 
 impl Net {
-    /// One volunteer per spec of experts, without delay and loss at first.
+    /// One volunteer per spec of experts, behind paths without delay and loss at first.
     pub(super) async fn start(setup: &Setup, specs: Vec<String>, wire: WireDtype) -> anyhow::Result<Self> {
+        Self::behind(setup, specs, wire, Some(Shape::default())).await
+    }
+
+    /// The same behind nothing at all: paths cannot be changed.
+    pub(super) async fn bare(setup: &Setup, specs: Vec<String>, wire: WireDtype) -> anyhow::Result<Self> {
+        Self::behind(setup, specs, wire, None).await
+    }
+
+    async fn behind(setup: &Setup, specs: Vec<String>, wire: WireDtype, shape: Option<Shape>) -> anyhow::Result<Self> {
         setup.bar.set_message(format!("starting {}", output::count(specs.len(), "volunteer")));
         let layers = setup.checkpoint.spec().layers.len() as u32;
         let resolve = |spec: &String| {
@@ -163,10 +173,7 @@ impl Net {
             anyhow::Ok(experts.into_iter().collect())
         };
         let hosts = specs.iter().map(resolve).collect::<anyhow::Result<Vec<BTreeSet<_>>>>()?;
-        let config = TestnetConfig {
-            shape: Some(Shape::default()),
-            ..TestnetConfig::new(std::env::current_exe()?, &setup.dir, specs)
-        };
+        let config = TestnetConfig { shape, ..TestnetConfig::new(std::env::current_exe()?, &setup.dir, specs) };
         let testnet = Testnet::start(config, |_| ()).await?;
         let client = Self::join(setup, &testnet, wire).await?;
         Ok(Self { testnet, client, hosts })
@@ -237,11 +244,21 @@ pub(super) struct Decoded {
     pub(super) prefill_ms: f64,
     /// Bytes of hidden states and assignments in the first one's decode steps, by step.
     pub(super) counted_bytes: f64,
+    /// What the calls of all layers took in a late decode step, in milliseconds, if one was written down.
+    traced_ms: Option<f64>,
+}
+
+impl Decoded {
+    /// Where the time of a step went, beside what the law says.
+    pub(super) fn parts(&self, trunk_ms: f64, calls_ms: f64) -> Option<Parts> {
+        let calls = self.traced_ms?;
+        Some(Parts { calls, calls_law: calls_ms, rest: (self.step_ms - calls).max(0.0), rest_law: trunk_ms })
+    }
 }
 
 /// Generates `tokens` tokens after each prompt, and times the steps in which all of them decode.
 pub(super) async fn decode(client: &Client, prompts: Vec<Vec<u32>>, tokens: usize) -> anyhow::Result<Decoded> {
-    let count = prompts.len();
+    let (count, began) = (prompts.len(), Instant::now());
     let running = prompts.into_iter().map(|prompt| {
         let request = GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(prompt, tokens) };
         let mut generation = client.generate(request);
@@ -272,11 +289,16 @@ pub(super) async fn decode(client: &Client, prompts: Vec<Vec<u32>>, tokens: usiz
     let (_, uses, summary) = ended.first().context("no generation")?;
     let bytes = |used: &NetworkUse| (used.bytes_sent + used.bytes_received) as f64;
     let counted = uses.last().map_or(0.0, bytes) - uses.first().map_or(0.0, bytes);
+    let trace = client.network().and_then(|network| network.latest_trace());
+    // One of these steps, not of a prompt or of what was before.
+    let trace = trace.filter(|(age, trace)| *age < began.elapsed() && trace.rows == count);
+    let calls = |trace: &PassTrace| trace.layers.iter().map(|layer| layer.duration.as_secs_f64() * 1e3).sum();
     Ok(Decoded {
         step_ms,
         tokens_per_second: count as f64 * 1e3 / step_ms,
         mean_tokens_per_second: between as f64 / seconds,
         prefill_ms: summary.timings.prefill.as_secs_f64() * 1e3,
         counted_bytes: counted / (uses.len().max(2) - 1) as f64,
+        traced_ms: trace.map(|(_, trace)| calls(&trace)),
     })
 }

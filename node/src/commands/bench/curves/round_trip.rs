@@ -26,6 +26,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
             let law_ms = law::step(trunk_ms, served_ms, setup.layers(), round_trip_ms);
             let decoded = decode(&net.client, prompt(), setup.tokens_for(law_ms)).await?;
             rounds.add(round_trip_ms, decoded.tokens_per_second, 1e3 / law_ms);
+            rounds.explain(round_trip_ms, decoded.parts(trunk_ms, law_ms - trunk_ms));
         }
     }
     net.stop().await;

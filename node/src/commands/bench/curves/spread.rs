@@ -72,6 +72,7 @@ async fn run(
                 let law_ms = law::step(trunk_ms, served_ms, setup.layers(), round_trip_ms);
                 let decoded = decode(&net.client, prompt(), setup.tokens_for(law_ms)).await?;
                 rounds.add(*x, decoded.tokens_per_second, 1e3 / law_ms);
+                rounds.explain(*x, decoded.parts(trunk_ms, law_ms - trunk_ms));
             }
         }
     }
