@@ -35,18 +35,22 @@ struct Document {
     /// Of the machine over the last minute, before and after; nothing where that is not told.
     load_average: [Option<f64>; 2],
     curves: Vec<Curve>,
+    /// What else was seen.
+    notes: Vec<String>,
     goals: Vec<Goal>,
 }
 
 /// What a part of the work gives.
 struct Measured {
     curves: Vec<Curve>,
+    /// What else was seen.
+    notes: Vec<String>,
     goals: Vec<Goal>,
 }
 
 impl Measured {
     fn curve(curve: Curve) -> Self {
-        Self { curves: vec![curve], goals: Vec::new() }
+        Self { curves: vec![curve], notes: Vec::new(), goals: Vec::new() }
     }
 }
 
@@ -54,7 +58,7 @@ pub(super) async fn run(args: &BenchArgs, dir: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let before = load_average();
     let setup = Setup::new(args)?;
-    let (mut curves, mut goals) = (Vec::new(), Vec::new());
+    let (mut curves, mut notes, mut goals) = (Vec::new(), Vec::new(), Vec::new());
     for name in &args.curve {
         let measured = match name {
             CurveName::RoundTrip => round_trip::run(&setup).await?,
@@ -72,6 +76,7 @@ pub(super) async fn run(args: &BenchArgs, dir: &Path) -> anyhow::Result<()> {
             std::fs::write(&path, chart::svg(curve)?).with_context(|| format!("cannot write {}", path.display()))?;
         }
         curves.extend(measured.curves);
+        notes.extend(measured.notes);
         goals.extend(measured.goals);
     }
     setup.bar.finish_and_clear();
@@ -81,6 +86,7 @@ pub(super) async fn run(args: &BenchArgs, dir: &Path) -> anyhow::Result<()> {
         max_tokens: setup.max_tokens,
         load_average: [before, load_average()],
         curves,
+        notes,
         goals,
     };
     if args.json { output::json(&document) } else { print_report(&document) }
@@ -97,8 +103,9 @@ fn print_report(document: &Document) -> anyhow::Result<()> {
     for curve in &document.curves {
         curve.print()?;
     }
-    if !document.goals.is_empty() {
-        say!("");
+    say!("");
+    for note in &document.notes {
+        say!("{note}");
     }
     document.goals.iter().try_for_each(Goal::print)
 }

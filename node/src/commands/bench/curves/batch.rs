@@ -63,5 +63,5 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
         y: Axis { label: "tokens/s of all", scale: Scale::Log10 },
         series: vec![series],
     };
-    Ok(Measured { curves: vec![curve], goals })
+    Ok(Measured { curves: vec![curve], notes: Vec::new(), goals })
 }

@@ -6,9 +6,13 @@ use anyhow::anyhow;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 
-use super::curve::{Curve, Scale, Series, digits};
+use super::curve::{Curve, Scale, digits};
 
-const SIZE: (u32, u32) = (760, 440);
+const SIZE: (u32, u32) = (860, 440);
+/// The part of it to the left of the legend.
+const CHART_WIDTH: u32 = 660;
+/// Of the legend, in pixels.
+const LINE_HEIGHT: i32 = 24;
 /// Told apart by people who see few colours, and in print.
 const COLOURS: [RGBColor; 5] =
     [RGBColor(0, 90, 181), RGBColor(204, 85, 0), RGBColor(0, 130, 90), RGBColor(150, 60, 150), RGBColor(90, 90, 90)];
@@ -44,7 +48,8 @@ fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error
     let (x_scale, y_scale) = (curve.x.scale, curve.y.scale);
     let across = range(x_scale, points().map(|point| point.x));
     let up = range(y_scale, points().flat_map(|point| [point.least, point.most, point.law]));
-    let mut chart = ChartBuilder::on(&root)
+    let (left, right) = root.split_horizontally(CHART_WIDTH);
+    let mut chart = ChartBuilder::on(&left)
         .caption(curve.title, ("sans-serif", 21))
         .margin(12)
         .x_label_area_size(48)
@@ -64,10 +69,7 @@ fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error
     for (series, colour) in curve.series.iter().zip(COLOURS.iter().cycle()) {
         let at = |x: f64, y: f64| (x_scale.place(x), y_scale.place(y));
         let law = series.points.iter().map(|point| at(point.x, point.law));
-        chart
-            .draw_series(LineSeries::new(law, colour.stroke_width(2)))?
-            .label(named(series, "the law"))
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+        chart.draw_series(LineSeries::new(law, colour.stroke_width(2)))?;
         let spread = series.points.iter().map(|point| {
             let place = |y| y_scale.place(y) - y_scale.place(point.median);
             // In the backend's pixels there is no place for values, so the spread is drawn in values and its ends in pixels.
@@ -79,30 +81,31 @@ fn draw(curve: &Curve, backend: SVGBackend<'_>) -> Result<(), Box<dyn std::error
             chart.draw_series([cap(y + down), cap(y + up)])?;
         }
         let measured = series.points.iter().map(|point| Circle::new(at(point.x, point.median), 4, colour.filled()));
-        chart
-            .draw_series(measured)?
-            .label(named(series, "measured"))
-            .legend(|(x, y)| Circle::new((x + 10, y), 4, colour.filled()));
+        chart.draw_series(measured)?;
     }
-    chart
-        .configure_series_labels()
-        .background_style(WHITE)
-        .border_style(RGBColor(200, 200, 200))
-        .label_font(("sans-serif", 15))
-        .position(legend_place(curve))
-        .draw()?;
+    legend(curve, &right)?;
     root.present()?;
     Ok(())
 }
 
-fn named(series: &Series, what: &str) -> String {
-    if series.name.is_empty() { what.to_owned() } else { format!("{}, {what}", series.name) }
-}
-
-/// Where the curve is not: a curve that falls leaves the upper right, one that rises the upper left.
-fn legend_place(curve: &Curve) -> SeriesLabelPosition {
-    let rises = |series: &Series| series.points.last().zip(series.points.first()).is_some_and(|(b, a)| b.law > a.law);
-    if curve.series.iter().any(rises) { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::UpperRight }
+/// What the marks mean, and whose they are.
+fn legend(
+    curve: &Curve,
+    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let text = |line: i32, text: &str| Text::new(text.to_owned(), (34, line * LINE_HEIGHT + 44), ("sans-serif", 15));
+    let place = |line: i32| line * LINE_HEIGHT + 50;
+    let grey = RGBColor(90, 90, 90);
+    area.draw(&PathElement::new([(4, place(0)), (26, place(0))], grey.stroke_width(2)))?;
+    area.draw(&text(0, "the law"))?;
+    area.draw(&Circle::new((15, place(1)), 4, grey.filled()))?;
+    area.draw(&text(1, "measured"))?;
+    let named = curve.series.iter().zip(COLOURS.iter().cycle()).filter(|(series, _)| !series.name.is_empty());
+    for ((series, colour), line) in named.zip(3..) {
+        area.draw(&Rectangle::new([(8, place(line) - 6), (22, place(line) + 6)], colour.filled()))?;
+        area.draw(&text(line, &series.name))?;
+    }
+    Ok(())
 }
 
 /// An axis in places, with marks of our own.
@@ -181,7 +184,7 @@ mod tests {
                 series: vec![rounds.series("20 ms")],
             };
             let picture = svg(&curve).unwrap();
-            for text in ["Tokens per second", "peers", "tokens/s", "20 ms, the law", "20 ms, measured", "16"] {
+            for text in ["Tokens per second", "peers", "tokens/s", "the law", "measured", "20 ms", "16"] {
                 assert!(picture.contains(&format!("\n{text}\n")), "{text} in {picture}");
             }
             assert!(picture.contains("<text"));

@@ -12,7 +12,7 @@ use super::record;
 /// Of the model's longest context, in percent: what is there before the tokens that are timed.
 const CONTEXTS_PERCENT: [usize; 5] = [3, 25, 50, 75, 90];
 /// The most tokens that are timed behind each.
-const TOKENS: usize = 32;
+const TOKENS: usize = 48;
 
 pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
     let mut net = Net::start(setup, split(&setup.layout, setup.nodes, 1), WireDtype::F32).await?;

@@ -208,7 +208,9 @@ impl Goal {
 /// Three digits that say something.
 pub(super) fn digits(value: f64) -> String {
     let whole = value.abs();
-    let places = if value.fract() == 0.0 || whole >= 100.0 { 0 } else { 2 - whole.max(1.0).log10() as usize };
+    // What was computed with logarithms is not quite whole.
+    let is_whole = (value - value.round()).abs() <= 1e-9 * whole.max(1.0);
+    let places = if is_whole || whole >= 100.0 { 0 } else { 2 - whole.max(1.0).log10() as usize };
     format!("{value:.places$}")
 }
 
@@ -237,6 +239,7 @@ mod tests {
 
     #[test]
     fn values_have_three_digits() {
+        assert_eq!(digits(10f64.powf(20f64.log10())), "20");
         assert_eq!([1234.5, 56.78, 7.891, 0.1234, 16.0].map(digits), ["1234", "56.8", "7.89", "0.12", "16"]);
     }
 

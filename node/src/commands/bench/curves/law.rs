@@ -87,6 +87,11 @@ impl Chance {
         self.combined(other, f64::max)
     }
 
+    /// How probable it is that it takes longer than `least`.
+    pub(super) fn over(&self, least: f64) -> f64 {
+        self.0.iter().filter(|(_, value)| *value > least).map(|(p, _)| p).sum()
+    }
+
     pub(super) fn mean(&self) -> f64 {
         self.0.iter().map(|(p, value)| p * value).sum()
     }
@@ -104,7 +109,7 @@ impl Path {
     /// When the last packet of a message is lost, nothing later is acknowledged: the sender waits for its probe timeout, sends a ping, and
     /// sends the data again when the ping was acknowledged, a round trip later. (RFC 9002 would have the probe carry the data; quinn
     /// 0.11 sends stream data again only when it is known to be lost.)
-    fn tail_ms(self) -> f64 {
+    pub(super) fn tail_ms(self) -> f64 {
         let probe_timeout = self.round_trip_ms + GRANULARITY_MS + MAX_ACK_DELAY_MS;
         probe_timeout + self.round_trip_ms
     }
@@ -230,6 +235,7 @@ mod tests {
         let call = Chance(vec![(0.75, 0.0), (0.25, 8.0)]);
         assert_eq!(call.beside(&call).mean(), 8.0 * (1.0 - 0.75 * 0.75));
         assert_eq!(call.then(&call).mean(), 4.0);
+        assert_eq!([call.over(7.0), call.over(8.0), call.beside(&call).over(1.0)], [0.25, 0.0, 0.4375]);
         assert_eq!(call.beside(&Chance::none()), Chance(vec![(0.75, 0.0), (0.25, 8.0)]));
     }
 

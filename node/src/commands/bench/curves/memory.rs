@@ -66,7 +66,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
             series: vec![hosted.series("")],
         },
     ];
-    Ok(Measured { curves, goals: Vec::new() })
+    Ok(Measured { curves, notes: Vec::new(), goals: Vec::new() })
 }
 
 fn expert_bytes(setup: &Setup, layer: u32) -> u64 {

@@ -35,6 +35,15 @@ const POINT: Duration = Duration::from_millis(1200);
 /// The least tokens that a point is measured with.
 const LEAST_TOKENS: usize = 6;
 
+/// For how long a layer waits at least, about: a call on loopback.
+const PAUSE: Duration = Duration::from_micros(250);
+/// Decode steps in which the trunk is timed with such pauses.
+const WAITING_PASSES: usize = 16;
+/// Times the tokens that were asked for, where they come fast.
+const FAST: usize = 4;
+/// Below which they do.
+const FAST_STEP_MS: f64 = 5.0;
+
 /// What all curves need.
 pub(super) struct Setup {
     pub(super) dir: std::path::PathBuf,
@@ -99,7 +108,9 @@ impl Setup {
     /// Tokens to measure a point with, if a step takes so long.
     pub(super) fn tokens_for(&self, step_ms: f64) -> usize {
         let tokens = (POINT.as_secs_f64() * 1e3 / step_ms.max(0.1)) as usize;
-        tokens.clamp(LEAST_TOKENS, self.max_tokens.max(LEAST_TOKENS)).min(self.max_tokens)
+        // Quick ones cost little, and a pass is written down now and then only.
+        let most = if step_ms < FAST_STEP_MS { FAST * self.max_tokens } else { self.max_tokens };
+        tokens.clamp(LEAST_TOKENS.min(most), most).min(self.context() / 2)
     }
 
     /// The passes of decoding all of `prompts` together.
@@ -120,15 +131,22 @@ impl Setup {
         Ok(Arc::new(tokio::task::spawn_blocking(recording).await??))
     }
 
-    /// A decode step of all of `prompts` in this process without its experts, in milliseconds.
+    /// A decode step of all of `prompts` in this process without its experts, in milliseconds; and what the trunk takes more because it
+    /// waits in each layer, which is measured in this process, too.
     pub(super) async fn trunk_ms(
         &self,
         prompts: Vec<Vec<u32>>,
         tokens: usize,
         passes: &Arc<Vec<Pass>>,
     ) -> anyhow::Result<f64> {
-        let step_ms = decode(&self.local, prompts, tokens).await?.step_ms;
-        Ok((step_ms - self.experts_ms(passes).await?).max(0.0))
+        let step_ms = decode(&self.local, prompts.clone(), tokens).await?.step_ms;
+        let (trunk, experts) = (self.trunk.clone(), self.experts.clone());
+        let waiting = move || {
+            let taken = |pause| record::trunk_ms(&trunk, &experts, &prompts, WAITING_PASSES, pause);
+            anyhow::Ok(taken(PAUSE)? - taken(Duration::ZERO)?)
+        };
+        let more_ms = tokio::task::spawn_blocking(waiting).await??.max(0.0);
+        Ok((step_ms - self.experts_ms(passes).await?).max(0.0) + more_ms)
     }
 
     /// What the experts of a pass take in this process, in milliseconds.

@@ -70,5 +70,5 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
         y: Axis::linear("ms until the first token"),
         series: vec![rounds.series("")],
     };
-    Ok(Measured { curves: vec![curve], goals })
+    Ok(Measured { curves: vec![curve], notes: Vec::new(), goals })
 }

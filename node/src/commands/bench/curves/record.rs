@@ -66,6 +66,52 @@ pub(super) fn decoding(
     Ok(recorded)
 }
 
+struct Waiting {
+    experts: Arc<LocalExperts>,
+    pause: Duration,
+    /// In experts and pauses.
+    spent: Duration,
+}
+
+impl Experts for Waiting {
+    fn forward(&mut self, layer: usize, hidden: &[f32], routing: &Routing) -> Result<Vec<f32>, ExpertsError> {
+        let started = Instant::now();
+        let output = self.experts.forward(layer, hidden, routing);
+        if !self.pause.is_zero() {
+            std::thread::sleep(self.pause);
+        }
+        self.spent += started.elapsed();
+        output
+    }
+}
+
+/// What decode steps of all prompts together take without their experts, if each layer pauses: the median, in milliseconds. Threads that
+/// compute go to sleep meanwhile, and others use the caches.
+pub(super) fn trunk_ms(
+    trunk: &Trunk,
+    experts: &Arc<LocalExperts>,
+    prompts: &[Vec<u32>],
+    passes: usize,
+    pause: Duration,
+) -> anyhow::Result<f64> {
+    let mut waiting = Waiting { experts: experts.clone(), pause, spent: Duration::ZERO };
+    let mut caches: Vec<KvCache> = prompts.iter().map(|_| trunk.new_cache()).collect();
+    let mut tokens = prompts.to_vec();
+    let mut times = Vec::new();
+    for _ in 0..=passes {
+        let pairs = tokens.iter().zip(&mut caches);
+        let mut segments: Vec<_> =
+            pairs.map(|(tokens, cache)| Segment { tokens, cache, logits: LogitsWanted::Last }).collect();
+        waiting.spent = Duration::ZERO;
+        let started = Instant::now();
+        let logits = trunk.forward(&mut segments, &mut waiting)?;
+        times.push((started.elapsed().saturating_sub(waiting.spent)).as_secs_f64() * 1e3);
+        tokens = logits.iter().map(|row| vec![likeliest(row)]).collect();
+    }
+    // The first is that of the prompts.
+    Ok(quantile_of(times.split_off(1), 0.5))
+}
+
 /// The first of the largest.
 fn likeliest(logits: &[f32]) -> u32 {
     let best = |best: usize, (index, value): (usize, &f32)| if *value > logits[best] { index } else { best };

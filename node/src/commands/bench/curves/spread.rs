@@ -10,6 +10,7 @@ use super::Measured;
 use super::curve::{Axis, Curve, Rounds, Scale};
 use super::law;
 use super::net::{Net, PROMPT, Setup, decode};
+use super::record;
 
 pub(super) const PEERS: [usize; 5] = [1, 2, 4, 8, 16];
 const REPLICAS: [usize; 3] = [1, 2, 4];
@@ -57,6 +58,7 @@ async fn run(
         nets.push((x as f64, Net::start(setup, specs, WireDtype::F32).await?));
     }
     let mut rounds = ROUND_TRIPS_MS.map(|_| Rounds::default());
+    let mut own = Rounds::default();
     for round in 0..setup.rounds {
         let (_, net) = nets.get_mut(terms).ok_or_else(|| anyhow::anyhow!("no network to measure terms on"))?;
         net.path(setup, 0.0, 0.0).await?;
@@ -73,13 +75,21 @@ async fn run(
                 let decoded = decode(&net.client, prompt(), setup.tokens_for(law_ms)).await?;
                 rounds.add(*x, decoded.tokens_per_second, 1e3 / law_ms);
                 rounds.explain(*x, decoded.parts(trunk_ms, law_ms - trunk_ms));
+                if round_trip_ms == 0.0 {
+                    // With what calls of the same rows take on this very network.
+                    let law_ms =
+                        law::step(trunk_ms, record::median_ms(&net.replay(&passes).await?), setup.layers(), 0.0);
+                    own.add(*x, decoded.tokens_per_second, 1e3 / law_ms);
+                    own.explain(*x, decoded.parts(trunk_ms, law_ms - trunk_ms));
+                }
             }
         }
     }
     for (_, net) in nets {
         net.stop().await;
     }
-    Ok(ROUND_TRIPS_MS.iter().zip(&rounds).map(|(ms, rounds)| rounds.series(format!("{ms} ms"))).collect())
+    let series = ROUND_TRIPS_MS.iter().zip(&rounds).map(|(ms, rounds)| rounds.series(format!("{ms} ms")));
+    Ok(series.chain([own.series("0 ms, calls timed there")]).collect())
 }
 
 /// What a layer takes by the number of its calls, in milliseconds: the median of those that made so many, or the nearest fewer.
