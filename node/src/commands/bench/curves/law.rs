@@ -13,7 +13,7 @@ const GRANULARITY_MS: f64 = 1.0;
 /// A packet is lost when a later one is acknowledged and so many round trips have passed since it was sent (RFC 9002, section 6.1.2).
 const TIME_THRESHOLD: f64 = 9.0 / 8.0;
 /// Bytes of a frame that every call has: prefix and header without its experts (`docs/protocol.md`).
-const CALL_BYTES: usize = 16 + 70;
+const CALL_BYTES: usize = 16 + 66;
 /// The same of an answer: prefix and header.
 const ANSWER_BYTES: usize = 16 + 29;
 /// Of each expert in a call: its number and two counts.
