@@ -471,6 +471,12 @@ pub(crate) struct BenchArgs {
     /// Measure drafts instead: the same generations without and with them, over paths with these round trips.
     #[arg(long, value_name = "RTT", value_delimiter = ',', num_args = 0.., default_missing_values = ["20ms", "80ms"], value_parser = humantime::parse_duration)]
     pub(crate) drafts: Option<Vec<Duration>>,
+    /// Measure how cost grows instead, in f32, and write a picture of each curve into this folder.
+    #[arg(long, value_name = "DIR", conflicts_with = "drafts")]
+    pub(crate) curves: Option<PathBuf>,
+    /// Which curves, separated by commas; all by default.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = CurveName::ALL, hide_default_value = true, requires = "curves", value_name = "CURVE")]
+    pub(crate) curve: Vec<CurveName>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
@@ -499,6 +505,43 @@ pub(crate) enum BenchPart {
     Batch,
     /// Memory of a client and of volunteers.
     Memory,
+}
+
+/// What the cost is shown against by `hanse bench --curves`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CurveName {
+    /// Tokens per second and the round trip.
+    RoundTrip,
+    /// Tokens per second and packets that are lost.
+    Loss,
+    /// Tokens per second and the number of volunteers.
+    Peers,
+    /// Tokens per second and the replicas of each expert.
+    Replicas,
+    /// Tokens per second of sequences that advance together.
+    Batch,
+    /// Tokens per second and the length of the context.
+    Context,
+    /// Time until the first token and the length of the prompt.
+    Prefill,
+    /// Bytes per token, by wire dtype and number of volunteers.
+    Bytes,
+    /// Memory of a client and of volunteers.
+    Memory,
+}
+
+impl CurveName {
+    pub(crate) const ALL: [Self; 9] = [
+        Self::RoundTrip,
+        Self::Loss,
+        Self::Peers,
+        Self::Replicas,
+        Self::Batch,
+        Self::Context,
+        Self::Prefill,
+        Self::Bytes,
+        Self::Memory,
+    ];
 }
 
 impl BenchPart {

@@ -5,9 +5,10 @@
 //! identity, ports and threads. Volunteers can be killed, paused, slowed down and started again; a [`Shaper`] before each one's
 //! data plane can make the path to it long, unsteady, lossy or one-way. None outlives the value, not even if this process is killed.
 //!
-//! Inside: `shape` is what happens to a packet, pure, `shaper` the sockets around it; `process` is one volunteer; `split` gives out
+//! Inside: `shape` is what happens to a packet, pure, `shaper` the sockets around it, `alarm` its clock; `process` is one volunteer; `split` gives out
 //! the experts; [`chaos`] breaks things for a while and checks every token; `control` lets other processes give orders.
 
+mod alarm;
 pub mod chaos;
 #[cfg(unix)]
 pub mod control;

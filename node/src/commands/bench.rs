@@ -1,10 +1,12 @@
 //! `hanse bench`: what distribution costs, on loopback volunteers, and what this machine could do at best.
 //!
-//! One file for each part; `--part` chooses. What drafts bring (`--drafts`) is measured on networks of its own.
+//! One file for each part; `--part` chooses. What drafts bring (`--drafts`) and how cost grows (`--curves`) is measured on networks of their
+//! own.
 
 mod batch;
 mod call;
 mod crowd;
+mod curves;
 mod draft;
 mod experts;
 mod floor;
@@ -80,6 +82,9 @@ impl std::fmt::Display for Micros {
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     if let Some(round_trips) = &args.drafts {
         return draft::run(&args, round_trips).await;
+    }
+    if let Some(dir) = &args.curves {
+        return curves::run(&args, dir).await;
     }
     let wanted = |part| args.part.contains(&part);
     let dir = args.model.clone().map_or_else(paths::bundled_model, Ok)?;

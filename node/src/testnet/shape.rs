@@ -45,6 +45,8 @@ impl Shape {
 pub struct Counts {
     /// Came out at the other end.
     pub passed: u64,
+    /// Bytes in them.
+    pub passed_bytes: u64,
     /// Lost by chance.
     pub lost: u64,
     /// Lost in a cut.
@@ -133,6 +135,7 @@ impl<P> Lane<P> {
         let (_, bytes, packet) = self.queue.pop_front()?;
         self.queued_bytes -= bytes;
         self.counts.passed += 1;
+        self.counts.passed_bytes += bytes as u64;
         Some(packet)
     }
 }
@@ -160,6 +163,7 @@ mod tests {
         let mut lane = Lane::new(Shape::path(20 * MS, Duration::ZERO, 0.0), 1);
         lane.enter(3 * MS, 100, 7);
         assert_eq!(all(&mut lane), [(13 * MS, 7)]);
+        assert_eq!((lane.counts().passed, lane.counts().passed_bytes), (1, 100));
     }
 
     #[test]

@@ -6,10 +6,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::alarm::Alarm;
 use super::shape::{Counts, Lane, Shape};
 
 /// The longest packet that UDP carries.
@@ -18,6 +20,11 @@ const MAX_PACKET: usize = 65_535;
 const MAX_CLIENTS: usize = 256;
 /// Packets from the node that wait to be put on their way.
 const FROM_NODE_QUEUE: usize = 1024;
+/// Packets that are taken at a time, where so many are there.
+const BURST: usize = 64;
+/// Bytes that the system keeps of what arrives, where it allows so many: what is lost should be lost by the shape, and a call of many rows
+/// comes as a burst of more than the usual 208 KiB.
+const SOCKET_BUFFER: usize = 4 << 20;
 
 /// A packet and the client that it is from or for.
 type Packet = (SocketAddr, Vec<u8>);
@@ -57,15 +64,16 @@ impl Shaper {
     /// # Errors
     /// No socket can be opened.
     pub async fn start(shape: Shape, seed: u64) -> io::Result<Self> {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let socket = bind().await?;
         let address = socket.local_addr()?;
+        let alarm = Alarm::new()?;
         let lanes = Lanes {
             target: None,
             to_node: Lane::new(shape, seed),
             from_node: Lane::new(shape, seed.wrapping_add(0x9e37_79b9_7f4a_7c15)),
         };
         let paths = Arc::new(Paths { lanes: Mutex::new(lanes), changed: Notify::new() });
-        let task = AbortOnDropHandle::new(tokio::spawn(run(Arc::new(socket), paths.clone())));
+        let task = AbortOnDropHandle::new(tokio::spawn(run(Arc::new(socket), paths.clone(), alarm)));
         Ok(Self { address, paths, _task: task })
     }
 
@@ -111,7 +119,7 @@ struct Way {
     _reader: AbortOnDropHandle<()>,
 }
 
-async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>) {
+async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>, alarm: Alarm) {
     let start = Instant::now();
     let (sender, mut answers) = mpsc::channel::<Packet>(FROM_NODE_QUEUE);
     let mut ways: HashMap<SocketAddr, Way> = HashMap::new();
@@ -123,7 +131,7 @@ async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>) {
         };
         let coming = async {
             match due {
-                Some(due) => tokio::time::sleep_until((start + due).into()).await,
+                Some(due) => alarm.at(start + due).await,
                 None => std::future::pending().await,
             }
         };
@@ -131,12 +139,22 @@ async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>) {
             () = paths.changed.notified() => {}
             () = coming => {}
             Some((client, packet)) = answers.recv() => {
-                paths.lanes().from_node.enter(start.elapsed(), packet.len(), (client, packet));
+                let (now, mut lanes) = (start.elapsed(), paths.lanes());
+                lanes.from_node.enter(now, packet.len(), (client, packet));
+                for _ in 1..BURST {
+                    let Ok((client, packet)) = answers.try_recv() else { break };
+                    lanes.from_node.enter(now, packet.len(), (client, packet));
+                }
             }
             // An error tells of an earlier packet that could not be delivered; that packet is lost.
             received = socket.recv_from(&mut buffer) => if let Ok((length, client)) = received {
-                let packet = buffer.get(..length).unwrap_or_default().to_vec();
-                paths.lanes().to_node.enter(start.elapsed(), length, (client, packet));
+                let (now, mut lanes) = (start.elapsed(), paths.lanes());
+                let packet = |buffer: &[u8], length| buffer.get(..length).unwrap_or_default().to_vec();
+                lanes.to_node.enter(now, length, (client, packet(&buffer, length)));
+                for _ in 1..BURST {
+                    let Ok((length, client)) = socket.try_recv_from(&mut buffer) else { break };
+                    lanes.to_node.enter(now, length, (client, packet(&buffer, length)));
+                }
             }
         }
         let now = start.elapsed();
@@ -160,6 +178,14 @@ async fn run(socket: Arc<UdpSocket>, paths: Arc<Paths>) {
     }
 }
 
+/// A socket on a free loopback port.
+async fn bind() -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    // As many as there are will do.
+    let _ = SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER);
+    Ok(socket)
+}
+
 async fn way_of(
     client: SocketAddr,
     ways: &mut HashMap<SocketAddr, Way>,
@@ -173,7 +199,7 @@ async fn way_of(
         let silent = ways.iter().min_by_key(|(_, way)| way.used).map(|(client, _)| *client);
         silent.and_then(|client| ways.remove(&client));
     }
-    let socket = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.ok()?);
+    let socket = Arc::new(bind().await.ok()?);
     let (reading, answers) = (socket.clone(), answers.clone());
     let reader = tokio::spawn(async move {
         let mut buffer = vec![0; MAX_PACKET];
@@ -228,9 +254,16 @@ mod tests {
     async fn packets_go_there_and_back_after_the_round_trip() {
         let rtt = Duration::from_millis(40);
         let (shaper, client, _node) = echo(Shape::path(rtt, Duration::ZERO, 0.0)).await;
-        assert!(round_trip(&client, b"hello").await.unwrap() >= rtt);
+        // The quickest of many: others may have the cores for a while.
+        let (mut quickest, mut packets) = (Duration::MAX, 0);
+        while packets < 200 && quickest >= rtt + Duration::from_millis(1) {
+            let took = round_trip(&client, b"hello").await.unwrap();
+            assert!(took >= rtt, "{took:?}");
+            (quickest, packets) = (quickest.min(took), packets + 1);
+        }
+        assert!(quickest < rtt + Duration::from_millis(1), "{quickest:?}");
         let (to, from) = shaper.counts();
-        assert_eq!((to.passed, from.passed), (1, 1));
+        assert_eq!((to.passed, from.passed), (packets, packets));
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@ mod chat;
 #[cfg(target_os = "linux")]
 mod comfort;
 mod commands;
+mod curves;
 mod demo;
 mod errors;
 mod members;

@@ -206,7 +206,7 @@ impl Driver {
             }
             return;
         }
-        let pending: Vec<usize> = readable.iter().map(|&i| self.active[i].pending()).collect();
+        let pending: Vec<usize> = readable.iter().map(|&i| self.active[i].pending_rows()).collect();
         let mut rows = vec![0; self.active.len()];
         readable.into_iter().zip(schedule::rows(&pending)).for_each(|(index, count)| rows[index] = count);
         let mut measure = self.draft(&mut rows);

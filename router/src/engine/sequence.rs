@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::Step;
 use super::draft::{Asked, Draft, MOST, Memory, ModelCache, Verdict};
+use super::schedule::PREFILL_TOLD;
 use crate::client::{Progress, Summary};
 use crate::dispatch::Usage;
 use crate::generate::{Constraint, FinishReason, GenerateError, GenerateRequest, ScoredToken, Timings, Token};
@@ -142,6 +143,11 @@ impl Sequence {
     /// Tokens that have yet to go through the model; one while decoding.
     pub(super) fn pending(&self) -> usize {
         self.tokens.len() - self.cache.len()
+    }
+
+    /// The most of them that one pass may take.
+    pub(super) fn pending_rows(&self) -> usize {
+        if self.tells_prompt() { self.pending().min(PREFILL_TOLD) } else { self.pending() }
     }
 
     /// Whether its reader has room for what a step may bring.

@@ -80,7 +80,7 @@ async fn client_memory(args: &BenchArgs, dir: &Path, bootstrap: &str) -> anyhow:
 }
 
 /// A line of `/proc/PID/status` that is given in kB, in bytes; `None` where there is no such file.
-fn resident(pid: u32, line: &str) -> Option<u64> {
+pub(super) fn resident(pid: u32, line: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let value = status.lines().find_map(|l| l.strip_prefix(line))?;
     Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
