@@ -45,12 +45,14 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Whether tokens are drafted, and verified several in a pass, where that is faster. No token and no probability changes.
     pub drafts: bool,
+    /// Whether sequences advance in two groups where that is faster: while one waits for peers the other computes.
+    pub groups: bool,
 }
 
 impl Default for EngineConfig {
-    /// 4 GiB, 256 sequences, 1024 waiting, with drafts.
+    /// 4 GiB, 256 sequences, 1024 waiting, with drafts and groups.
     fn default() -> Self {
-        Self { kv_bytes: 4 << 30, max_sequences: 256, max_waiting: 1024, drafts: true }
+        Self { kv_bytes: 4 << 30, max_sequences: 256, max_waiting: 1024, drafts: true, groups: true }
     }
 }
 

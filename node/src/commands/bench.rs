@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use hanse_node::testnet::{Testnet, TestnetConfig, split};
+use hanse_node::testnet::{Shape, Testnet, TestnetConfig, split};
 use hanse_protocol::Identity;
 use hanse_router::client::layout_of;
 use hanse_router::stats::quantile_of;
@@ -127,7 +127,9 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
         let layout = layout_of(checkpoint.spec());
         let specs = split(&layout, usize::from(args.nodes), 1);
         bar.set_message("starting volunteers");
-        let net = Testnet::start(TestnetConfig::new(std::env::current_exe()?, &dir, specs), |_| ()).await?;
+        let shape = (!args.rtt.is_zero()).then(|| Shape::path(args.rtt, Duration::ZERO, 0.0));
+        let testnet = TestnetConfig { shape, ..TestnetConfig::new(std::env::current_exe()?, &dir, specs) };
+        let net = Testnet::start(testnet, |_| ()).await?;
         let bootstrap = net.bootstrap().context("no volunteer has an address")?.clone();
         let network = NetworkConfig { bootstrap: vec![bootstrap], wire: args.wire, ..NetworkConfig::default() };
         // The price of a step is measured, not how many are spared.

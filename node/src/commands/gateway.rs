@@ -41,6 +41,7 @@ pub(crate) async fn run(args: GatewayArgs) -> anyhow::Result<()> {
         max_sequences: args.max_sequences as usize,
         max_waiting: args.max_waiting as usize,
         drafts: args.draft.drafts(),
+        groups: true,
     });
     let max_connections = client.engine_config().capacity() + OTHER_CONNECTIONS;
     allow_files(max_connections as u64 + OTHER_FILES);

@@ -287,7 +287,7 @@ impl Driver {
         let rows: Vec<usize> = parts.iter().map(|(_, rows)| *rows).collect();
         // Those that are tried alone have nobody to share a pass with, and in this process nobody is waited for.
         let in_network = matches!(self.core.place, Place::Network(_));
-        let groups = if in_network { self.engine.groups().choose(&rows) } else { 1 };
+        let groups = if in_network && self.engine.config.groups { self.engine.groups().choose(&rows) } else { 1 };
         let began = Instant::now();
         let group = groups::assign(&rows, groups);
         let readers: Vec<_> = parts.iter().map(|(sequence, _)| sequence.steps().clone()).collect();

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use futures::StreamExt;
 use hanse_router::stats::quantile_of;
-use hanse_router::{Client, GenerateRequest};
+use hanse_router::{Client, EngineConfig, GenerateRequest};
 use serde::Serialize;
 
 use crate::cli::BenchArgs;
@@ -27,30 +27,42 @@ struct Batch {
     network_tokens_per_second: f64,
     /// Median of the rounds' ratios, network over local.
     ratio: f64,
+    /// Median of the rounds' ratios, over the network: with two groups where that is faster, over without.
+    groups_ratio: f64,
+    /// The share of passes that were made in two groups.
+    grouped: f64,
     /// Datagrams that the sockets of this machine had no room for during the network's rounds; nothing where that is not told.
     dropped_datagrams: Option<u64>,
 }
 
 pub(super) async fn run(args: &BenchArgs, client: &Client, local: &Client) -> anyhow::Result<Report> {
     let mut batches = Vec::new();
+    // The same network without groups.
+    let together = client.clone().with_engine(EngineConfig { groups: false, ..client.engine_config() });
     for generations in GENERATIONS {
-        let (mut here, mut there, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut here, mut there, mut ratios, mut groups_ratios) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let start = client.engine();
         let mut dropped = Some(0);
         speed(client, generations, args.max_tokens).await?;
         for _ in 0..args.rounds.max(1) {
             let before = dropped_datagrams();
             let network = speed(client, generations, args.max_tokens).await?;
             dropped = dropped.zip(dropped_datagrams()).zip(before).map(|((sum, now), before)| sum + now - before);
+            groups_ratios.push(network / speed(&together, generations, args.max_tokens).await?);
             let alone = speed(local, generations, args.max_tokens).await?;
             there.push(network);
             here.push(alone);
             ratios.push(network / alone);
         }
+        let end = client.engine();
+        let steps = (end.steps - start.steps).max(1);
         batches.push(Batch {
             generations,
             local_tokens_per_second: quantile_of(here, 0.5),
             network_tokens_per_second: quantile_of(there, 0.5),
             ratio: quantile_of(ratios, 0.5),
+            groups_ratio: quantile_of(groups_ratios, 0.5),
+            grouped: (end.grouped_steps - start.grouped_steps) as f64 / steps as f64,
             dropped_datagrams: dropped,
         });
     }
@@ -95,11 +107,13 @@ impl Report {
         for batch in &self.batches {
             let dropped = batch.dropped_datagrams.map_or_else(|| "?".to_owned(), |dropped| dropped.to_string());
             say!(
-                "batch      {:>3} generations: local {:.0} tokens/s, network {:.0}, ratio {:.2}; {dropped} datagrams dropped",
+                "batch      {:>3} generations: local {:.0} tokens/s, network {:.0}, ratio {:.2}; {dropped} datagrams dropped; two groups in {:.0} % of passes, {:.2} times as fast as one",
                 batch.generations,
                 batch.local_tokens_per_second,
                 batch.network_tokens_per_second,
-                batch.ratio
+                batch.ratio,
+                batch.grouped * 100.0,
+                batch.groups_ratio
             );
         }
         Ok(())
