@@ -469,7 +469,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, default_value = "f32", value_name = "DTYPE")]
     pub(crate) wire: WireDtype,
     /// Round trip to be added to the path to every volunteer's data plane, such as 20ms.
-    #[arg(long, default_value = "0s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "0s", value_name = "TIME", value_parser = humantime::parse_duration, conflicts_with_all = ["drafts", "curves"])]
     pub(crate) rtt: Duration,
     /// Measure drafts instead: the same generations without and with them, over paths with these round trips.
     #[arg(long, value_name = "RTT", value_delimiter = ',', num_args = 0.., default_missing_values = ["20ms", "80ms"], value_parser = humantime::parse_duration)]

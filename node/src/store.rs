@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::time::Duration;
 
 use hanse_model::{Checkpoint, Device, DeviceError, Expert, HeldExpert, LoadError};
 use hanse_protocol::{HostedError, HostedExperts};
 use tokio::sync::Notify;
+
+/// How often it is looked whether given up experts are free.
+const FREED_POLL: Duration = Duration::from_millis(5);
 
 /// Experts by layer and number.
 type Experts = BTreeMap<(u32, u32), Arc<HeldExpert>>;
@@ -33,6 +37,24 @@ impl Snapshot {
     #[must_use]
     pub fn expert(&self, layer: u32, expert: u32) -> Option<&HeldExpert> {
         self.0.get(&(layer, expert)).map(Arc::as_ref)
+    }
+}
+
+/// Experts that were given up.
+#[derive(Debug)]
+pub struct Removed(Vec<Weak<HeldExpert>>);
+
+impl Removed {
+    /// Waits until nobody computes with them any more and their memory is free, or until the time is over.
+    pub async fn freed(self, timeout: Duration) {
+        let freed = async {
+            while self.0.iter().any(|expert| expert.strong_count() > 0) {
+                tokio::time::sleep(FREED_POLL).await;
+            }
+        };
+        if tokio::time::timeout(timeout, freed).await.is_err() {
+            tracing::warn!("experts that were given up are still computed with");
+        }
     }
 }
 
@@ -122,9 +144,8 @@ impl ExpertStore {
                 return;
             }
         }
-        let before = self.len();
-        self.change(|experts| experts.retain(|_, held| !held.is_on(failed)));
-        let (device, given_up) = (failed.name(), before - self.len());
+        let given_up = self.change(|experts| experts.extract_if(.., |_, held| held.is_on(failed)).collect::<Vec<_>>());
+        let (device, given_up) = (failed.name(), given_up.len());
         tracing::error!(device, given_up, left = self.len(), %error, "a device failed and its experts are given up; start anew to use it again");
         self.lost.notify_one();
     }
@@ -134,16 +155,18 @@ impl ExpertStore {
         self.lost.notified().await;
     }
 
-    /// Gives experts up. Work that was accepted before is still done: it has a snapshot.
-    pub fn remove(&self, unwanted: &[(u32, u32)]) {
-        self.change(|experts| unwanted.iter().for_each(|pair| _ = experts.remove(pair)));
+    /// Gives experts up. Work that was accepted before is still done: it has a snapshot, and until it is done the memory is not free.
+    pub fn remove(&self, unwanted: &[(u32, u32)]) -> Removed {
+        let removed: Vec<_> = self.change(|experts| unwanted.iter().filter_map(|pair| experts.remove(pair)).collect());
         self.is_full.store(false, Ordering::Relaxed);
+        Removed(removed.iter().map(Arc::downgrade).collect())
     }
 
-    fn change(&self, change: impl FnOnce(&mut Experts)) {
+    /// What `change` takes out and gives back is freed after others may look again: a card takes its time.
+    fn change<T>(&self, change: impl FnOnce(&mut Experts) -> T) -> T {
         let mut experts = self.experts.write().unwrap_or_else(PoisonError::into_inner);
         // The map is copied only while somebody computes with the old one; the weights never are.
-        change(Arc::make_mut(&mut experts));
+        change(Arc::make_mut(&mut experts))
     }
 
     /// The experts held now.

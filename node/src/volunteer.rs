@@ -433,7 +433,8 @@ async fn open_devices(
     let opening = tokio::task::spawn_blocking(move || {
         let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
         let (mut usable, mut unusable) = (Vec::new(), None);
-        for device in choice.open(Arc::new(pool))? {
+        let pool = Arc::new(pool);
+        for device in choice.open(pool.clone())? {
             match widths.iter().try_for_each(|width| device.prepare(hidden_size, *width)) {
                 Ok(()) => usable.push(device),
                 Err(error) => {
@@ -443,6 +444,10 @@ async fn open_devices(
             }
         }
         match unusable {
+            Some(_) if usable.is_empty() && choice == DeviceChoice::Auto => {
+                tracing::warn!("computing on the processor");
+                Ok(DeviceChoice::Cpu.open(pool)?)
+            }
             Some(error) if usable.is_empty() => Err(error.into()),
             _ => Ok(usable),
         }

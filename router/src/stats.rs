@@ -205,7 +205,7 @@ fn smooth(value: &mut Option<f64>, sample: f64) {
 /// What one request cost on the network so far.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct NetworkUse {
-    /// Layers that waited for peers: one per MoE layer and forward pass, but for layers all of whose chosen experts are resident.
+    /// Layers that waited for peers: one per MoE layer, forward pass and group of sequences, but for layers all of whose chosen experts are resident.
     pub round_trips: u64,
     /// Calls sent.
     pub frames: u64,

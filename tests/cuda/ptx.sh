@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-tools="${HANSE_CUDA_TOOLS:-$HOME/.cache/hanse/cuda-tools}"
+tools="${HANSE_CUDA_TOOLS:-$HOME/.cache/hanse}/cuda-tools"
 if [ ! -e "$tools/ready" ]; then
     rm -rf "$tools"
     python3 -m pip install --quiet --no-deps --target "$tools" blake3 nvidia-cuda-nvrtc-cu11==11.8.89 nvidia-cuda-nvcc-cu12==12.8.93

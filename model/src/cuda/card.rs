@@ -135,7 +135,7 @@ impl Slot {
             self.stream.copy_to(&mut self.input, rows_at + 4 * piece.x, &self.input_on_card, 0)?;
             for (is_down, input, output) in [(false, x, inner), (true, inner, y)] {
                 for launch in &piece.launches {
-                    let Some(kernel) = kernels.get(&(is_down, launch.class)) else { continue };
+                    let kernel = &kernels[&(is_down, launch.class)];
                     let blocks = if is_down { launch.down_blocks } else { launch.up_blocks };
                     let groups = (first + (launch.groups.start * size_of::<Group>()) as u64, launch.groups.len());
                     self.stream.launch(kernel, (blocks, launch.class.threads()), groups, (input, output))?;
@@ -299,6 +299,8 @@ impl Device for Card {
                 let OnCard { layout, memory } =
                     job.expert.weights().filter(|held: &&OnCard| held.memory.is_of(&self.context))?;
                 let rows = job.hidden.len() / layout.hidden_size;
+                assert_eq!(job.hidden.len(), rows * layout.hidden_size, "input in whole rows");
+                assert_eq!(job.output.len(), job.hidden.len(), "output as long as the input");
                 Some(Wanted { layout: *layout, weights: memory.address(), rows })
             })
             .collect();

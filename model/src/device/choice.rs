@@ -179,17 +179,30 @@ impl DeviceChoice {
     /// Opens the devices; `pool` computes where the processor is meant. There is at least one.
     ///
     /// # Errors
-    /// Why a card that was named cannot be used. `auto` takes the processor instead, and says why if there is a driver.
+    /// Why a card that was named cannot be used. `auto` takes those that can be, or the processor, and says why if there is a driver.
     pub fn open(&self, pool: Arc<ThreadPool>) -> Result<Vec<Arc<dyn Device>>, OpenError> {
         match self {
             Self::Cpu => Ok(vec![Arc::new(Cpu::new(pool))]),
             Self::Cuda(cards) => open_cards(cards),
-            Self::Auto => Ok(open_cards(&[]).unwrap_or_else(|error| {
-                if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver) {
-                    tracing::warn!(%error, "computing on the processor");
+            Self::Auto => {
+                let numbers = cards().unwrap_or_else(|error| {
+                    if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver) {
+                        tracing::warn!(%error, "computing on the processor");
+                    }
+                    Vec::new()
+                });
+                let mut devices = Vec::new();
+                for CardReport { card, .. } in numbers {
+                    match open_cards(&[card]) {
+                        Ok(opened) => devices.extend(opened),
+                        Err(error) => tracing::warn!(%error, "a card is left out"),
+                    }
                 }
-                vec![Arc::new(Cpu::new(pool))]
-            })),
+                if devices.is_empty() {
+                    devices.push(Arc::new(Cpu::new(pool)));
+                }
+                Ok(devices)
+            }
         }
     }
 }

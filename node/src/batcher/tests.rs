@@ -272,6 +272,20 @@ fn experts_go_where_there_is_most_room_and_those_that_fit_nowhere_are_named() {
 }
 
 #[tokio::test]
+async fn memory_of_experts_that_were_given_up_is_free_when_nobody_computes_with_them_any_more() {
+    let (checkpoint, _) = bundled();
+    let store = store_on(&checkpoint, vec![Frail::new(3)]);
+    let accepted = store.snapshot();
+    let mut freed = std::pin::pin!(store.remove(&[(0, 0)]).freed(FAR));
+    assert!(freed.as_mut().now_or_never().is_none(), "accepted work has it still");
+    drop(accepted);
+    tokio::time::timeout(Duration::from_secs(20), freed).await.unwrap();
+    let accepted = store.snapshot();
+    store.remove(&[(0, 1)]).freed(Duration::ZERO).await;
+    assert!(accepted.expert(0, 1).is_some(), "no longer than asked for");
+}
+
+#[tokio::test]
 async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
     let (checkpoint, width) = bundled();
     let (frail, sound) = (Frail::new(2), Frail::new(1));

@@ -139,7 +139,8 @@ fn hold(dir: PathBuf, was_named: bool) -> anyhow::Result<(PathBuf, DataDirLock)>
     bail!("{MOST} nodes run on this machine: give this one a folder of its own with --data-dir")
 }
 
-/// Reports when everything is loaded, and pauses and resumes as the owner wants; ends only if the experts cannot be loaded.
+/// Reports when everything is loaded, and pauses and resumes as the owner wants; ends only if the experts cannot be loaded, or
+/// no device works any more.
 async fn serve(
     volunteer: &mut Volunteer,
     args: &NodeArgs,
@@ -165,6 +166,8 @@ async fn serve(
             request = next_request(&mut control) => Some(request),
             _ = looks.tick() => None,
         };
+        // What watches over this process starts it again.
+        anyhow::ensure!(!volunteer.store().devices().is_empty(), "every device has failed: start the node anew");
         match request.as_ref().map(|request| request.command) {
             Some(Command::Pause) => comfort.ask(true),
             Some(Command::Resume) => comfort.ask(false),

@@ -231,7 +231,7 @@ impl Host {
                 shard.claim(&[])?;
                 return self.announcer.announce().await;
             }
-            shard.drop_experts(&found.give);
+            shard.drop_experts(&found.give).await;
             self.moves.given.fetch_add(give as u64, Ordering::Relaxed);
         }
         if let Err(error) = shard.load(&found.take, &|_| ()).await {

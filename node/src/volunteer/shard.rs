@@ -1,6 +1,7 @@
 //! The experts of a running volunteer: what is loaded, what is on its way, and what is about to go.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use hanse_model::{Checkpoint, Device};
@@ -114,11 +115,12 @@ impl Shard {
         Ok(())
     }
 
-    /// Gives up the experts that were retired.
-    pub(super) fn drop_experts(&self, experts: &[(u32, u32)]) {
-        self.store.remove(experts);
+    /// Gives up the experts that were retired, and waits a while for their memory.
+    pub(super) async fn drop_experts(&self, experts: &[(u32, u32)]) {
+        let removed = self.store.remove(experts);
         self.intent().retiring = HostedExperts::new();
         self.changed.notify_one();
+        removed.freed(FREED_WITHIN).await;
     }
 
     /// The names of the devices.
@@ -191,6 +193,9 @@ impl Shard {
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
 }
+
+/// So long at most, memory of experts that were given up is waited for.
+const FREED_WITHIN: Duration = Duration::from_secs(10);
 
 /// An expert that is at hand, and what keeps it there until it is loaded.
 pub(super) type Fetched = ((u32, u32), Option<Pin>);

@@ -61,7 +61,7 @@ pub(super) struct Setup {
 }
 
 /// The price of a step is measured, not how many are spared.
-const PLAIN: fn() -> EngineConfig = || EngineConfig { drafts: false, ..EngineConfig::default() };
+const PLAIN: fn() -> EngineConfig = || EngineConfig { drafts: false, groups: false, ..EngineConfig::default() };
 
 impl Setup {
     pub(super) fn new(args: &BenchArgs) -> anyhow::Result<Self> {

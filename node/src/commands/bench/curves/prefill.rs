@@ -38,7 +38,7 @@ pub(super) async fn run(setup: &Setup) -> anyhow::Result<Measured> {
             let here = decode(&setup.local, vec![prompt.clone()], 2).await?;
             let experts_ms = experts.get(index).copied().unwrap_or_default();
             let served_ms = record::median_ms(&served[index..=index]);
-            let law_ms = law::step(here.prefill_ms - experts_ms, served_ms, setup.layers(), ROUND_TRIP_MS);
+            let law_ms = law::step((here.prefill_ms - experts_ms).max(0.0), served_ms, setup.layers(), ROUND_TRIP_MS);
             let there = decode(&net.client, vec![prompt.clone()], 2).await?;
             rounds.add(length, there.prefill_ms, law_ms);
             if index + 1 == lengths.len() {
