@@ -7,10 +7,10 @@
     V/bin/ninja -C B llama-bench ggml-rpc-server
     V/bin/python against_llama_cpp.py TARGET/release/hanse MODEL_FOLDER llama_cpp_python-*/vendor/llama.cpp B [--dtype f32]
 
-Every process computes with one thread. llama.cpp keeps keys and values in f32 and has flash attention off, as exactness asks for. `experts`
-is llama.cpp with all routed experts on two RPC servers, half of the layers each, and the rest in its own process: the same split as Hanse's,
-whose two volunteers have half of each layer's experts. `layers` is llama.cpp with all layers on the two servers. Prints a table: medians
-over the rounds, the least and the most.
+Every process computes with one thread. llama-bench decodes without a prompt and does not draw; it keeps keys and values in f16 (it takes no
+f32 for them), Hanse in f32. `experts` is llama.cpp with all routed experts on two RPC servers, half of the layers each, and the rest in its own
+process; Hanse's two volunteers have half of each layer's experts each. `layers` is llama.cpp with all layers on the two servers. Prints a table:
+medians over the rounds, the least and the most.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def gateway(*where):
 
 def llama(*where):
     command = [os.path.join(args.build, "bin", "llama-bench"), "-m", gguf, "-t", "1", "-p", "0", "-n", str(args.tokens), "-r", "1"]
-    command += ["-ctk", "f32", "-ctv", "f32", "-fa", "0", "-o", "json", *where]
+    command += ["-fa", "0", "-o", "json", *where]
 
     def measure():
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -111,7 +111,7 @@ try:
     first = hanse(*node, *local, *own(), "--experts", f"0-{layers - 1}:0-{half - 1}")["addresses"][0]
     hanse(*node, *local, *own(), "--experts", f"0-{layers - 1}:{half}-{experts - 1}", "--bootstrap", first)
     servers = [f"127.0.0.1:{port}" for port in ports]
-    on = lambda which, server: f"blk\\.({'|'.join(map(str, which))})\\.ffn_.*_exps=RPC{server}[{servers[server]}]"
+    on = lambda which, server: f"blk\\.({'|'.join(map(str, which))})\\.ffn_.*_exps=RPC0[{servers[server]}]"
     split = ";".join([on(range(layers // 2), 0), on(range(layers // 2, layers), 1)])
     contenders = {
         "Hanse, one process": gateway("--local"),
