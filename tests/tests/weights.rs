@@ -138,8 +138,9 @@ fn after_one_of_four_has_left_those_without_a_folder_fetch_what_two_replicas_nee
         );
         assert!(took < Duration::from_secs(45), "{took:?}");
         assert!(moves <= 96, "{moves} experts moved where 64 were lost");
-        // What the founder moves lies in its folder, and what somebody hosted before may still lie in its cache.
-        assert!(new as u64 <= moves, "{new} fetched, {moves} moved");
+        // What the founder moves lies in its folder, what somebody hosted before may still lie in its cache, and a move that others had
+        // made meanwhile is called off after it has fetched.
+        assert!(new <= 96, "{new} fetched, {moves} moved");
         assert!(bytes >= new as u64 * one && bytes <= new as u64 * one * 105 / 100, "{bytes} bytes for {new} of {one}");
     });
 }
