@@ -131,6 +131,7 @@ unsafe fn halves_tile<L: Lanes, const R: usize>(
     }
 }
 
+/// [`halves_tile`] where `len` is a multiple of [`LANES`].
 #[inline(always)]
 unsafe fn halves_of<L: Lanes, const R: usize>(
     x: Strided,

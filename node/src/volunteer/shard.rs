@@ -18,6 +18,8 @@ use crate::store::ExpertStore;
 
 /// The most experts loaded in one step, after which they are served; as many may have been fetched and wait to be loaded.
 const STEP: usize = 16;
+/// So long at most, memory of experts that were given up is waited for.
+const FREED_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 struct Intent {
@@ -193,9 +195,6 @@ impl Shard {
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
 }
-
-/// So long at most, memory of experts that were given up is waited for.
-const FREED_WITHIN: Duration = Duration::from_secs(10);
 
 /// An expert that is at hand, and what keeps it there until it is loaded.
 pub(super) type Fetched = ((u32, u32), Option<Pin>);
