@@ -2,6 +2,7 @@
 
 mod call;
 mod carrier;
+mod congestion;
 mod connection;
 mod settings;
 mod stream;

@@ -6,6 +6,8 @@ use std::time::Duration;
 use quinn::congestion::CubicConfig;
 use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
 
+use super::congestion;
+
 /// Application error code of a connection closed in the ordinary way.
 pub(super) const CLOSED: VarInt = VarInt::from_u32(0);
 /// Code with which a stream is reset and stopped when nobody waits for its answer any more.
@@ -68,9 +70,9 @@ fn serving(crypto: Arc<dyn quinn::crypto::ServerConfig>, transport: TransportCon
 }
 
 fn transport() -> TransportConfig {
-    // Cubic rather than BBR: quinn's BBR is experimental and lost many packets on this traffic.
-    let mut congestion = CubicConfig::default();
-    congestion.initial_window(INITIAL_WINDOW);
+    // On top of Cubic rather than BBR: quinn's BBR is experimental and lost many packets on this traffic.
+    let mut cubic = CubicConfig::default();
+    cubic.initial_window(INITIAL_WINDOW);
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(STREAMS.into())
@@ -80,7 +82,7 @@ fn transport() -> TransportConfig {
         .stream_receive_window(STREAM_WINDOW.into())
         .receive_window(CONNECTION_WINDOW.into())
         .send_window(CONNECTION_WINDOW.into())
-        .congestion_controller_factory(Arc::new(congestion))
+        .congestion_controller_factory(Arc::new(congestion::Factory(Arc::new(cubic))))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(IdleTimeout::from(IDLE)))
         // Many packets to one system call: 2.6 to 3.4 times the throughput on loopback. The default, but too important to be left to it.
