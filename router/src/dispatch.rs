@@ -187,7 +187,11 @@ struct Outgoing {
 
 /// The rows that `assignments` name, ascending, each once.
 fn rows_of(assignments: &[ExpertRows]) -> Vec<u32> {
-    assignments.iter().flat_map(|a| &a.rows).copied().collect::<BTreeSet<u32>>().into_iter().collect()
+    let mut rows = Vec::with_capacity(assignments.iter().map(|a| a.rows.len()).sum());
+    rows.extend(assignments.iter().flat_map(|a| &a.rows));
+    rows.sort_unstable();
+    rows.dedup();
+    rows
 }
 
 /// Builds the frame that asks for `assignments` on the rows they need; rows that no assignment names stay at home.

@@ -3,8 +3,9 @@
     python hivemind_side.py serve EXPERT EXPERTS HIDDEN WIDTH     prints an address, serves until standard input ends
     python hivemind_side.py call ADDRESS SECONDS ROWS CLIENTS     a line of JSON
     python hivemind_side.py mix ADDRESS SECONDS ROWS HIDDEN K OF  the same for a mixture of K of OF experts
+    python hivemind_side.py declare MEMBERS EXPERTS               times declaring and finding experts, without servers
 
-EXPERT is `swiglu` or `empty`, which gives back what it gets.
+EXPERT is `swiglu`, `ffn`, which is hivemind's own feed-forward block, or `empty`, which gives back what it gets.
 """
 
 import json
@@ -44,10 +45,11 @@ class Empty(torch.nn.Module):
 def serve(kind, experts, hidden, width):
     import hivemind
     from hivemind.moe import ModuleBackend, Server
+    from hivemind.moe.server.layers import name_to_block
     from hivemind.utils.tensor_descr import BatchTensorDescriptor
 
     dht = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
-    make = {"swiglu": SwiGLU, "empty": Empty}[kind]
+    make = {"swiglu": SwiGLU, "empty": Empty, "ffn": lambda hidden, width: name_to_block["ffn"](hidden)}[kind]
     schema = BatchTensorDescriptor(hidden)
     backends = {
         f"expert.{number}": ModuleBackend(
@@ -116,6 +118,32 @@ def mix(address, seconds, rows, hidden, k, of):
     dht.shutdown()
 
 
+def declare(members, experts):
+    import hivemind
+    from hivemind.moe import get_experts
+    from hivemind.moe.server.dht_handler import declare_experts
+    from hivemind.utils import get_dht_time
+
+    own = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "start": True}
+    dhts = [hivemind.DHT(**own)]
+    dhts += [hivemind.DHT(initial_peers=dhts[0].get_visible_maddrs(), **own) for _ in range(members - 1)]
+    uids = [f"expert.{number}" for number in range(experts)]
+    shares = [uids[member * experts // members : (member + 1) * experts // members] for member in range(members)]
+    began = time.perf_counter()
+    expires = get_dht_time() + 300
+    stored = [declare_experts(dht, share, expires, wait=False) for dht, share in zip(dhts, shares)]
+    assert all(all(future.result().values()) for future in stored)
+    declared = time.perf_counter() - began
+    client = hivemind.DHT(initial_peers=dhts[0].get_visible_maddrs(), client_mode=True, start=True)
+    began = time.perf_counter()
+    found = get_experts(client, uids)
+    took = time.perf_counter() - began
+    assert all(expert is not None for expert in found)
+    print(json.dumps({"experts": experts, "declare_s": declared, "find_s": took}), flush=True)
+    for dht in [client, *dhts]:
+        dht.shutdown()
+
+
 def report(rows, clients, times, took):
     calls = len(times) / took
     point = {"rows": rows, "clients": clients, "calls_per_second": calls, "rows_per_second": calls * rows}
@@ -128,5 +156,7 @@ if __name__ == "__main__":
         serve(rest[0], *map(int, rest[1:]))
     elif what == "call":
         call(rest[0], float(rest[1]), *map(int, rest[2:]))
+    elif what == "declare":
+        declare(*map(int, rest))
     else:
         mix(rest[0], float(rest[1]), *map(int, rest[2:]))

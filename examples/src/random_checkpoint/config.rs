@@ -59,6 +59,16 @@ pub(super) fn config_json(shape: &Shape, dtype: Dtype) -> Result<Value, MakeErro
     };
     if let (Value::Object(config), Value::Object(own)) = (&mut config, own) {
         config.extend(own);
+        // What other programs tell families by.
+        let class = match shape.family.as_str() {
+            "granitemoe" => "GraniteMoe",
+            "granitemoeshared" => "GraniteMoeShared",
+            "mixtral" => "Mixtral",
+            "olmoe" => "Olmoe",
+            "qwen2_moe" => "Qwen2Moe",
+            _ => "Qwen3Moe",
+        };
+        config.insert("architectures".into(), json!([format!("{class}ForCausalLM")]));
     }
     Ok(config)
 }
