@@ -223,6 +223,25 @@ impl Lanes for Avx2 {
         unsafe { sum8(_mm256_add_ps(a.0, a.1)) }
     }
     #[inline(always)]
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        unsafe {
+            // The same additions as in `sum`, of four vectors side by side. First i with i+8:
+            let [a, b, c, d] = v.map(|v| _mm256_add_ps(v.0, v.1));
+            // i with i+4; then a half is one of two.
+            let quarters =
+                |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            let (ab, cd) = (quarters(a, b), quarters(c, d));
+            // i with i+2; then a quarter is one of the four: a, c, b, d.
+            let two =
+                _mm256_add_ps(_mm256_shuffle_ps::<0b01_00_01_00>(ab, cd), _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd));
+            let one = _mm256_add_ps(two, _mm256_permute_ps::<0b10_11_00_01>(two));
+            let (ac, bd) = (_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
+            let mut sums = [0.0; 4];
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_movelh_ps(_mm_unpacklo_ps(ac, bd), _mm_unpackhi_ps(ac, bd)));
+            sums
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch<T>(at: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }

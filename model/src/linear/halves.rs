@@ -156,8 +156,13 @@ unsafe fn some_columns<L: Lanes>(
         }
         for row in 0..count {
             let y = y.wrapping_add((first.wrapping_add(row)).wrapping_mul(outputs));
-            for (c, sum) in sums[row * columns..][..columns].iter().enumerate() {
-                unsafe { y.wrapping_add(c).write(L::sum(L::load(sum.0.as_ptr()))) };
+            let (fours, rest) = sums[row * columns..][..columns].as_chunks::<4>();
+            for (four, sums) in fours.iter().enumerate() {
+                let y = y.wrapping_add(4 * four).cast::<[f32; 4]>();
+                unsafe { y.write_unaligned(L::sum4(sums.map(|sum| L::load(sum.0.as_ptr())))) };
+            }
+            for (c, sum) in rest.iter().enumerate() {
+                unsafe { y.wrapping_add(4 * fours.len() + c).write(L::sum(L::load(sum.0.as_ptr()))) };
             }
         }
     }

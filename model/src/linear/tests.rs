@@ -62,7 +62,7 @@ fn check<W: Stored>(
 #[test]
 fn blocks_of_many_rows_inputs_and_columns_agree_with_a_row_alone() {
     // More of each than a block has, and an incomplete one at the end.
-    let (rows, inputs, outputs) = (70, 1100, 17);
+    let (rows, inputs, outputs) = (150, 1100, 17);
     let x: Vec<f32> = (0..rows * inputs).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.013).collect();
     let w: Vec<f32> = (0..outputs * inputs).map(|i| ((i * 53 % 89) as f32 - 44.0) * 0.017).collect();
     check(&x, &w, |v| v, rows, inputs).unwrap();
