@@ -32,7 +32,7 @@ pub const MAX_TRUNK_TENSORS: usize = 65_536;
 /// Dimensions of a tensor.
 pub(crate) const MAX_DIMENSIONS: usize = 8;
 /// Runs of values in an expert.
-pub const MAX_EXPERT_RUNS: usize = 16;
+pub(crate) const MAX_EXPERT_RUNS: usize = 16;
 /// Bytes of one blob.
 pub const MAX_BLOB_BYTES: u64 = 1 << 40;
 

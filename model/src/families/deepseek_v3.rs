@@ -9,7 +9,8 @@ use crate::spec::{AttentionSpec, ModelSpec};
 pub(super) const FAMILY: Family =
     Family { name: "deepseek_v3", spec: |config| spec(config, "deepseek_v3", &DEFAULTS), tensors: TENSORS };
 
-pub(super) const KIMI_K2: Family = Family { name: "kimi_k2", spec: |config| spec(config, "kimi_k2", &DEFAULTS), tensors: TENSORS };
+pub(super) const KIMI_K2: Family =
+    Family { name: "kimi_k2", spec: |config| spec(config, "kimi_k2", &DEFAULTS), tensors: TENSORS };
 
 pub(super) const TENSORS: TensorNames =
     TensorNames { shared: SharedNames::Split("mlp.shared_experts", ""), ..TensorNames::MLP };

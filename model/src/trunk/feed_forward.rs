@@ -13,8 +13,16 @@ use crate::spec::{Activation, FeedForwardSpec, MoeSpec};
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
-    Dense(Swiglu),
-    Moe { spec: MoeSpec, gate: Gate, shared: Option<Shared> },
+    Dense(Box<Swiglu>),
+    Moe(Box<Moe>),
+}
+
+/// A mixture-of-experts block but for its experts.
+#[derive(Debug)]
+pub(super) struct Moe {
+    spec: MoeSpec,
+    gate: Gate,
+    shared: Option<Shared>,
 }
 
 /// What chooses the experts.
@@ -44,19 +52,19 @@ impl FeedForward {
                 let matrix = |name: &str, outputs, inputs| {
                     checkpoint.matrix(&format!("model.layers.{layer}.mlp.{name}.weight"), outputs, inputs)
                 };
-                Self::Dense(Swiglu {
+                Self::Dense(Box::new(Swiglu {
                     gate_proj: matrix("gate_proj", *intermediate_size, hidden)?,
                     up_proj: matrix("up_proj", *intermediate_size, hidden)?,
                     down_proj: matrix("down_proj", hidden, *intermediate_size)?,
                     activation: Activation::Swiglu,
                     biases: None,
-                })
+                }))
             }
-            FeedForwardSpec::Moe(moe) => Self::Moe {
+            FeedForwardSpec::Moe(moe) => Self::Moe(Box::new(Moe {
                 gate: Gate::load(checkpoint, layer, moe)?,
                 shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
                 spec: moe.clone(),
-            },
+            })),
         })
     }
 
@@ -68,9 +76,9 @@ impl FeedForward {
         experts: &mut dyn Experts,
         pool: &ThreadPool,
     ) -> Result<Vec<f32>, ForwardError> {
-        let (spec, gate, shared) = match self {
+        let Moe { spec, gate, shared } = match self {
             Self::Dense(swiglu) => return Ok(apply(swiglu, x, pool)),
-            Self::Moe { spec, gate, shared } => (spec, gate, shared),
+            Self::Moe(moe) => &**moe,
         };
         let choosable = experts.choosable(layer);
         let routing = within(pool, x.len() == gate.weight.inputs(), || gate.route(x, spec, choosable, pool))?;
