@@ -19,7 +19,7 @@ pub struct Shape {
     pub family: String,
     /// Length of a row of hidden states.
     pub hidden: usize,
-    /// Number of layers, each with experts.
+    /// Number of layers, each with experts in families that have any.
     pub layers: usize,
     /// Routed experts of a layer.
     pub experts: usize,
@@ -27,13 +27,13 @@ pub struct Shape {
     pub top_k: usize,
     /// Width of one expert.
     pub intermediate: usize,
-    /// Width of the shared expert, in families that have one.
+    /// Width of the shared expert, in families that have one; rounded down to whole experts where these are shared.
     pub shared_intermediate: usize,
     /// Query heads.
     pub heads: usize,
-    /// Key and value heads; they divide `heads`.
+    /// Key and value heads; they divide `heads`. Latent attention has as many as query heads.
     pub kv_heads: usize,
-    /// Values of one head; even.
+    /// Values of one head; even, and a multiple of 4 in families that rotate a half of it.
     pub head_dim: usize,
     /// Number of tokens.
     pub vocab: usize,

@@ -12,11 +12,13 @@ use crate::lanes::{LANES, Lanes, exp, instantiate, padded};
 /// Queries over the keys and values of one head of one sequence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Group<'a> {
-    /// `[positions, head_dim]`, oldest first.
+    /// `[positions, key_dim]`, oldest first.
     pub(crate) keys: &'a [f32],
-    /// `[positions, head_dim]`
+    /// `[positions, value_stride]`, of which the first `value_dim` of each count.
     pub(crate) values: &'a [f32],
-    pub(crate) head_dim: usize,
+    pub(crate) key_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) value_stride: usize,
     /// Scores are multiplied by this.
     pub(crate) scale: f32,
     pub(crate) queries: &'a [Query],
@@ -25,10 +27,12 @@ pub(crate) struct Group<'a> {
 /// One head of one row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Query {
-    /// `[head_dim]`
+    /// `[key_dim]`
     pub(crate) query: *const f32,
-    /// `[head_dim]`: the result.
+    /// `[value_dim]`: the result.
     pub(crate) out: *mut f32,
+    /// One more score, not scaled, which has no value.
+    pub(crate) sink: Option<f32>,
     /// The positions that it sees, from this one
     pub(crate) start: usize,
     /// to the one before this.
@@ -39,11 +43,12 @@ pub(crate) struct Query {
 const BLOCK: usize = 64;
 
 instantiate! {
-    /// `out = softmax(scale * query . keys) . values` for each query.
+    /// `out = softmax(scale * query . keys) . values` for each query, the softmax over its sink too.
     ///
     /// # Safety
     /// The machine must have `isa`. There is a query, and each sees a position at least; keys and values have all that are
-    /// seen; the pointers are good for `head_dim` values, and nobody else touches the results.
+    /// seen; the pointers are good for `key_dim` and
+    /// `value_dim` values, and nobody else touches the results.
     pub(crate) fn attend(group: Group<'_>) = attend_with
 }
 
@@ -65,8 +70,8 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
     let first = queries.iter().map(|query| query.start).min().unwrap_or(0);
     let last = queries.iter().map(|query| query.end).max().unwrap_or(0);
     let pieces = pieces::<R>(queries, first, last);
-    // `[queries, positions]`, and `[queries, head_dim]` with room for whole vectors.
-    let (width, dims) = (last - first, group.head_dim.next_multiple_of(LANES));
+    // `[queries, positions]`, and `[queries, value_dim]` with room for whole vectors.
+    let (width, dims) = (last - first, group.value_dim.next_multiple_of(LANES));
     let mut scratch = vec![0.0f32; queries.len() * (width + dims + 1)];
     let (scores, rest) = scratch.split_at_mut(queries.len() * width);
     let (sums, totals) = rest.split_at_mut(queries.len() * dims);
@@ -80,7 +85,7 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
             }
         }
         for (number, (query, scores)) in queries.iter().zip(scores.chunks_mut(width)).enumerate() {
-            totals[number] = exponentials::<L>(&mut scores[query.start - first..query.end - first]);
+            totals[number] = exponentials::<L>(&mut scores[query.start - first..query.end - first], query.sink);
         }
         for piece in &pieces {
             let weights = Rows { values: scores.as_mut_ptr().add(piece.number * width + piece.from - first), width };
@@ -95,7 +100,7 @@ unsafe fn attend_tiles<L: Lanes, const R: usize, const K: usize, const V: usize>
             for part in sums.chunks_exact_mut(LANES) {
                 L::store(L::div(L::load(part.as_ptr()), L::splat(*total)), part.as_mut_ptr());
             }
-            std::ptr::copy_nonoverlapping(sums.as_ptr(), query.out, group.head_dim);
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), query.out, group.value_dim);
         }
     }
 }
@@ -172,34 +177,34 @@ unsafe fn score_tile<L: Lanes, const R: usize, const K: usize>(
     at: usize,
     scores: Rows,
 ) {
-    let head_dim = group.head_dim;
+    let key_dim = group.key_dim;
     unsafe {
-        let keys = group.keys.as_ptr().wrapping_add(at * head_dim);
+        let keys = group.keys.as_ptr().wrapping_add(at * key_dim);
         let mut queries = [keys; R];
         for r in 0..R {
             queries[r] = group.queries.get_unchecked(piece.number.wrapping_add(r)).query;
         }
         let mut sums = [[L::splat(0.0); K]; R];
         let mut dim = 0usize;
-        while head_dim.wrapping_sub(dim) >= LANES {
+        while key_dim.wrapping_sub(dim) >= LANES {
             let mut values = [L::splat(0.0); R];
             for r in 0..R {
                 values[r] = L::load(queries[r].wrapping_add(dim));
             }
             for k in 0..K {
-                let key = L::load(keys.wrapping_add(k.wrapping_mul(head_dim).wrapping_add(dim)));
+                let key = L::load(keys.wrapping_add(k.wrapping_mul(key_dim).wrapping_add(dim)));
                 for r in 0..R {
                     sums[r][k] = L::mul_add(values[r], key, sums[r][k]);
                 }
             }
             dim = dim.wrapping_add(LANES);
         }
-        if dim < head_dim {
-            let left = head_dim - dim;
+        if dim < key_dim {
+            let left = key_dim - dim;
             for r in 0..R {
                 let value = L::load(padded(queries[r].wrapping_add(dim), left).as_ptr());
                 for k in 0..K {
-                    let key = keys.wrapping_add(k.wrapping_mul(head_dim).wrapping_add(dim));
+                    let key = keys.wrapping_add(k.wrapping_mul(key_dim).wrapping_add(dim));
                     sums[r][k] = L::mul_add(value, L::load(padded(key, left).as_ptr()), sums[r][k]);
                 }
             }
@@ -218,10 +223,11 @@ unsafe fn score_tile<L: Lanes, const R: usize, const K: usize>(
     }
 }
 
-/// Replaces scores by `exp(score - largest)` and gives their sum.
+/// Replaces scores by `exp(score - largest)` and gives their sum, in which the sink counts.
 #[inline(always)]
-unsafe fn exponentials<L: Lanes>(scores: &mut [f32]) -> f32 {
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+unsafe fn exponentials<L: Lanes>(scores: &mut [f32], sink: Option<f32>) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let largest = scores.iter().copied().fold(sink.unwrap_or(f32::NEG_INFINITY), larger);
     unsafe {
         let shift = L::splat(-largest);
         let mut sums = L::splat(0.0);
@@ -233,7 +239,11 @@ unsafe fn exponentials<L: Lanes>(scores: &mut [f32]) -> f32 {
             part.copy_from_slice(&buffer[..part.len()]);
             sums = L::add(sums, L::load(buffer.as_ptr()));
         }
-        L::sum(sums)
+        let total = L::sum(sums);
+        let Some(sink) = sink else { return total };
+        let mut own = [0.0; LANES];
+        L::store(exp::<L>(L::splat(sink - largest)), own.as_mut_ptr());
+        total + own[0]
     }
 }
 
@@ -242,11 +252,11 @@ unsafe fn exponentials<L: Lanes>(scores: &mut [f32]) -> f32 {
 unsafe fn weigh<L: Lanes, const R: usize, const V: usize>(group: Group<'_>, piece: Piece, weights: Rows, sums: Rows) {
     let mut dim = 0;
     unsafe {
-        while group.head_dim - dim >= V * LANES {
+        while group.value_dim - dim >= V * LANES {
             weigh_tile::<L, R, V>(group, piece, dim, weights, sums);
             dim += V * LANES;
         }
-        while dim < group.head_dim {
+        while dim < group.value_dim {
             weigh_tile::<L, R, 1>(group, piece, dim, weights, sums);
             dim += LANES;
         }
@@ -262,8 +272,8 @@ unsafe fn weigh_tile<L: Lanes, const R: usize, const V: usize>(
     weights: Rows,
     sums: Rows,
 ) {
-    let head_dim = group.head_dim;
-    let left = head_dim - dim;
+    let stride = group.value_stride;
+    let left = group.value_dim - dim;
     unsafe {
         let mut chains = [[L::splat(0.0); V]; R];
         for r in 0..R {
@@ -271,7 +281,7 @@ unsafe fn weigh_tile<L: Lanes, const R: usize, const V: usize>(
                 chains[r][v] = L::load(sums.values.wrapping_add(r * sums.width + dim + v * LANES));
             }
         }
-        let mut values = group.values.as_ptr().wrapping_add(piece.from * head_dim + dim);
+        let mut values = group.values.as_ptr().wrapping_add(piece.from * stride + dim);
         for position in 0..piece.to - piece.from {
             let mut vectors = [L::splat(0.0); V];
             for v in 0..V {
@@ -286,7 +296,7 @@ unsafe fn weigh_tile<L: Lanes, const R: usize, const V: usize>(
                     chains[r][v] = L::mul_add(weight, vectors[v], chains[r][v]);
                 }
             }
-            values = values.wrapping_add(head_dim);
+            values = values.wrapping_add(stride);
         }
         for r in 0..R {
             for v in 0..V {

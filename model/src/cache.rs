@@ -17,6 +17,7 @@ pub(crate) struct LayerCache {
     head_dim: usize,
     /// By key/value head: `[positions, head_dim]`
     keys: Vec<Vec<f32>>,
+    /// The same; none where values are a part of the keys.
     values: Vec<Vec<f32>>,
 }
 
@@ -25,7 +26,12 @@ impl LayerCache {
         Self { head_dim, keys: vec![Vec::new(); kv_heads], values: vec![Vec::new(); kv_heads] }
     }
 
-    /// Appends one position; `key` and `value` are `[kv_heads, head_dim]`.
+    /// Of latent attention: one vector of `width` a position, which is key and value of all heads.
+    pub(crate) fn latent(width: usize) -> Self {
+        Self { head_dim: width, keys: vec![Vec::new()], values: Vec::new() }
+    }
+
+    /// Appends one position; `key` and `value` are `[kv_heads, head_dim]`, the value empty where it is a part of the key.
     pub(crate) fn push(&mut self, key: &[f32], value: &[f32]) {
         let (keys, values) = (key.chunks_exact(self.head_dim), value.chunks_exact(self.head_dim));
         for (head, part) in self.keys.iter_mut().zip(keys).chain(self.values.iter_mut().zip(values)) {
@@ -35,6 +41,10 @@ impl LayerCache {
             }
             head.extend_from_slice(part);
         }
+    }
+
+    fn shape(&self) -> (usize, usize, usize) {
+        (self.head_dim, self.keys.len(), self.values.len())
     }
 
     fn heads(&self) -> impl Iterator<Item = &Vec<f32>> {
@@ -49,9 +59,9 @@ impl LayerCache {
         Self { head_dim: self.head_dim, keys: first(&self.keys), values: first(&self.values) }
     }
 
-    /// Keys and values of one head.
+    /// Keys and values of one head, `[positions, head_dim]`; the keys twice where values are a part of them.
     pub(crate) fn head(&self, head: usize) -> (&[f32], &[f32]) {
-        (&self.keys[head], &self.values[head])
+        (&self.keys[head], self.values.get(head).unwrap_or(&self.keys[head]))
     }
 }
 
@@ -102,11 +112,7 @@ impl KvCache {
     /// The cache has the shape that the layers of a model need.
     pub(crate) fn fits(&self, layers: &[LayerCache]) -> bool {
         self.layers.len() == layers.len()
-            && self
-                .layers
-                .iter()
-                .zip(layers)
-                .all(|(mine, theirs)| mine.head_dim == theirs.head_dim && mine.keys.len() == theirs.keys.len())
+            && self.layers.iter().zip(layers).all(|(mine, theirs)| mine.shape() == theirs.shape())
     }
 
     pub(crate) fn layer(&self, layer: usize) -> &LayerCache {
@@ -158,6 +164,22 @@ mod tests {
         assert_eq!(heads(&cache), heads(&filled(6)));
         cache.truncate(8);
         assert_eq!(cache.len(), 6);
+    }
+
+    #[test]
+    fn a_latent_position_is_kept_once_and_is_key_and_value() {
+        let mut cache = KvCache::new(vec![LayerCache::latent(6)]);
+        for position in 0..5 {
+            cache.layer_mut(0).push(&[position as f32; 6], &[]);
+            cache.advance(1);
+        }
+        assert_eq!(cache.bytes_per_position(), 6 * 4);
+        let prefix = cache.prefix(3);
+        let (keys, values) = prefix.layer(0).head(0);
+        assert_eq!((keys, keys.len(), keys[17]), (values, 18, 2.0));
+        assert!(!cache.fits(&[LayerCache::new(1, 6)]) && cache.fits(&[LayerCache::latent(6)]));
+        cache.truncate(1);
+        assert_eq!(cache.layer(0).head(0).1, [0.0; 6]);
     }
 
     #[test]

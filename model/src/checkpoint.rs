@@ -2,6 +2,7 @@
 
 pub(crate) mod config;
 mod error;
+mod experts;
 mod layout;
 mod mapping;
 mod parts;
@@ -16,14 +17,15 @@ use std::sync::Arc;
 
 pub use config::ConfigError;
 pub use error::{CheckpointError, LoadError};
-pub(crate) use layout::Swiglu;
+pub(crate) use experts::Swiglu;
 pub use mapping::Mapping;
-pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, StoredDtype, TrunkPart, WeightMap};
+pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, StoredDtype, TrunkPart, WeightMap};
+pub(crate) use tensors::finite;
 pub use weight_map::weight_map_of_headers;
 
 use crate::families::{self, Family};
 use crate::linear::Matrix;
-use crate::spec::ModelSpec;
+use crate::spec::{ModelSpec, MoeSpec};
 use parts::Verifier;
 use tensors::TensorFiles;
 
@@ -53,7 +55,8 @@ struct Inner {
 #[derive(Debug)]
 struct Experts {
     source: Arc<dyn PartSource>,
-    layers: BTreeMap<usize, [StoredDtype; 3]>,
+    /// How the runs of each layer's experts are stored.
+    layers: BTreeMap<usize, Vec<StoredDtype>>,
 }
 
 /// How large the parts of a checkpoint are, in bytes as stored.
@@ -116,13 +119,21 @@ impl Checkpoint {
         let family = families::find(&config)?;
         let spec = (family.spec)(&config)?;
         let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
-        let layers = parts.experts.iter().map(|layer| (layer.layer, layer.dtypes)).collect();
+        let dtypes = |layer: &ExpertParts| layer.runs.iter().map(|run| run.dtype).collect();
+        let layers = parts.experts.iter().map(|layer| (layer.layer, dtypes(layer))).collect();
         let experts = Some(Experts { source, layers });
         let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts };
         inner.check()?;
-        let fits = inner.spec.moe_layers().map(|(layer, moe)| (layer, moe.experts));
-        if !fits.eq(parts.experts.iter().map(|layer| (layer.layer, layer.experts))) {
-            let part = "the number of experts in each layer".to_owned();
+        let wanted = inner.spec.moe_layers().map(|(layer, moe)| {
+            let runs = inner.expert_runs(layer, 0, moe).iter().map(|run| run.values() as u64).collect::<Vec<_>>();
+            (layer, moe.experts, runs)
+        });
+        let found = parts
+            .experts
+            .iter()
+            .map(|layer| (layer.layer, layer.experts, layer.runs.iter().map(|run| run.values).collect::<Vec<_>>()));
+        if !wanted.eq(found) {
+            let part = "the number or size of experts in each layer".to_owned();
             return Err(CheckpointError::Mismatch { part });
         }
         Ok(Self { inner: Arc::new(inner) })
@@ -176,6 +187,21 @@ impl Checkpoint {
     /// The gate's name in `layer`, below `model.layers.`.
     pub(crate) fn gate_name(&self, layer: usize) -> String {
         self.inner.gate_name(layer)
+    }
+
+    /// What the family calls the norms of queries and keys, below `self_attn`.
+    pub(crate) fn qk_norm_names(&self) -> (&'static str, &'static str) {
+        self.inner.family.tensors.qk_norms
+    }
+
+    /// The bias of the router of `layer`, if it has one.
+    pub(crate) fn gate_bias(&self, layer: usize, moe: &MoeSpec) -> Result<Option<Vec<f32>>, CheckpointError> {
+        self.inner.gate_bias(layer, moe).map(|(name, shape)| self.inner.tensors.vector(&name, &shape)).transpose()
+    }
+
+    /// What is added to the scores of `layer` for the choice, if there is such a thing.
+    pub(crate) fn correction(&self, layer: usize, moe: &MoeSpec) -> Result<Option<Vec<f32>>, CheckpointError> {
+        self.inner.correction(layer, moe).map(|(name, shape)| self.inner.tensors.vector(&name, &shape)).transpose()
     }
 
     /// The matrices of one routed expert.

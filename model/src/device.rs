@@ -14,6 +14,7 @@ pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, cards};
 use rayon::ThreadPool;
 
 use crate::expert::{Expert, ExpertJob, run_experts};
+use crate::spec::MoeSpec;
 
 /// Why a device did not do what it was asked to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +29,14 @@ pub enum DeviceError {
         wanted_bytes: u64,
         /// Bytes that the driver calls free.
         free_bytes: u64,
+    },
+    /// The device cannot compute such experts. Others can.
+    #[error("{device} cannot compute experts with {what}")]
+    Unsupported {
+        /// The device's name.
+        device: String,
+        /// What they have.
+        what: &'static str,
     },
     /// The device does not work any more: a card that was lost, a launch that failed. What it holds cannot be computed by it.
     #[error("{device} failed at {what}: {reason}")]
@@ -58,16 +67,16 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::Failed`]
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError>;
 
-    /// Takes the memory that computing such experts needs besides their own: a hidden size, and a width between.
+    /// Takes the memory that computing experts of such a block needs besides their own.
     ///
     /// # Errors
-    /// [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
-    fn prepare(&self, hidden_size: usize, intermediate_size: usize) -> Result<(), DeviceError>;
+    /// [`DeviceError::Unsupported`], [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
+    fn prepare(&self, hidden_size: usize, moe: &MoeSpec) -> Result<(), DeviceError>;
 
     /// Takes an expert in: its weights are in the device's memory, in their stored dtype, for as long as the answer lives.
     ///
     /// # Errors
-    /// [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
+    /// [`DeviceError::Unsupported`], [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError>;
 
     /// Computes jobs as one piece of work. Jobs of experts that this device does not hold are an error.
@@ -211,7 +220,7 @@ impl Device for Cpu {
         Ok(None)
     }
 
-    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+    fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }
 

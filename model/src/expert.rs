@@ -2,14 +2,17 @@
 
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
+use crate::activation::{add_bias, clamped_swiglu};
 use crate::checkpoint::{Checkpoint, LoadError, Swiglu};
 use crate::lanes::Isa;
 use crate::linear::{SharedMut, column_ranges, kernel, run_tasks};
 use crate::share::Pending;
+use crate::spec::Activation;
 
-/// One routed expert: `down_proj(silu(gate_proj(x)) * up_proj(x))`. Source: Mixtral, arXiv:2401.04088.
+/// One routed expert: `down_proj(silu(gate_proj(x)) * up_proj(x))`, or another [`Activation`] of the two, with biases if the model has
+/// them. Source: Mixtral, arXiv:2401.04088.
 ///
-/// Weights stay in the checkpoint's mapping in their stored dtype; arithmetic is f32.
+/// Weights stay in the checkpoint's mapping in their stored dtype, unless they lie there transposed; arithmetic is f32.
 #[derive(Debug)]
 pub struct Expert {
     pub(crate) swiglu: Swiglu,
@@ -27,8 +30,8 @@ impl Expert {
 
     /// Bytes of its weights as stored.
     pub fn bytes(&self) -> u64 {
-        let Swiglu { gate_proj, up_proj, down_proj } = &self.swiglu;
-        gate_proj.bytes() + up_proj.bytes() + down_proj.bytes()
+        let Swiglu { gate_proj, up_proj, down_proj, biases, .. } = &self.swiglu;
+        gate_proj.bytes() + up_proj.bytes() + down_proj.bytes() + biases.as_ref().map_or(0, |biases| biases.bytes)
     }
 
     /// Values in a row of its input and output.
@@ -132,7 +135,7 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
             let (job, columns) = second[number - first.len()];
             let job = &pointers[job];
             job.pending.wait();
-            job.swiglu.down_proj.multiply(isa, job.gate.pointer(), job.output.pointer(), job.rows, columns);
+            down(job, isa, columns);
         }
     });
 }
@@ -143,13 +146,49 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
 /// As for [`Matrix::multiply`](crate::linear::Matrix::multiply).
 unsafe fn gate_and_up(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
     let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
+    let swiglu = job.swiglu;
+    let (width, len) = (swiglu.gate_proj.outputs(), columns.1 - columns.0);
     unsafe {
-        job.swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
-        job.swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
-        for row in 0..job.rows {
-            let at = row * job.swiglu.gate_proj.outputs() + columns.0;
-            kernel::silu_mul(isa, gate.add(at), up.add(at), columns.1 - columns.0);
+        swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
+        swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
+        if let Some(biases) = &swiglu.biases {
+            add_to_columns(gate, width, job.rows, columns, &biases.gate_proj);
+            add_to_columns(up, width, job.rows, columns, &biases.up_proj);
         }
+        for row in 0..job.rows {
+            let at = row * width + columns.0;
+            match swiglu.activation {
+                Activation::Swiglu => kernel::silu_mul(isa, gate.add(at), up.add(at), len),
+                Activation::ClampedSwiglu { limit, alpha } => {
+                    clamped_swiglu(isa, gate.add(at), up.add(at), len, limit, alpha);
+                }
+            }
+        }
+    }
+}
+
+/// Some columns of `down_proj(gate)`, into `output`.
+///
+/// # Safety
+/// As for [`Matrix::multiply`](crate::linear::Matrix::multiply).
+unsafe fn down(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
+    let (output, down_proj) = (job.output.pointer(), &job.swiglu.down_proj);
+    unsafe {
+        down_proj.multiply(isa, job.gate.pointer(), output, job.rows, columns);
+        if let Some(biases) = &job.swiglu.biases {
+            add_to_columns(output, down_proj.outputs(), job.rows, columns, &biases.down_proj);
+        }
+    }
+}
+
+/// Adds a bias to some columns of `y`, which is `[rows, width]`.
+///
+/// # Safety
+/// `y` is valid for all that, and nobody else may touch those columns meanwhile.
+unsafe fn add_to_columns(y: *mut f32, width: usize, rows: usize, columns: (usize, usize), bias: &[f32]) {
+    for row in 0..rows {
+        let to = unsafe { std::slice::from_raw_parts_mut(y.add(row * width + columns.0), columns.1 - columns.0) };
+        add_bias(to, &bias[columns.0..columns.1]);
     }
 }
 

@@ -2,25 +2,85 @@
 //! in [`FAMILIES`].
 
 mod decoder;
+mod deepseek_v2;
+mod deepseek_v3;
+mod dots1;
+mod ernie4_5_moe;
+mod glm4_moe;
+mod glm4_moe_lite;
+mod gpt_oss;
 mod granitemoe;
 mod granitemoeshared;
+mod hunyuan_v1_moe;
+mod latent;
+mod llama;
+mod minimax_m2;
+mod mixed;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
+mod qwen3;
 mod qwen3_moe;
+mod rope;
 
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::ModelSpec;
 
 /// All families, by `model_type`.
 const FAMILIES: &[Family] = &[
+    deepseek_v2::FAMILY,
+    deepseek_v3::FAMILY,
+    deepseek_v3::KIMI_K2,
+    dots1::FAMILY,
+    ernie4_5_moe::FAMILY,
+    glm4_moe::FAMILY,
+    glm4_moe_lite::FAMILY,
+    gpt_oss::FAMILY,
     granitemoe::FAMILY,
     granitemoeshared::FAMILY,
+    hunyuan_v1_moe::FAMILY,
+    llama::FAMILY,
+    minimax_m2::FAMILY,
     mixtral::FAMILY,
     olmoe::FAMILY,
     qwen2_moe::FAMILY,
+    qwen3::FAMILY,
     qwen3_moe::FAMILY,
 ];
+
+/// Families that are left out, and what they need that is not there; `docs/models.md` says more.
+const LEFT_OUT: &[(&str, &str)] = &[
+    ("bailing_hybrid", RECURRENT),
+    (
+        "dbrx",
+        "layer norms that subtract the mean, queries, keys and values in one tensor, and experts in tensors of other names",
+    ),
+    ("deepseek_v32", SPARSE),
+    ("glm_moe_dsa", SPARSE),
+    ("granitemoehybrid", RECURRENT),
+    ("jamba", RECURRENT),
+    ("jetmoe", "attention whose heads are experts themselves"),
+    ("kimi_k25", WITH_PICTURES),
+    ("kimi_linear", RECURRENT),
+    ("lfm2_moe", RECURRENT),
+    ("llama4", WITH_PICTURES),
+    ("llama4_text", "experts whose inputs are weighted instead of their outputs, and attention in chunks"),
+    ("longcat_flash", "experts that compute nothing, and two blocks of attention in a layer"),
+    ("minimax", RECURRENT),
+    ("nemotron_h", RECURRENT),
+    (
+        "phimoe",
+        "layer norms with biases, a gate that masks experts near the best, and rope that changes with the length of the prompt",
+    ),
+    ("qwen3_5_moe", RECURRENT),
+    ("qwen3_next", RECURRENT),
+    ("qwen3_vl_moe", WITH_PICTURES),
+];
+
+const RECURRENT: &str =
+    "layers with a recurrent state, which cannot go back to an earlier position as drafts and shared beginnings need";
+const SPARSE: &str = "sparse attention, whose positions an indexer chooses";
+const WITH_PICTURES: &str = "a model of pictures around its model of text";
 
 /// A model architecture.
 #[derive(Debug)]
@@ -37,15 +97,45 @@ pub(crate) struct Family {
 /// are listed and the first that is present counts.
 #[derive(Debug)]
 pub(crate) struct TensorNames {
-    /// Weight of the gate, `[experts, hidden]`.
+    /// Weight of the router, `[experts, hidden]`.
     pub(crate) gate: &'static [&'static str],
+    /// Bias of the router, where the spec says that it has one.
+    pub(crate) gate_bias: &'static str,
+    /// What is added to scores for the choice, where the spec says so: its name, and its dimensions before the experts.
+    pub(crate) correction: (&'static str, &'static [usize]),
+    /// The norms of queries and keys, below `self_attn`.
+    pub(crate) qk_norms: (&'static str, &'static str),
     /// One expert's matrices, one tensor each.
     pub(crate) expert: Option<ExpertNames>,
     /// All experts in two tensors: gate_proj over up_proj `[experts, 2 x intermediate, hidden]`, and down_proj
     /// `[experts, hidden, intermediate]`.
     pub(crate) fused: &'static [(&'static str, &'static str)],
+    /// All experts in four tensors, instead of the above.
+    pub(crate) interleaved: Option<InterleavedNames>,
     /// The shared expert's matrices.
     pub(crate) shared: SharedNames,
+}
+
+impl TensorNames {
+    /// What most families use.
+    const MLP: Self = Self {
+        gate: &["mlp.gate.weight"],
+        gate_bias: "mlp.gate.bias",
+        correction: ("mlp.gate.e_score_correction_bias", &[]),
+        qk_norms: ("q_norm", "k_norm"),
+        expert: Some(ExpertNames {
+            prefixes: &["mlp.experts"],
+            gate_proj: "gate_proj",
+            up_proj: "up_proj",
+            down_proj: "down_proj",
+        }),
+        fused: &[
+            ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            ("mlp.experts.gate_up_proj.weight", "mlp.experts.down_proj.weight"),
+        ],
+        interleaved: None,
+        shared: SharedNames::None,
+    };
 }
 
 /// Names of one expert's tensors: `{prefix}.{expert}.{gate_proj}.weight`.
@@ -55,6 +145,16 @@ pub(crate) struct ExpertNames {
     pub(crate) gate_proj: &'static str,
     pub(crate) up_proj: &'static str,
     pub(crate) down_proj: &'static str,
+}
+
+/// Names of experts' tensors whose inputs come first, with a gate and an up in turns: `[experts, hidden, 2 x intermediate]` with biases
+/// `[experts, 2 x intermediate]`, and `[experts, intermediate, hidden]` with biases `[experts, hidden]`.
+#[derive(Debug)]
+pub(crate) struct InterleavedNames {
+    pub(crate) gate_up_proj: &'static str,
+    pub(crate) gate_up_proj_bias: &'static str,
+    pub(crate) down_proj: &'static str,
+    pub(crate) down_proj_bias: &'static str,
 }
 
 /// Names of the shared expert's tensors.
@@ -68,25 +168,19 @@ pub(crate) enum SharedNames {
     Fused(&'static str, &'static str),
 }
 
-/// The names that olmoe, qwen2_moe and qwen3_moe use.
-const MLP_EXPERTS: ExpertNames =
-    ExpertNames { prefixes: &["mlp.experts"], gate_proj: "gate_proj", up_proj: "up_proj", down_proj: "down_proj" };
-
-/// The fused form of the same.
-const MLP_FUSED: &[(&str, &str)] = &[
-    ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    ("mlp.experts.gate_up_proj.weight", "mlp.experts.down_proj.weight"),
-];
-
 /// The family that `config.json` names.
 pub(crate) fn find(config: &Config<'_>) -> Result<&'static Family, ConfigError> {
     let Some(found) = config.text("model_type")? else {
         return Err(ConfigError::Missing { key: "model_type".into(), also: None });
     };
-    FAMILIES
-        .iter()
-        .find(|family| family.name == found)
-        .ok_or_else(|| ConfigError::UnknownFamily { found: found.chars().take(80).collect(), known: known() })
+    if let Some(family) = FAMILIES.iter().find(|family| family.name == found) {
+        mixed::refuse(config, family.name)?;
+        return Ok(family);
+    }
+    if let Some((_, missing)) = LEFT_OUT.iter().find(|(name, _)| *name == found) {
+        return Err(ConfigError::UnsupportedFamily { found: found.to_owned(), missing });
+    }
+    Err(ConfigError::UnknownFamily { found: found.chars().take(80).collect(), known: known() })
 }
 
 /// The names of all families, separated by commas.

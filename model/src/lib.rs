@@ -36,6 +36,7 @@
 #[cfg(target_endian = "big")]
 compile_error!("weights are used in place and are little-endian");
 
+mod activation;
 mod attention;
 mod cache;
 mod chat_template;
@@ -63,7 +64,7 @@ pub use cache::KvCache;
 pub use chat_template::{ChatMessage, ChatTemplate, ChatTemplateError};
 pub use checkpoint::{
     Checkpoint, CheckpointError, ConfigError, ExpertParts, LoadError, Mapping, Part, PartHashes, PartSource, Parts,
-    Piece, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
+    Piece, Run, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
 };
 pub use device::{
     CardReport, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError, Weights,
@@ -76,8 +77,8 @@ pub use gate::Routing;
 pub use generation::{GenerationDefaults, GenerationDefaultsError};
 pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{
-    AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
-    RopeSpec, SharedExpertSpec,
+    Activation, AttentionSpec, FeedForwardSpec, GateSpec, GroupSpec, GroupedQuerySpec, LatentSpec, LayerSpec,
+    ModelSpec, MoeSpec, QkNorm, RopePairs, RopeScaling, RopeSpec, Scoring, SharedExpertSpec,
 };
 pub use stop::{StopOutput, StopStrings, overlap};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};

@@ -1,5 +1,6 @@
 //! Matrices in their stored dtype, and `y = x W^T` with results that do not depend on batch, threads or machine.
 
+mod combine;
 mod halves;
 pub(crate) mod kernel;
 #[cfg(test)]
@@ -11,9 +12,10 @@ use half::{bf16, f16};
 use rayon::ThreadPool;
 use safetensors::Dtype;
 
-use crate::checkpoint::Mapping;
+pub(crate) use self::combine::Combination;
 #[cfg(any(feature = "cuda", test))]
 use crate::checkpoint::StoredDtype;
+use crate::checkpoint::{CheckpointError, Mapping, finite};
 use crate::lanes::Isa;
 use crate::share::share;
 
@@ -90,6 +92,24 @@ impl Matrix {
         Self { values, outputs, inputs }
     }
 
+    /// A copy of values that lie apart: output *o* and input *i* is value `of(o, i)` from byte `start` of the mapping on. The caller has
+    /// checked that those are in the mapping and that the dtype is f32, f16 or bf16.
+    pub(crate) fn gathered(
+        map: &Arc<Mapping>,
+        start: usize,
+        dtype: Dtype,
+        (outputs, inputs): (usize, usize),
+        of: impl Fn(usize, usize) -> usize,
+    ) -> Self {
+        let (bytes, shape) = (&map[start..], (outputs, inputs));
+        let values = match dtype {
+            Dtype::F16 => Values::F16(Slab::Owned(gather(bytes, f16::from_le_bytes, shape, of))),
+            Dtype::BF16 => Values::Bf16(Slab::Owned(gather(bytes, bf16::from_le_bytes, shape, of))),
+            _ => Values::F32(Slab::Owned(gather(bytes, f32::from_le_bytes, shape, of))),
+        };
+        Self { values, outputs, inputs }
+    }
+
     /// Rows: values of an output.
     pub(crate) fn outputs(&self) -> usize {
         self.outputs
@@ -141,13 +161,39 @@ impl Matrix {
         }
     }
 
+    /// Refuses a matrix that has a value which is infinite or no number. Reads all of it.
+    pub(crate) fn check_finite(&self, name: &str) -> Result<(), CheckpointError> {
+        let mut row = vec![0.0; self.inputs];
+        (0..self.outputs).try_for_each(|number| {
+            self.widen_row(number, &mut row);
+            finite(&row, number * self.inputs, || format!("tensor `{name}`"))
+        })
+    }
+
     /// Computes some columns of `y = x W^T` in this thread.
     ///
     /// # Safety
     /// `x` must be valid for `rows * inputs` values, `y` for `rows * outputs`, `columns` lie within `outputs`, and
     /// nobody else may touch those columns of `y` meanwhile.
     pub(crate) unsafe fn multiply(&self, isa: Isa, x: *const f32, y: *mut f32, rows: usize, columns: (usize, usize)) {
-        let shape = kernel::Shape { rows, inputs: self.inputs, outputs: self.outputs, columns };
+        unsafe { self.multiply_to(isa, x, y, self.outputs, rows, columns) };
+    }
+
+    /// [`Matrix::multiply`] where rows of `y` are `y_stride` apart. Column *c* of row *r* is at `y + r * y_stride + c`, so that `y` itself
+    /// may lie outside of what is written.
+    ///
+    /// # Safety
+    /// As there, for what is written of `y`.
+    pub(crate) unsafe fn multiply_to(
+        &self,
+        isa: Isa,
+        x: *const f32,
+        y: *mut f32,
+        y_stride: usize,
+        rows: usize,
+        columns: (usize, usize),
+    ) {
+        let shape = kernel::Shape { rows, inputs: self.inputs, outputs: y_stride, columns };
         unsafe {
             match &self.values {
                 Values::F32(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
@@ -156,6 +202,46 @@ impl Matrix {
             }
         }
     }
+
+    /// Adds up `inputs` rows of the matrix from `first` on, each times a value of `x`, in this thread: `y = x W[first..]`.
+    ///
+    /// # Safety
+    /// The rows are there; `x` and `y` must be valid for what `shape` says, and nobody else may touch `y` meanwhile.
+    pub(crate) unsafe fn combine(&self, isa: Isa, first: usize, x: *const f32, y: *mut f32, shape: Combination) {
+        debug_assert_eq!(shape.outputs, self.inputs, "rows as long as those of the matrix");
+        let at = first * self.inputs;
+        unsafe {
+            match &self.values {
+                Values::F32(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
+                Values::F16(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
+                Values::Bf16(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
+            }
+        }
+    }
+}
+
+/// Rows and columns that [`gather`] copies at a time, so that what it reads of a transposed matrix stays in a cache.
+const GATHERED: usize = 32;
+
+/// Values of `SIZE` bytes: output *o* and input *i* is number `of(o, i)`.
+fn gather<T: Copy + Default, const SIZE: usize>(
+    bytes: &[u8],
+    value: impl Fn([u8; SIZE]) -> T,
+    (outputs, inputs): (usize, usize),
+    of: impl Fn(usize, usize) -> usize,
+) -> Vec<T> {
+    let (all, _) = bytes.as_chunks::<SIZE>();
+    let mut copy = vec![T::default(); outputs * inputs];
+    for first in (0..outputs).step_by(GATHERED) {
+        for begin in (0..inputs).step_by(GATHERED) {
+            for output in first..outputs.min(first + GATHERED) {
+                for input in begin..inputs.min(begin + GATHERED) {
+                    copy[output * inputs + input] = value(all[of(output, input)]);
+                }
+            }
+        }
+    }
+    copy
 }
 
 /// Ranges of columns are multiples of this, so that few columns are left over by tiles.

@@ -2,24 +2,33 @@
 
 use std::f64::consts::TAU;
 
-use candle_core::{Device, Result, Tensor};
+use crate::spec::{RopePairs, RopeScaling, RopeSpec};
 
-use crate::spec::{RopeScaling, RopeSpec};
-
-/// Angles per position, for one head size.
+/// Angles per position.
 #[derive(Debug)]
 pub(crate) struct Rope {
-    /// `[head_dim / 2]`
+    /// `[dims / 2]`
     frequencies: Vec<f32>,
     /// Multiplies cos and sin.
     attention_factor: f32,
+    pairs: RopePairs,
+}
+
+/// The angles of some rows.
+#[derive(Debug)]
+pub(crate) struct Angles {
+    /// `[rows, dims / 2]`
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    half: usize,
+    pairs: RopePairs,
 }
 
 impl Rope {
-    pub(crate) fn new(spec: &RopeSpec, head_dim: usize) -> Self {
-        let half = head_dim / 2;
+    pub(crate) fn new(spec: &RopeSpec) -> Self {
+        let (dims, half) = (spec.dims, spec.dims / 2);
         // The reference computes powers in f32 and everything after them too.
-        let power = |i: usize| spec.theta.powf(f64::from((2 * i) as f32 / head_dim as f32)) as f32;
+        let power = |i: usize| spec.theta.powf(f64::from((2 * i) as f32 / dims as f32)) as f32;
         let plain = |i: usize| 1.0 / power(i);
         let mut attention_factor = 1.0;
         let frequencies = match spec.scaling {
@@ -35,13 +44,13 @@ impl Rope {
             } => {
                 attention_factor = given as f32;
                 let dimension = |rotations: f64| {
-                    head_dim as f64 * (original_max_positions / (rotations * TAU)).ln() / (2.0 * spec.theta.ln())
+                    dims as f64 * (original_max_positions / (rotations * TAU)).ln() / (2.0 * spec.theta.ln())
                 };
                 let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
                 if truncate {
                     (low, high) = (low.floor(), high.ceil());
                 }
-                (low, high) = (low.max(0.0), high.min(head_dim as f64 - 1.0));
+                (low, high) = (low.max(0.0), high.min(dims as f64 - 1.0));
                 if low == high {
                     high += 0.001;
                 }
@@ -69,13 +78,14 @@ impl Rope {
                 (0..half).map(scale).collect()
             }
         };
-        Self { frequencies, attention_factor }
+        Self { frequencies, attention_factor, pairs: spec.pairs }
     }
 
-    /// cos and sin for the positions of some rows: `[rows, head_dim / 2]` each.
-    pub(crate) fn angles(&self, positions: &[usize]) -> Result<(Tensor, Tensor)> {
-        let shape = (positions.len(), self.frequencies.len());
-        let (mut cos, mut sin) = (Vec::with_capacity(shape.0 * shape.1), Vec::with_capacity(shape.0 * shape.1));
+    /// The angles of rows at these positions.
+    pub(crate) fn angles(&self, positions: &[usize]) -> Angles {
+        let half = self.frequencies.len();
+        let mut cos = Vec::with_capacity(positions.len() * half);
+        let mut sin = Vec::with_capacity(positions.len() * half);
         for position in positions {
             for frequency in &self.frequencies {
                 let (s, c) = f64::from(*position as f32 * frequency).sin_cos();
@@ -83,6 +93,31 @@ impl Rope {
                 sin.push(s as f32 * self.attention_factor);
             }
         }
-        Ok((Tensor::from_vec(cos, shape, &Device::Cpu)?, Tensor::from_vec(sin, shape, &Device::Cpu)?))
+        Angles { cos, sin, half, pairs: self.pairs }
+    }
+}
+
+impl Angles {
+    /// Rotates values of each head, from `first` on; `x` is `[rows, heads, head_dim]`.
+    pub(crate) fn rotate(&self, x: &mut [f32], heads: usize, head_dim: usize, first: usize) {
+        let rows = x.chunks_exact_mut(heads * head_dim);
+        for ((row, cos), sin) in rows.zip(self.cos.chunks_exact(self.half)).zip(self.sin.chunks_exact(self.half)) {
+            for head in row.chunks_exact_mut(head_dim) {
+                let head = &mut head[first..first + 2 * self.half];
+                match self.pairs {
+                    RopePairs::Halves => {
+                        let (left, right) = head.split_at_mut(self.half);
+                        for (((a, b), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+                        }
+                    }
+                    RopePairs::Neighbours => {
+                        for ((pair, cos), sin) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                            (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
+                        }
+                    }
+                }
+            }
+        }
     }
 }

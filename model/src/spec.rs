@@ -57,6 +57,9 @@ pub struct LayerSpec {
 pub enum AttentionSpec {
     /// Grouped-query attention; with `kv_heads == heads` multi-head, with 1 multi-query. Source: arXiv:2305.13245.
     GroupedQuery(GroupedQuerySpec),
+    /// Multi-head latent attention: keys and values of all heads are made of one short vector per token, and only that is
+    /// kept. Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+    Latent(LatentSpec),
 }
 
 /// Grouped-query attention.
@@ -74,12 +77,60 @@ pub struct GroupedQuerySpec {
     pub qkv_bias: bool,
     /// `o_proj` has a bias.
     pub o_bias: bool,
-    /// RMS norm of queries and keys before rope.
+    /// RMS norm of queries and keys.
     pub qk_norm: QkNorm,
-    /// Queries, keys and values are clamped to ± this, after the norm and before rope.
+    /// Queries, keys and values are clamped to ± this, after a norm before rope, and before rope.
     pub clip_qkv: Option<f32>,
     /// A token sees itself and this many minus one tokens before it; `None` sees all before it.
     pub sliding_window: Option<usize>,
+    /// Each head has one more score, a weight of its own, that counts in the softmax and has no value: a sink.
+    pub sinks: bool,
+}
+
+impl GroupedQuerySpec {
+    /// Values of the weights of the norms of queries and of keys.
+    pub(crate) fn norm_lengths(&self) -> Option<(usize, usize)> {
+        match self.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead | QkNorm::PerHeadAfterRope => Some((self.head_dim, self.head_dim)),
+            QkNorm::WholeVector => Some((self.heads * self.head_dim, self.kv_heads * self.head_dim)),
+        }
+    }
+}
+
+/// Multi-head latent attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentSpec {
+    /// Heads.
+    pub heads: usize,
+    /// Values of the vector that queries are made of; `None` makes them of the hidden state.
+    pub q_lora_rank: Option<usize>,
+    /// Values of the vector that keys and values are made of.
+    pub kv_lora_rank: usize,
+    /// Values of a key that do not rotate, and are made of the short vector.
+    pub qk_nope_head_dim: usize,
+    /// Values of a key that rotate, the same in all heads; even.
+    pub qk_rope_head_dim: usize,
+    /// Values of a head's value.
+    pub v_head_dim: usize,
+    /// Scores are multiplied by this before the softmax.
+    pub scale: f32,
+    /// `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
+    pub bias: bool,
+}
+
+impl LatentSpec {
+    /// Values that the cache keeps of a token: the short vector, and the part of the keys that rotates.
+    #[must_use]
+    pub fn cached_values(&self) -> usize {
+        self.kv_lora_rank + self.qk_rope_head_dim
+    }
+
+    /// Values that a cache of full keys and values would keep of a token.
+    #[must_use]
+    pub fn expanded_values(&self) -> usize {
+        self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim)
+    }
 }
 
 /// How queries and keys are normalised.
@@ -89,6 +140,8 @@ pub enum QkNorm {
     None,
     /// Over each head by itself, with one weight of `head_dim`.
     PerHead,
+    /// The same, after rope.
+    PerHeadAfterRope,
     /// Over all heads together.
     WholeVector,
 }
@@ -114,23 +167,79 @@ pub struct MoeSpec {
     pub top_k: usize,
     /// Width of each expert's SwiGLU.
     pub intermediate_size: usize,
-    /// How scores become a choice and weights.
+    /// What routed experts compute between their matrices.
+    pub activation: Activation,
+    /// The three projections of routed experts have biases.
+    pub expert_biases: bool,
+    /// How the router's outputs become a choice and weights.
     pub gate: GateSpec,
     /// The expert that every token passes through, if there is one. It belongs to the trunk.
     pub shared: Option<SharedExpertSpec>,
 }
 
-/// How the gate's scores become a choice of experts and their weights.
+/// What a SwiGLU computes of the outputs g of `gate_proj` and u of `up_proj`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `silu(g) * u`
+    Swiglu,
+    /// `g * sigmoid(alpha * g) * (u + 1)`, with g at most `limit` and u from `-limit` to `limit`. Source: gpt-oss.
+    ClampedSwiglu {
+        /// Bound of both.
+        limit: f32,
+        /// Steepness of the sigmoid.
+        alpha: f32,
+    },
+}
+
+/// How the router's outputs become a choice of experts and their weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateSpec {
+    /// What an expert's weight is made of.
+    pub scoring: Scoring,
+    /// The router has a bias.
+    pub bias: bool,
+    /// A weight per expert is added to the scores for the choice, and not for the weights. Source: arXiv:2408.15664.
+    pub correction: bool,
+    /// Experts are chosen among those of the best groups only.
+    pub groups: Option<GroupSpec>,
+    /// The weights of the chosen are divided by their sum.
+    pub renormalise: bool,
+    /// What they are divided by is at least this, so that it is not zero.
+    pub least_sum: f32,
+    /// The weights are multiplied by this, last.
+    pub scale: f32,
+}
+
+impl GateSpec {
+    /// The best scores, neither renormalised nor scaled.
+    #[must_use]
+    pub const fn new(scoring: Scoring) -> Self {
+        Self { scoring, bias: false, correction: false, groups: None, renormalise: false, least_sum: 1e-20, scale: 1.0 }
+    }
+}
+
+/// How an expert's score is made of the router's outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum GateSpec {
-    /// Softmax over all experts, then the best `top_k`.
-    SoftmaxThenTopK {
-        /// Divide the chosen probabilities by their sum.
-        renormalise: bool,
-    },
-    /// The best `top_k` scores, then softmax over these alone.
-    TopKThenSoftmax,
+pub enum Scoring {
+    /// Softmax over all experts.
+    Softmax,
+    /// Softmax over the chosen experts alone; the choice is made by the outputs themselves.
+    SoftmaxOfChosen,
+    /// The sigmoid of the expert's own output.
+    Sigmoid,
+}
+
+/// Experts in groups of equal size, of consecutive numbers. Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupSpec {
+    /// Groups; divides the number of experts.
+    pub groups: usize,
+    /// Groups per token that experts are chosen of.
+    pub chosen: usize,
+    /// A group is as good as the sum of so many of its best experts' scores.
+    pub best: usize,
 }
 
 /// A shared expert.
@@ -142,13 +251,26 @@ pub struct SharedExpertSpec {
     pub gated: bool,
 }
 
-/// Rotary position embedding: the first half of a head rotates against the second. Source: arXiv:2104.09864.
+/// Rotary position embedding. Source: arXiv:2104.09864.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
+    /// Values of a head that rotate; even. In grouped-query attention they are the first.
+    pub dims: usize,
+    /// Which of them rotate against each other.
+    pub pairs: RopePairs,
     /// Base of the frequencies.
     pub theta: f64,
     /// How frequencies are stretched beyond the trained context.
     pub scaling: RopeScaling,
+}
+
+/// Which values of a head rotate against each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairs {
+    /// The first half against the second.
+    Halves,
+    /// Each against its neighbour: the first against the second, the third against the fourth.
+    Neighbours,
 }
 
 /// How rotary frequencies are stretched.

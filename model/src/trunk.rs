@@ -1,6 +1,10 @@
 //! The trunk: everything but the routed experts.
 
+mod attending;
 mod error;
+mod feed_forward;
+mod grouped;
+mod latent;
 mod layer;
 
 use std::sync::Arc;
@@ -10,7 +14,7 @@ use candle_nn::ops::rms_norm;
 use rayon::ThreadPool;
 
 pub use error::ForwardError;
-use layer::{Layer, Rows};
+use layer::{Layer, Pass, Rows};
 
 use crate::cache::{KvCache, LayerCache};
 use crate::checkpoint::{Checkpoint, LoadError};
@@ -66,7 +70,7 @@ impl Trunk {
         let layers: Vec<_> =
             (0..spec.layers.len()).map(|number| Layer::load(checkpoint, number)).collect::<Result<_, _>>()?;
         Ok(Self {
-            rope: Rope::new(&spec.rope, layers.first().map_or(0, Layer::head_dim)),
+            rope: Rope::new(&spec.rope),
             embedding: checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?,
             layers,
             norm: Tensor::new(checkpoint.vector("model.norm.weight", hidden)?, &Device::Cpu)?,
@@ -90,9 +94,9 @@ impl Trunk {
         let layers = &self.spec().layers;
         layers
             .iter()
-            .map(|layer| {
-                let AttentionSpec::GroupedQuery(attention) = &layer.attention;
-                LayerCache::new(attention.kv_heads, attention.head_dim)
+            .map(|layer| match &layer.attention {
+                AttentionSpec::GroupedQuery(attention) => LayerCache::new(attention.kv_heads, attention.head_dim),
+                AttentionSpec::Latent(attention) => LayerCache::latent(attention.cached_values()),
             })
             .collect()
     }
@@ -166,9 +170,11 @@ impl Trunk {
             }
         }
         let mut x = Tensor::from_vec(embedded, (rows.positions.len(), hidden), &Device::Cpu)?;
-        let angles = self.rope.angles(&rows.positions)?;
+        let angles = self.rope.angles(&rows.positions);
         for (number, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(number, x, spec, &rows, &angles, segments, experts, &self.pool)?;
+            let mut pass =
+                Pass { layer: number, rows: &rows, angles: &angles, segments: &mut *segments, pool: &self.pool };
+            x = layer.forward(x, spec, &mut pass, experts)?;
         }
         within(&self.pool, rows.positions.len() == 1, || self.logits(&x, segments))
     }

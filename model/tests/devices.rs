@@ -7,11 +7,11 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Golden, bits, fixture, fixtures, largest_difference, tiny_moe};
+use common::{Golden, WITH_EXPERTS, bits, fixture, fixtures, largest_difference, tiny_moe};
 use half::{bf16, f16};
 use hanse_model::{
-    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, ExpertJob, HeldExpert, HeldJob, Weights, compute_pool,
-    run_experts, run_held, tensor_shapes,
+    Activation, Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, ExpertJob, HeldExpert, HeldJob, MoeSpec,
+    Weights, compute_pool, run_experts, run_held, tensor_shapes,
 };
 
 /// The devices that are asked for.
@@ -159,7 +159,7 @@ fn every_shape_dtype_and_number_of_rows_has_the_processors_bits() {
 fn passes_of_several_pieces_and_of_many_experts_have_the_processors_bits() {
     let devices = asked_for();
     let opened: Vec<Checkpoint> =
-        fixtures().iter().chain([&tiny_moe()]).map(|dir| Checkpoint::open(dir).unwrap()).collect();
+        fixtures().iter().chain([&tiny_moe()]).map(|dir| Checkpoint::open(dir).unwrap()).filter(is_plain).collect();
     for device in &devices {
         let experts: Vec<Expert> = opened.iter().map(|checkpoint| expert(checkpoint, 1)).collect();
         let held: Vec<_> =
@@ -211,10 +211,38 @@ fn experts_held_by_the_processor_give_the_reference_rows() {
     reference_rows(&cpu());
 }
 
+/// Cards compute SwiGLUs without biases, the processor all.
+#[test]
+#[ignore = "needs HANSE_TEST_DEVICE"]
+fn a_device_refuses_what_it_cannot_compute_before_it_takes_anything() {
+    let checkpoint = Checkpoint::open(&fixture("gpt_oss")).unwrap();
+    let (_, moe) = checkpoint.spec().moe_layers().next().unwrap();
+    for device in asked_for().into_iter().filter(|device| !device.is_host()) {
+        let refused = [
+            device.prepare(checkpoint.spec().hidden_size, moe).unwrap_err(),
+            HeldExpert::new(&device, expert(&checkpoint, 0)).map(|_| ()).unwrap_err(),
+        ];
+        for error in refused {
+            assert!(
+                matches!(&error, DeviceError::Unsupported { device: name, .. } if name == device.name()),
+                "{error}"
+            );
+        }
+    }
+}
+
+fn is_plain(checkpoint: &Checkpoint) -> bool {
+    let first = checkpoint.spec().moe_layers().next();
+    first.is_some_and(|(_, moe)| moe.activation == Activation::Swiglu && !moe.expert_biases)
+}
+
 fn reference_rows(device: &Arc<dyn Device>) {
-    for name in ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe"] {
+    for name in WITH_EXPERTS {
         let golden = Golden::open(&fixture(name));
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
+        if !device.is_host() && !is_plain(&checkpoint) {
+            continue;
+        }
         let (layer, moe) = checkpoint.spec().moe_layers().next().unwrap();
         let hidden = golden.f32(&format!("p1.layer{layer}.mlp_in")).unwrap();
         let expected = golden.f32(&format!("p1.layer{layer}.expert_out")).unwrap();
@@ -247,7 +275,7 @@ impl Device for Broken {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Err(broken())
     }
-    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+    fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }
     fn hold(&self, _expert: Expert) -> Result<Weights, DeviceError> {

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use common::{Golden, Local, bits, fixture};
 use hanse_model::{
-    Checkpoint, CheckpointError, ConfigError, Expert, LoadError, Tokenizer, known_families, weight_map_of_headers,
+    Checkpoint, CheckpointError, ConfigError, Expert, LoadError, PartHashes, Piece, Tokenizer, Trunk, compute_pool,
+    known_families, weight_map_of_headers,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -137,7 +138,7 @@ fn an_unknown_family_is_refused_naming_the_known_ones() {
     let error = with_key("mixtral", "model_type", Some(json!("mamba")));
     let CheckpointError::Config(ConfigError::UnknownFamily { found, known }) = &error else { panic!("{error}") };
     assert_eq!((found.as_str(), known), ("mamba", &known_families()));
-    for family in ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"] {
+    for family in ["mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "kimi_k2", "gpt_oss", "llama"] {
         assert!(error.to_string().contains(family));
     }
 }
@@ -165,6 +166,21 @@ fn a_missing_key_is_named() {
         ("granitemoe", "num_experts_per_tok"),
         ("olmoe", "max_position_embeddings"),
         ("mixtral", "max_position_embeddings"),
+        ("deepseek_v2", "v_head_dim"),
+        ("deepseek_v3", "intermediate_size"),
+        ("deepseek_v3", "kv_lora_rank"),
+        ("deepseek_v3", "n_routed_experts"),
+        ("deepseek_v3", "qk_nope_head_dim"),
+        ("deepseek_v3", "qk_rope_head_dim"),
+        ("glm4_moe", "n_routed_experts"),
+        ("gpt_oss", "num_local_experts"),
+        ("gpt_oss", "rope_scaling"),
+        ("extra/ernie4_5_moe", "moe_k"),
+        ("extra/ernie4_5_moe", "moe_num_experts"),
+        ("extra/hunyuan_v1_moe", "moe_topk"),
+        ("extra/hunyuan_v1_moe", "num_experts"),
+        ("extra/llama_smollm", "intermediate_size"),
+        ("extra/qwen3_window", "head_dim"),
     ];
     for (family, key) in cases {
         let error = with_key(family, key, None);
@@ -219,6 +235,44 @@ fn a_nonsense_value_is_refused_naming_key_and_value() {
         ("granitemoe", "attention_multiplier", json!("0.2")),
         ("granitemoe", "position_embedding_type", json!("nope")),
         ("granitemoe", "rope_parameters", json!(5)),
+        ("deepseek_v2", "mlp_bias", json!(true)),
+        ("deepseek_v2", "norm_topk_prob", json!(true)),
+        ("deepseek_v2", "scoring_func", json!("sigmoid")),
+        ("deepseek_v2", "topk_method", json!("noaux_tc")),
+        ("deepseek_v3", "first_k_dense_replace", json!(-1)),
+        ("deepseek_v3", "head_dim", json!(12)),
+        ("deepseek_v3", "mlp_layer_types", json!(["dense", "sparse"])),
+        ("deepseek_v3", "mlp_layer_types", json!(["dense", "sparse", "dense"])),
+        ("deepseek_v3", "mlp_layer_types", json!(["dense", "sparse", "thick"])),
+        ("deepseek_v3", "moe_layer_freq", json!(0)),
+        ("deepseek_v3", "n_group", json!(3)),
+        ("deepseek_v3", "n_group", json!(16)),
+        ("deepseek_v3", "num_key_value_heads", json!(2)),
+        ("deepseek_v3", "q_lora_rank", json!(0)),
+        ("deepseek_v3", "qk_rope_head_dim", json!(7)),
+        ("deepseek_v3", "routed_scaling_factor", json!(0)),
+        ("deepseek_v3", "scoring_func", json!("softmax")),
+        ("deepseek_v3", "topk_group", json!(5)),
+        ("deepseek_v3", "topk_method", json!("greedy")),
+        ("glm4_moe", "partial_rotary_factor", json!(0.01)),
+        ("glm4_moe", "partial_rotary_factor", json!(2)),
+        ("gpt_oss", "experts_per_token", json!(3)),
+        ("gpt_oss", "layer_types", json!(["full_attention"])),
+        ("gpt_oss", "layer_types", json!(["chunked_attention", "full_attention", "full_attention", "full_attention"])),
+        ("gpt_oss", "sliding_window", json!(0)),
+        ("gpt_oss", "swiglu_limit", json!(-7)),
+        ("extra/ernie4_5_moe", "moe_layer_end_index", json!(-2)),
+        ("extra/ernie4_5_moe", "use_bias", json!(true)),
+        ("extra/hunyuan_v1_moe", "moe_topk", json!([2, 3, 2])),
+        ("extra/hunyuan_v1_moe", "moe_intermediate_size", json!([20, 20, 20])),
+        ("extra/hunyuan_v1_moe", "num_shared_expert", json!(2)),
+        ("extra/hunyuan_v1_moe", "use_cla", json!(true)),
+        ("extra/llama_smollm", "mlp_bias", json!(true)),
+        ("extra/llama_smollm", "num_local_experts", json!(8)),
+        ("extra/minimax_m2", "attn_type_list", json!([1, 0])),
+        ("extra/minimax_m2", "qk_norm_type", json!("per_head")),
+        ("extra/minimax_m2", "use_qk_norm", json!(false)),
+        ("extra/qwen3_window", "layer_types", json!(["full_attention", "linear_attention", "full_attention"])),
     ];
     for (family, key, value) in cases {
         let error = with_key(family, key, Some(value.clone()));
@@ -227,6 +281,123 @@ fn a_nonsense_value_is_refused_naming_key_and_value() {
         assert!(named == key || (key == "num_attention_heads" && named == "hidden_size"), "{key} = {value}: {error}");
         let shown = value.to_string();
         assert!(error.to_string().contains(&shown) || named != key, "{key} = {shown}: {error}");
+    }
+}
+
+#[test]
+fn a_config_that_mixes_families_is_refused_naming_the_key_and_its_owners() {
+    let cases = [
+        ("mixtral", "kv_lora_rank", json!(16), "deepseek_v3"),
+        ("mixtral", "n_routed_experts", json!(8), "glm4_moe"),
+        ("mixtral", "mamba_d_state", json!(16), "not supported"),
+        ("olmoe", "swiglu_limit", json!(7.0), "gpt_oss"),
+        ("glm4_moe", "kv_lora_rank", json!(16), "kimi_k2"),
+        ("deepseek_v3", "clip_qkv", json!(3), "olmoe"),
+        ("qwen3_moe", "shared_expert_intermediate_size", json!(20), "qwen2_moe"),
+        ("gpt_oss", "residual_multiplier", json!(0.2), "granitemoe"),
+    ];
+    for (family, key, value, owner) in cases {
+        let error = with_key(family, key, Some(value)).to_string();
+        assert!(error.contains(&format!("`{key}`")) && error.contains(family) && error.contains(owner), "{error}");
+    }
+    // What means that there is no such thing is in many configs.
+    let dir = copy("mixtral");
+    edit_json(&dir.path().join("config.json"), |config| {
+        config["n_group"] = json!(1);
+        config["kv_lora_rank"] = json!(null);
+        config["mlp_only_layers"] = json!([]);
+        config["shared_intermediate_size"] = json!(0);
+    });
+    Checkpoint::open(dir.path()).unwrap();
+}
+
+#[test]
+fn a_family_that_is_left_out_is_refused_saying_what_it_needs() {
+    for (family, needs) in
+        [("qwen3_next", "recurrent state"), ("llama4_text", "inputs are weighted"), ("phimoe", "norms")]
+    {
+        let error = with_key("mixtral", "model_type", Some(json!(family)));
+        let CheckpointError::Config(ConfigError::UnsupportedFamily { found, .. }) = &error else { panic!("{error}") };
+        assert!(found == family && error.to_string().contains(needs), "{error}");
+    }
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_refused_naming_the_tensor() {
+    let cases = [
+        ("deepseek_v3", "model.layers.0.self_attn.kv_a_layernorm.weight"),
+        ("deepseek_v3", "model.layers.1.mlp.gate.weight"),
+        ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias"),
+        ("gpt_oss", "model.layers.0.input_layernorm.weight"),
+        ("gpt_oss", "model.layers.1.mlp.router.bias"),
+        ("gpt_oss", "model.layers.2.self_attn.sinks"),
+        ("gpt_oss", "model.layers.3.self_attn.q_proj.bias"),
+        ("gpt_oss", "model.norm.weight"),
+    ];
+    let spoilt = |family: &str, name: &str, place: usize, value: f32| {
+        let dir = copy(family);
+        let mut tensors = tensors(dir.path());
+        let tensor = tensors.iter_mut().find(|tensor| tensor.name == name).unwrap();
+        tensor.bytes[4 * place..4 * place + 4].copy_from_slice(&value.to_le_bytes());
+        write_single(dir.path(), &tensors, aligned);
+        (Checkpoint::open(dir.path()).unwrap(), dir)
+    };
+    let pool = std::sync::Arc::new(compute_pool(1).unwrap());
+    for (family, name) in cases {
+        for value in [f32::NAN, f32::INFINITY] {
+            let (checkpoint, _dir) = spoilt(family, name, 2, value);
+            let error = Trunk::load(&checkpoint, pool.clone()).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("place 2") && error.contains(&value.to_string()), "{error}");
+        }
+    }
+    let (checkpoint, _dir) = spoilt("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_bias", 48 * 3 + 5, f32::NAN);
+    Expert::load(&checkpoint, 1, 2).unwrap();
+    let error = Expert::load(&checkpoint, 1, 3).unwrap_err().to_string();
+    assert!(error.contains("bias of up_proj of expert 3 of layer 1") && error.contains("place 2"), "{error}");
+}
+
+/// The hashes of a folder's parts as they are.
+fn hashes(dir: &Path) -> PartHashes {
+    let map = Checkpoint::open(dir).unwrap().weight_map().unwrap();
+    let files: Vec<Vec<u8>> = map.files.iter().map(|name| std::fs::read(dir.join(name)).unwrap()).collect();
+    let hash = |pieces: &[Piece]| {
+        let mut hasher = blake3::Hasher::new();
+        for piece in pieces {
+            hasher.update(&files[piece.file][piece.offset as usize..(piece.offset + piece.bytes) as usize]);
+        }
+        *hasher.finalize().as_bytes()
+    };
+    let trunk = map.parts.trunk.iter().zip(&map.trunk).map(|(part, piece)| (part.name.clone(), hash(&[*piece])));
+    let experts = map.parts.experts.iter().zip(&map.experts);
+    PartHashes {
+        trunk: trunk.collect(),
+        experts: experts.map(|(part, all)| (part.layer, all.iter().map(|pieces| hash(pieces)).collect())).collect(),
+    }
+}
+
+#[test]
+fn what_is_compared_with_its_hash_is_searched_for_weights_that_are_no_numbers() {
+    for (spoilt, named) in [
+        ("model.layers.1.mlp.experts.7.up_proj.weight", "expert 7 of layer 1 has NaN at place 385"),
+        (
+            "model.layers.0.self_attn.kv_b_proj.weight",
+            "tensor `model.layers.0.self_attn.kv_b_proj.weight` has NaN at place 1",
+        ),
+    ] {
+        let dir = copy("deepseek_v3");
+        let mut tensors = tensors(dir.path());
+        let tensor = tensors.iter_mut().find(|tensor| tensor.name == spoilt).unwrap();
+        tensor.bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
+        write_single(dir.path(), &tensors, aligned);
+        let load = |checkpoint: &Checkpoint| {
+            let pool = std::sync::Arc::new(compute_pool(1).unwrap());
+            Trunk::load(checkpoint, pool).map(|_| ()).and(Expert::load(checkpoint, 1, 7).map(|_| ()))
+        };
+        load(&Checkpoint::open(dir.path()).unwrap()).unwrap();
+        let checkpoint = Checkpoint::open_verified(dir.path(), hashes(dir.path())).unwrap();
+        let error = load(&checkpoint).unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+        Expert::load(&checkpoint, 1, 6).unwrap();
     }
 }
 
@@ -441,8 +612,12 @@ fn an_expert_that_the_model_does_not_have_is_refused() {
     }
 }
 
+fn family() -> impl Strategy<Value = &'static str> {
+    prop_oneof![Just("qwen2_moe"), Just("deepseek_v3"), Just("glm4_moe"), Just("gpt_oss")]
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn spoilt_bytes_in_a_header_or_config_never_panic(at in 0usize..4000, byte in any::<u8>(), config in any::<bool>()) {
@@ -458,11 +633,11 @@ proptest! {
     }
 
     #[test]
-    fn any_number_in_any_key_never_panics(key in 0usize..40, value in prop_oneof![
+    fn any_number_in_any_key_never_panics(family in family(), key in 0usize..40, value in prop_oneof![
         any::<i64>().prop_map(|v| json!(v)), any::<f64>().prop_map(|v| json!(v)), (0u64..70).prop_map(|v| json!(v)),
         Just(json!(null)), Just(json!({"type": "yarn", "factor": 1e-300})), Just(json!([1, 2])), Just(json!("x")),
     ]) {
-        let dir = copy("qwen2_moe");
+        let dir = copy(family);
         edit_json(&dir.path().join("config.json"), |config| {
             let map = config.as_object_mut().unwrap();
             let name = map.keys().nth(key % map.len()).unwrap().clone();

@@ -4,10 +4,10 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Golden, Local, bits, fixture, fixtures, largest_difference, tiny_moe};
+use common::{Golden, Local, WITH_EXPERTS, bits, fixture, fixtures, largest_difference, tiny_moe};
 use hanse_model::{
-    Checkpoint, Expert, ExpertJob, Experts, ExpertsError, ForwardError, LocalExperts, LogitsWanted, Routing, Segment,
-    Trunk, add_weighted, compute_pool, run_experts,
+    AttentionSpec, Checkpoint, Expert, ExpertJob, Experts, ExpertsError, ForwardError, LocalExperts, LogitsWanted,
+    Routing, Segment, Trunk, add_weighted, compute_pool, run_experts,
 };
 
 fn noise(len: usize, mut state: u32) -> Vec<f32> {
@@ -20,10 +20,12 @@ fn noise(len: usize, mut state: u32) -> Vec<f32> {
 
 #[test]
 fn a_row_has_the_same_bits_alone_and_in_any_batch_order_and_thread_count() {
-    for dir in [tiny_moe(), fixture("qwen2_moe"), fixture("granitemoe")] {
+    let names = ["qwen2_moe", "granitemoe", "glm4_moe", "gpt_oss", "extra/gpt_oss_newer"];
+    for dir in names.map(fixture).into_iter().chain([tiny_moe()]) {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let hidden = checkpoint.spec().hidden_size;
-        let experts: Vec<Expert> = (0..4).map(|e| Expert::load(&checkpoint, 0, e).unwrap()).collect();
+        let (layer, _) = checkpoint.spec().moe_layers().next().unwrap();
+        let experts: Vec<Expert> = (0..4).map(|e| Expert::load(&checkpoint, layer, e).unwrap()).collect();
         let rows = 67;
         let input = noise(rows * hidden, 7);
         let one = compute_pool(1).unwrap();
@@ -56,7 +58,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch_order_and_thread_count() {
 
 #[test]
 fn experts_give_the_reference_rows() {
-    for name in ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe"] {
+    for name in WITH_EXPERTS {
         let golden = Golden::open(&fixture(name));
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
         let pool = compute_pool(2).unwrap();
@@ -114,15 +116,30 @@ fn logits_come_for_the_positions_asked_for() {
 
 #[test]
 fn a_truncated_cache_goes_on_as_if_the_rest_had_never_been() {
-    let mut model = Local::open(&fixture("qwen3_moe"));
-    let mut cache = model.trunk.new_cache();
-    model.forward(&[1, 2, 3, 4, 5], &mut cache, LogitsWanted::None);
-    cache.truncate(9);
-    assert_eq!(cache.len(), 5);
-    cache.truncate(2);
-    let logits = model.forward(&[9, 8], &mut cache, LogitsWanted::All);
-    let vocab = model.trunk.spec().vocab_size;
-    assert_eq!(bits(&logits), bits(&model.prefill(&[1, 2, 9, 8])[2 * vocab..]));
+    for name in ["qwen3_moe", "deepseek_v3", "gpt_oss"] {
+        let mut model = Local::open(&fixture(name));
+        let mut cache = model.trunk.new_cache();
+        model.forward(&[1, 2, 3, 4, 5], &mut cache, LogitsWanted::None);
+        cache.truncate(9);
+        assert_eq!(cache.len(), 5);
+        let beginning = cache.prefix(3);
+        cache.truncate(2);
+        let logits = model.forward(&[9, 8], &mut cache, LogitsWanted::All);
+        let vocab = model.trunk.spec().vocab_size;
+        assert_eq!(bits(&logits), bits(&model.prefill(&[1, 2, 9, 8])[2 * vocab..]), "{name}");
+        let logits = model.forward(&[7], &mut { beginning }, LogitsWanted::All);
+        assert_eq!(bits(&logits), bits(&model.prefill(&[1, 2, 3, 7])[3 * vocab..]), "{name}");
+    }
+}
+
+#[test]
+fn latent_attention_keeps_the_latents_and_nothing_else() {
+    let model = Local::open(&fixture("deepseek_v3"));
+    let spec = model.trunk.spec();
+    let AttentionSpec::Latent(attention) = &spec.layers[0].attention else { panic!("{spec:?}") };
+    let cache = model.trunk.new_cache();
+    assert_eq!(cache.bytes_per_position(), spec.layers.len() * (16 + 8) * 4);
+    assert_eq!((attention.cached_values(), attention.expanded_values()), (24, 4 * (12 + 8 + 10)));
 }
 
 /// Fails or answers nonsense at one layer.

@@ -6,13 +6,12 @@ mod neighbours;
 mod preview;
 mod shard;
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError, compute_pool};
+use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, MoeSpec, OpenError, compute_pool};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
@@ -421,21 +420,22 @@ impl Volunteer {
     }
 }
 
-/// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
+/// Opens the devices; a card takes a while. Those that cannot compute this model's experts, or have no room to, are left out.
 async fn open_devices(
     config: &VolunteerConfig,
     checkpoint: &Checkpoint,
 ) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
     let (choice, threads) = (config.device.clone(), config.threads);
     let spec = checkpoint.spec();
-    let widths: BTreeSet<usize> = spec.moe_layers().map(|(_, moe)| moe.intermediate_size).collect();
+    let mut blocks: Vec<MoeSpec> = spec.moe_layers().map(|(_, moe)| moe.clone()).collect();
+    blocks.dedup();
     let hidden_size = spec.hidden_size;
     let opening = tokio::task::spawn_blocking(move || {
         let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
         let (mut usable, mut unusable) = (Vec::new(), None);
         let pool = Arc::new(pool);
         for device in choice.open(pool.clone())? {
-            match widths.iter().try_for_each(|width| device.prepare(hidden_size, *width)) {
+            match blocks.iter().try_for_each(|moe| device.prepare(hidden_size, moe)) {
                 Ok(()) => usable.push(device),
                 Err(error) => {
                     tracing::warn!(%error, "a device is left out");

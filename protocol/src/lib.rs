@@ -49,8 +49,9 @@ pub use frame::{
 pub use identity::{Identity, IdentityError, verify_signature};
 pub use libp2p::{Multiaddr, PeerId, multiaddr};
 pub use manifest::{
-    Blob, ExpertLayer, Locations, MANIFEST_FILE, MAX_BLOB_BYTES, MAX_CONFIG_BYTES, MAX_FILES, MAX_MANIFEST_BYTES,
-    MAX_TRUNK_TENSORS, Manifest, ManifestError, ManifestFile, Place, SignedManifest, TensorDtype, TrunkTensor,
+    Blob, ExpertLayer, ExpertRun, Locations, MANIFEST_FILE, MAX_BLOB_BYTES, MAX_CONFIG_BYTES, MAX_FILES,
+    MAX_MANIFEST_BYTES, MAX_TRUNK_TENSORS, Manifest, ManifestError, ManifestFile, Place, SignedManifest, TensorDtype,
+    TrunkTensor,
 };
 pub use model_id::{ModelId, ParseModelIdError};
 pub use transport::{

@@ -31,6 +31,8 @@ pub(crate) const MAX_NAME_BYTES: usize = 256;
 pub const MAX_TRUNK_TENSORS: usize = 65_536;
 /// Dimensions of a tensor.
 pub(crate) const MAX_DIMENSIONS: usize = 8;
+/// Runs of values in an expert.
+pub(crate) const MAX_EXPERT_RUNS: usize = 16;
 /// Bytes of one blob.
 pub const MAX_BLOB_BYTES: u64 = 1 << 40;
 
@@ -107,18 +109,32 @@ pub struct TrunkTensor {
     pub hash: BlobHash,
 }
 
-/// The routed experts of one layer. An expert's bytes are gate_proj `[intermediate, hidden]`, up_proj
-/// `[intermediate, hidden]` and down_proj `[hidden, intermediate]`, one after another.
+/// The routed experts of one layer. An expert's bytes are its runs, one after another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpertLayer {
     /// The layer, counted from 0 over all layers.
     pub layer: u32,
-    /// Width of an expert.
-    pub intermediate_size: u32,
-    /// How gate_proj, up_proj and down_proj are stored.
-    pub dtypes: [TensorDtype; 3],
+    /// What an expert consists of, in the order of its family: gate_proj, up_proj and down_proj in most.
+    pub runs: Vec<ExpertRun>,
     /// The hash of each expert's bytes.
     pub hashes: Vec<BlobHash>,
+}
+
+/// Values of an expert that lie side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertRun {
+    /// How they are stored.
+    pub dtype: TensorDtype,
+    /// How many.
+    pub values: u64,
+}
+
+impl ExpertRun {
+    /// Bytes. Saturates: a manifest that has not been checked may say anything.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.values.saturating_mul(self.dtype.bytes_per_value())
+    }
 }
 
 /// What a model consists of. How the weights are cut into files is not part of it.
@@ -205,10 +221,8 @@ impl TrunkTensor {
 impl ExpertLayer {
     /// Bytes of one expert.
     #[must_use]
-    pub fn expert_bytes(&self, hidden_size: u32) -> u64 {
-        let values = u64::from(self.intermediate_size) * u64::from(hidden_size);
-        let value_bytes: u64 = self.dtypes.iter().map(|dtype| dtype.bytes_per_value()).sum();
-        values.saturating_mul(value_bytes)
+    pub fn expert_bytes(&self) -> u64 {
+        self.runs.iter().map(ExpertRun::bytes).fold(0, u64::saturating_add)
     }
 }
 
@@ -232,7 +246,7 @@ impl Manifest {
         let at = self.experts.binary_search_by_key(&layer, |layer| layer.layer).ok()?;
         let layer = self.experts.get(at)?;
         let hash = *layer.hashes.get(expert as usize)?;
-        Some(Blob { hash, bytes: layer.expert_bytes(self.hidden_size) })
+        Some(Blob { hash, bytes: layer.expert_bytes() })
     }
 
     /// The content of a small file.
@@ -288,10 +302,13 @@ impl Manifest {
             if layer.layer >= crate::MAX_LAYERS || layer.hashes.len() > crate::MAX_EXPERTS as usize {
                 return Err(ManifestError::invalid(what(), "has too high a number or too many experts"));
             }
+            if layer.runs.len() > MAX_EXPERT_RUNS || layer.runs.iter().any(|run| run.values == 0) {
+                return Err(ManifestError::invalid(what(), "has experts of too many or empty runs"));
+            }
             if layer.hashes.is_empty() {
                 return Err(ManifestError::invalid(what(), "has no experts"));
             }
-            Blob { hash: BlobHash([0; 32]), bytes: layer.expert_bytes(self.hidden_size) }.check(what)?;
+            Blob { hash: BlobHash([0; 32]), bytes: layer.expert_bytes() }.check(what)?;
         }
         Ok(())
     }

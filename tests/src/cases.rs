@@ -35,6 +35,29 @@ pub struct Prompt {
     pub weights: BTreeMap<usize, Vec<f32>>,
 }
 
+/// Families with experts that have cases.
+pub const MOE_FAMILIES: [&str; 16] = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "kimi_k2",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+];
+
+/// Dense families that have cases.
+pub const DENSE_FAMILIES: [&str; 2] = ["llama", "qwen3"];
+
 /// All cases whose folder's name begins with `family` and no longer family's name.
 #[must_use]
 pub fn cases_of(family: &str) -> Vec<Case> {
@@ -44,9 +67,10 @@ pub fn cases_of(family: &str) -> Vec<Case> {
 /// A fixture folder's name up to what tells its cases apart.
 #[must_use]
 pub fn family_of(dir: &Path) -> &'static str {
-    const FAMILIES: [&str; 6] = ["granitemoeshared", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"];
     let name = name_of(dir);
-    let found = FAMILIES.into_iter().find(|family| name.starts_with(family));
+    let found = MOE_FAMILIES.into_iter().chain(DENSE_FAMILIES).filter(|family| name.starts_with(family));
+    // Some begin like others.
+    let found = found.max_by_key(|family| family.len());
     found.unwrap_or_else(|| panic!("{name} is of no family that is tested"))
 }
 

@@ -14,15 +14,24 @@ use crate::reference::tiny_moe;
 
 /// A volunteer with the bundled model's folder that hosts `experts` and gives out everything.
 pub async fn founder(experts: &str) -> (Volunteer, ModelId) {
-    member(Hosting::Experts(experts.parse().unwrap()), Vec::new()).await
+    founder_of(&tiny_moe(), experts).await
 }
 
-/// The same, with others to join.
+/// The same with another folder.
+pub async fn founder_of(dir: &Path, experts: &str) -> (Volunteer, ModelId) {
+    member_of(dir, Hosting::Experts(experts.parse().unwrap()), Vec::new()).await
+}
+
+/// The same as [`founder`], with others to join.
 pub async fn member(hosting: Hosting, bootstrap: Vec<Multiaddr>) -> (Volunteer, ModelId) {
-    let checkpoint = Checkpoint::open(&tiny_moe()).unwrap();
+    member_of(&tiny_moe(), hosting, bootstrap).await
+}
+
+async fn member_of(dir: &Path, hosting: Hosting, bootstrap: Vec<Multiaddr>) -> (Volunteer, ModelId) {
+    let checkpoint = Checkpoint::open(dir).unwrap();
     let described = describe(&checkpoint, &mut |_, _| {}).unwrap();
     let signed = SignedManifest::sign(described.manifest, &Identity::generate()).unwrap();
-    let shelf = Shelf::of_folder(signed.clone(), &described.locations, &tiny_moe()).unwrap();
+    let shelf = Shelf::of_folder(signed.clone(), &described.locations, dir).unwrap();
     let shelf = Some(Arc::new(shelf));
     let config = VolunteerConfig { hosting, bootstrap, threads: 1, pace: PACE, shelf, ..VolunteerConfig::default() };
     let identity = Identity::generate();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use hanse_router::{Client, RemoteExperts};
-use hanse_tests::cases::{Case, cases_of, family_of, tiny_moe_case};
+use hanse_tests::cases::{Case, DENSE_FAMILIES, MOE_FAMILIES, cases_of, family_of, tiny_moe_case};
 use hanse_tests::net::{Net, greedy, model_config, runtime, tokens};
 use hanse_tests::reference::{Model, bits, fixtures, largest_difference};
 use tokio_util::sync::CancellationToken;
@@ -55,6 +55,66 @@ fn check_family(family: &str) {
 }
 
 #[test]
+fn deepseek_v2_over_the_network_is_the_reference() {
+    check_family("deepseek_v2");
+}
+
+#[test]
+fn deepseek_v3_over_the_network_is_the_reference() {
+    check_family("deepseek_v3");
+}
+
+#[test]
+fn dots1_over_the_network_is_the_reference() {
+    check_family("dots1");
+}
+
+#[test]
+fn ernie4_5_moe_over_the_network_is_the_reference() {
+    check_family("ernie4_5_moe");
+}
+
+#[test]
+fn glm4_moe_over_the_network_is_the_reference() {
+    check_family("glm4_moe");
+}
+
+#[test]
+fn glm4_moe_lite_over_the_network_is_the_reference() {
+    check_family("glm4_moe_lite");
+}
+
+#[test]
+fn gpt_oss_over_the_network_is_the_reference() {
+    check_family("gpt_oss");
+}
+
+#[test]
+fn granitemoe_over_the_network_is_the_reference() {
+    check_family("granitemoe");
+}
+
+#[test]
+fn granitemoeshared_over_the_network_is_the_reference() {
+    check_family("granitemoeshared");
+}
+
+#[test]
+fn hunyuan_v1_moe_over_the_network_is_the_reference() {
+    check_family("hunyuan_v1_moe");
+}
+
+#[test]
+fn kimi_k2_over_the_network_is_the_reference() {
+    check_family("kimi_k2");
+}
+
+#[test]
+fn minimax_m2_over_the_network_is_the_reference() {
+    check_family("minimax_m2");
+}
+
+#[test]
 fn mixtral_over_the_network_is_the_reference() {
     check_family("mixtral");
 }
@@ -75,22 +135,31 @@ fn qwen3_moe_over_the_network_is_the_reference() {
 }
 
 #[test]
-fn granitemoe_over_the_network_is_the_reference() {
-    check_family("granitemoe");
-}
-
-#[test]
-fn granitemoeshared_over_the_network_is_the_reference() {
-    check_family("granitemoeshared");
-}
-
-#[test]
 fn the_bundled_model_over_the_network_is_the_reference() {
     check(&tiny_moe_case());
 }
 
+/// Dense models ask nobody.
 #[test]
-fn every_reference_case_belongs_to_a_family_above() {
+fn dense_families_in_one_process_are_the_reference() {
+    let runtime = runtime();
+    for case in DENSE_FAMILIES.into_iter().flat_map(cases_of) {
+        let name = &case.name;
+        let local = Client::local(&model_config(&case.dir)).unwrap();
+        for (n, prompt) in case.prompts.iter().enumerate() {
+            let logits = runtime.block_on(local.score(prompt.input.clone(), true, |_| ())).unwrap().logits.unwrap();
+            let difference = largest_difference(&logits, &prompt.logits) / case.logit_std;
+            assert!(difference <= LOGIT_TOLERANCE, "{name} p{n}: logits differ by {difference} std");
+            let request = greedy(&prompt.input, prompt.greedy.len());
+            let (generated, _) = runtime.block_on(tokens(&local, request)).unwrap();
+            assert_eq!(generated, prompt.greedy, "{name} p{n}: greedy tokens");
+        }
+    }
+}
+
+#[test]
+fn every_family_has_reference_cases() {
     let families: BTreeSet<&str> = fixtures().iter().map(|dir| family_of(dir)).collect();
-    assert_eq!(families.len(), 6);
+    assert_eq!(families, MOE_FAMILIES.into_iter().chain(DENSE_FAMILIES).collect());
+    assert_eq!(hanse_model::known_families().split(", ").collect::<BTreeSet<_>>(), families);
 }

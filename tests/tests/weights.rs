@@ -6,9 +6,9 @@ use hanse_protocol::{Frame, Identity, ModelId, SignedManifest};
 use hanse_router::weights::describe::{open_described, read_manifest};
 use hanse_router::weights::{Cache, DescribeError, Fetcher, Peers, RemoteModel, describe};
 use hanse_router::{Client, NetworkConfig};
-use hanse_tests::givers::{find, founder, joins, member, newcomer, room_for};
+use hanse_tests::givers::{find, founder, founder_of, joins, member, newcomer, room_for};
 use hanse_tests::net::{changed_copy, eventually, greedy, model_config, replicas, runtime, tokens};
-use hanse_tests::reference::tiny_moe;
+use hanse_tests::reference::{fixture, tiny_moe};
 use hanse_tests::stranger::{Stranger, bytes_of, call_of};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -67,6 +67,48 @@ fn a_volunteer_with_an_empty_cache_reads_what_it_hosts_and_gives_it_on() {
         other.fetcher().fetch(&item).await.unwrap();
         assert!(other.fetcher().cache().has(&item.blob));
     });
+}
+
+/// Experts of gpt-oss have biases, and lie in its files with their inputs first.
+#[test]
+fn experts_with_biases_are_fetched_one_by_one_and_give_the_tokens_of_one_process() {
+    runtime().block_on(async {
+        let dir = fixture("gpt_oss");
+        let (first, id) = founder_of(&dir, "0-3:0-3").await;
+        let (network, cache) = (joins(&first), tempfile::tempdir().unwrap());
+        let model = find(id, cache.path(), &network).await;
+        let mut second = newcomer(&model, &network, Hosting::Experts("0-3:3-5".parse().unwrap())).await;
+        second.loaded().await.unwrap();
+        let (read, hosts) = (model.fetcher().bytes(), second.store().bytes());
+        assert!(
+            (hosts..hosts + hosts / 10).contains(&read),
+            "its experts and a manifest: {read} bytes to host {hosts}"
+        );
+        let third = tempfile::tempdir().unwrap();
+        let other = find(id, third.path(), &network).await;
+        other.fetch_trunk(&|_, _| {}).await.unwrap();
+        let client =
+            Client::connect_with(other.checkpoint(), 2, id, &Identity::generate(), network.clone()).await.unwrap();
+        let local = Client::local(&model_config(&dir)).unwrap();
+        let (expected, _) = tokens(&local, greedy(&[3, 141, 59], 24)).await.unwrap();
+        assert_eq!(tokens(&client, greedy(&[3, 141, 59], 24)).await.unwrap().0, expected);
+    });
+}
+
+#[test]
+fn no_manifest_is_made_of_weights_that_are_no_numbers() {
+    let changed = changed_copy(&fixture("gpt_oss"));
+    let path = changed.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let (length, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    // Value 2 of the up biases of expert 3, which is number 48 * 3 + 5 of the tensor.
+    let name = "model.layers.1.mlp.experts.gate_up_proj_bias";
+    let at = 8 + length + metadata.info(name).unwrap().data_offsets.0 + 4 * (48 * 3 + 5);
+    bytes[at..at + 4].copy_from_slice(&f32::NEG_INFINITY.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let error = describe(&Checkpoint::open(changed.path()).unwrap(), &mut |_, _| {}).unwrap_err().to_string();
+    // After the 32 x 48 values before it.
+    assert!(error.contains("expert 3 of layer 1 has -inf at place 1541"), "{error}");
 }
 
 #[test]

@@ -46,13 +46,41 @@ pub(super) fn config_json(shape: &Shape, dtype: Dtype) -> Result<Value, MakeErro
             "moe_intermediate_size": shape.intermediate,
             "norm_topk_prob": true,
         }),
-        "granitemoe" | "granitemoeshared" => json!({
+        family @ ("granitemoe" | "granitemoeshared") => json!({
             "num_local_experts": shape.experts,
             "intermediate_size": shape.intermediate,
-            "shared_intermediate_size": shape.shared_intermediate,
+            "shared_intermediate_size": if family == "granitemoe" { 0 } else { shape.shared_intermediate },
             // Absent it would be 1, and attention would look at one position only.
             "attention_multiplier": (shape.head_dim as f64).powf(-0.5),
         }),
+        "deepseek_v2" | "deepseek_v3" | "kimi_k2" | "glm4_moe_lite" => latent(shape),
+        "glm4_moe" | "dots1" => corrected(shape),
+        "gpt_oss" => json!({
+            "num_local_experts": shape.experts,
+            "intermediate_size": shape.intermediate,
+            "sliding_window": 128,
+            "swiglu_limit": 7.0,
+            "rope_scaling": { "rope_type": "default" },
+        }),
+        "ernie4_5_moe" => json!({
+            "moe_num_experts": shape.experts,
+            "moe_k": shape.top_k,
+            "moe_intermediate_size": shape.intermediate,
+            "moe_num_shared_experts": shape.shared_intermediate / shape.intermediate,
+            "moe_layer_start_index": 0,
+        }),
+        "minimax_m2" => json!({
+            "num_local_experts": shape.experts,
+            "intermediate_size": shape.intermediate,
+            "rotary_dim": shape.head_dim / 2,
+        }),
+        "hunyuan_v1_moe" => json!({
+            "num_experts": shape.experts,
+            "moe_topk": shape.top_k,
+            "intermediate_size": shape.intermediate,
+        }),
+        // As wide as the experts of a token together.
+        "llama" | "qwen3" => json!({ "intermediate_size": shape.intermediate * shape.top_k }),
         // The list of families that the model crate knows is in its own error.
         unknown if !is_known(unknown) => json!({}),
         known => return Err(MakeError::Family(known.to_owned())),
@@ -71,6 +99,35 @@ pub(super) fn config_json(shape: &Shape, dtype: Dtype) -> Result<Value, MakeErro
         config.insert("architectures".into(), json!([format!("{class}ForCausalLM")]));
     }
     Ok(config)
+}
+
+/// Experts as DeepSeek V3 has them.
+fn corrected(shape: &Shape) -> Value {
+    json!({
+        "n_routed_experts": shape.experts,
+        "moe_intermediate_size": shape.intermediate,
+        "n_shared_experts": shape.shared_intermediate / shape.intermediate,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": shape.family != "deepseek_v2",
+    })
+}
+
+/// The same with latent attention, whose sizes have to one another the ratios of DeepSeek V3.
+fn latent(shape: &Shape) -> Value {
+    let Value::Object(mut config) = corrected(shape) else { return Value::Null };
+    let Value::Object(attention) = json!({
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_dim / 2,
+        "q_lora_rank": 12 * shape.head_dim,
+        "kv_lora_rank": 4 * shape.head_dim,
+        "qk_nope_head_dim": shape.head_dim,
+        "qk_rope_head_dim": shape.head_dim / 2,
+        "v_head_dim": shape.head_dim,
+    }) else {
+        return Value::Null;
+    };
+    config.extend(attention);
+    config.into()
 }
 
 fn is_known(family: &str) -> bool {

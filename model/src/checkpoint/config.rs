@@ -27,6 +27,14 @@ pub enum ConfigError {
         /// What it should have been.
         reason: String,
     },
+    /// The family is known, and something that it needs is not there yet.
+    #[error("model family `{found}` is not supported: it needs {missing}")]
+    UnsupportedFamily {
+        /// The `model_type` found.
+        found: String,
+        /// What is missing.
+        missing: &'static str,
+    },
     /// No family has this `model_type`.
     #[error("unknown model family `{found}`; known families: {known}")]
     UnknownFamily {
@@ -42,6 +50,7 @@ fn or_also(also: Option<&str>) -> String {
 }
 
 /// One JSON object of `config.json`: the whole file, or an object inside it.
+#[derive(Clone)]
 pub(crate) struct Config<'a> {
     map: &'a Map<String, Value>,
     path: String,
@@ -115,7 +124,8 @@ impl<'a> Config<'a> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    fn missing(&self, key: &str) -> ConfigError {
+    /// The error for a key that must be there.
+    pub(crate) fn missing(&self, key: &str) -> ConfigError {
         ConfigError::Missing { key: self.name(key), also: None }
     }
 

@@ -165,6 +165,16 @@ pub enum CheckpointError {
         /// Why not.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A weight is infinite or not a number: the model would give nonsense.
+    #[error("{part} has {value} at place {at}: weights must be finite numbers")]
+    NotFinite {
+        /// The tensor or the expert.
+        part: String,
+        /// Which of its values, counted from 0.
+        at: usize,
+        /// The value.
+        value: f32,
+    },
     /// A tensor is stored in a dtype that is not supported.
     #[error("tensor `{tensor}` is stored as {found}; supported are F32, F16 and BF16")]
     Dtype {

@@ -30,6 +30,30 @@ impl StoredDtype {
         }
     }
 
+    /// The first value that is infinite or no number, of values that lie one after another in `bytes`: which one, and the value.
+    #[must_use]
+    pub fn not_finite(self, bytes: &[u8]) -> Option<(usize, f32)> {
+        // Exponents of nothing but ones.
+        let (four, _) = bytes.as_chunks::<4>();
+        let (two, _) = bytes.as_chunks::<2>();
+        let bits = |at: usize| two.get(at).map_or(0, |two| u16::from_le_bytes(*two));
+        let all_ones = |two: &[u8; 2], mask: u16| u16::from_le_bytes(*two) & mask == mask;
+        match self {
+            Self::F32 => {
+                let at = four.iter().position(|four| !f32::from_le_bytes(*four).is_finite())?;
+                Some((at, f32::from_le_bytes(*four.get(at)?)))
+            }
+            Self::F16 => {
+                let at = two.iter().position(|two| all_ones(two, 0x7c00))?;
+                Some((at, half::f16::from_bits(bits(at)).to_f32()))
+            }
+            Self::Bf16 => {
+                let at = two.iter().position(|two| all_ones(two, 0x7f80))?;
+                Some((at, half::bf16::from_bits(bits(at)).to_f32()))
+            }
+        }
+    }
+
     pub(super) fn of(dtype: Dtype) -> Option<Self> {
         match dtype {
             Dtype::F32 => Some(Self::F32),
@@ -70,17 +94,27 @@ pub struct TrunkPart {
     pub shape: Vec<usize>,
 }
 
-/// The routed experts of one layer. The bytes of an expert are its gate_proj `[intermediate, hidden]`, its up_proj
-/// `[intermediate, hidden]` and its down_proj `[hidden, intermediate]`, one after another, whether the files hold them
-/// one by one or all experts together.
+/// The routed experts of one layer. The bytes of an expert are runs of values, one after another, whether the files hold
+/// experts one by one or all together: its gate_proj `[intermediate, hidden]`, its up_proj `[intermediate, hidden]` and its
+/// down_proj `[hidden, intermediate]`; in gpt-oss, as its files have it, gate and up in turns `[hidden, 2 x intermediate]`, the
+/// bias of both, down `[intermediate, hidden]` and its bias.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExpertParts {
     /// The layer.
     pub layer: usize,
     /// How many experts it has.
     pub experts: usize,
-    /// How gate_proj, up_proj and down_proj are stored, the same for all experts of the layer.
-    pub dtypes: [StoredDtype; 3],
+    /// What each of them consists of.
+    pub runs: Vec<Run>,
+}
+
+/// Values of an expert that lie side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// How they are stored.
+    pub dtype: StoredDtype,
+    /// How many.
+    pub values: u64,
 }
 
 /// What parts there are.
@@ -101,8 +135,8 @@ pub struct WeightMap {
     pub parts: Parts,
     /// For each of `parts.trunk`.
     pub trunk: Vec<Piece>,
-    /// For each of `parts.experts` and each of its experts: gate_proj, up_proj, down_proj.
-    pub experts: Vec<Vec<[Piece; 3]>>,
+    /// For each of `parts.experts`, each of its experts and each of its runs.
+    pub experts: Vec<Vec<Vec<Piece>>>,
 }
 
 /// One part.
@@ -146,6 +180,9 @@ pub struct PartHashes {
     pub experts: BTreeMap<usize, Vec<[u8; 32]>>,
 }
 
+/// Bytes, and how the values in them are stored.
+pub(super) type Content<'a> = (&'a [u8], StoredDtype);
+
 /// Checks each part once, when it is first used.
 #[derive(Debug)]
 pub(super) struct Verifier {
@@ -175,34 +212,42 @@ impl Verifier {
     }
 
     /// Compares the bytes of a tensor; those that are no part by themselves are compared with their expert.
-    pub(super) fn trunk(&self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+    pub(super) fn trunk(&self, name: &str, content: Content<'_>) -> Result<(), CheckpointError> {
         let Some(expected) = self.hashes.trunk.get(name) else { return Ok(()) };
         if self.trunk.lock().unwrap_or_else(PoisonError::into_inner).contains(name) {
             return Ok(());
         }
-        compare(Part::Trunk(name), expected, &[bytes])?;
+        compare(Part::Trunk(name), expected, &[content])?;
         self.trunk.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
         Ok(())
     }
 
-    pub(super) fn expert(&self, layer: usize, expert: usize, bytes: &[&[u8]]) -> Result<(), CheckpointError> {
+    pub(super) fn expert(&self, layer: usize, expert: usize, runs: &[Content<'_>]) -> Result<(), CheckpointError> {
         let Some(expected) = self.hashes.experts.get(&layer).and_then(|layer| layer.get(expert)) else { return Ok(()) };
         if self.experts.lock().unwrap_or_else(PoisonError::into_inner).contains(&(layer, expert)) {
             return Ok(());
         }
-        compare(Part::Expert { layer, expert }, expected, bytes)?;
+        compare(Part::Expert { layer, expert }, expected, runs)?;
         self.experts.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, expert));
         Ok(())
     }
 }
 
-fn compare(part: Part<'_>, expected: &[u8; 32], bytes: &[&[u8]]) -> Result<(), CheckpointError> {
+/// Compares a part with its hash, and looks for values that are infinite or no numbers: all of it is read in any case.
+fn compare(part: Part<'_>, expected: &[u8; 32], runs: &[Content<'_>]) -> Result<(), CheckpointError> {
     let mut hasher = blake3::Hasher::new();
-    for bytes in bytes {
+    for (bytes, _) in runs {
         hasher.update(bytes);
     }
-    if hasher.finalize().as_bytes() == expected {
-        return Ok(());
+    if hasher.finalize().as_bytes() != expected {
+        return Err(CheckpointError::Mismatch { part: part.to_string() });
     }
-    Err(CheckpointError::Mismatch { part: part.to_string() })
+    let mut before = 0;
+    for (bytes, dtype) in runs {
+        if let Some((at, value)) = dtype.not_finite(bytes) {
+            return Err(CheckpointError::NotFinite { part: part.to_string(), at: before + at, value });
+        }
+        before += bytes.len() / dtype.bytes_per_value();
+    }
+    Ok(())
 }

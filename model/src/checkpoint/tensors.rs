@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::error::CheckpointError;
 use super::mapping::Mapping;
-use super::parts::{Part, PartSource, TrunkPart, Verifier};
+use super::parts::{Part, PartSource, StoredDtype, TrunkPart, Verifier};
 use super::{open_file, read_text};
 use crate::linear::Matrix;
 
@@ -206,19 +206,31 @@ impl TensorFiles {
         let missing = || CheckpointError::MissingTensor { tensor: name.to_owned() };
         let map = self.files.get(tensor.file).and_then(|file| file.map.as_ref()).ok_or_else(missing)?;
         if let Some(verifier) = &self.verifier {
-            verifier.trunk(name, map.get(tensor.range.clone()).ok_or_else(missing)?)?;
+            let bytes = map.get(tensor.range.clone()).ok_or_else(missing)?;
+            let unsupported =
+                || CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{:?}", tensor.dtype) };
+            verifier.trunk(name, (bytes, StoredDtype::of(tensor.dtype).ok_or_else(unsupported)?))?;
         }
         Ok(map.clone())
     }
 
-    /// All values, widened to f32.
+    /// All values, widened to f32; none is infinite or not a number.
     pub(super) fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let elements = shape.iter().product();
         let tensor = self.expect(name, shape)?;
         let row = Matrix::new(&self.mapping(name, tensor)?, tensor.range.start, tensor.dtype, 1, elements);
         let mut values = vec![0.0; elements];
         row.widen_row(0, &mut values);
+        finite(&values, 0, || format!("tensor `{name}`"))?;
         Ok(values)
+    }
+}
+
+/// Refuses values that are infinite or not numbers: those of `what`, from its value number `first` on.
+pub(crate) fn finite(values: &[f32], first: usize, what: impl FnOnce() -> String) -> Result<(), CheckpointError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => Err(CheckpointError::NotFinite { part: what(), at: first + at, value: values[at] }),
+        None => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::error::CheckpointError;
-use super::parts::{ExpertParts, Parts, Piece, StoredDtype, TrunkPart, WeightMap};
+use super::parts::{ExpertParts, Parts, Piece, Run, StoredDtype, TrunkPart, WeightMap};
 use super::tensors::{Tensor, TensorFiles};
 use super::{Checkpoint, Inner, config, families};
 
@@ -58,23 +58,23 @@ impl Inner {
         }
         let (mut expert_parts, mut experts) = (Vec::new(), Vec::new());
         for (layer, moe) in self.spec.moe_layers() {
-            let mut dtypes = None;
+            let mut runs: Option<Vec<Run>> = None;
             let mut pieces = Vec::with_capacity(moe.experts);
             for expert in 0..moe.experts {
-                let mut stored = [StoredDtype::F32; 3];
-                let mut at = [Piece { file: 0, offset: 0, bytes: 0 }; 3];
-                for (i, (name, _, range)) in self.expert_ranges(layer, expert, moe).into_iter().enumerate() {
-                    let (tensor, dtype) = found(&name)?;
-                    stored[i] = dtype;
-                    at[i] = piece(tensor, range.start, range.end);
+                let (mut stored, mut at) = (Vec::new(), Vec::new());
+                for run in self.expert_runs(layer, expert, moe) {
+                    let (tensor, dtype) = found(&run.name)?;
+                    let range = run.range(tensor);
+                    stored.push(Run { dtype, values: run.values() as u64 });
+                    at.push(piece(tensor, range.start, range.end));
                 }
-                if *dtypes.get_or_insert(stored) != stored {
+                if runs.as_ref().is_some_and(|runs| *runs != stored) {
                     return Err(CheckpointError::MixedDtypes { layer });
                 }
+                runs = Some(stored);
                 pieces.push(at);
             }
-            let dtypes = dtypes.unwrap_or([StoredDtype::F32; 3]);
-            expert_parts.push(ExpertParts { layer, experts: moe.experts, dtypes });
+            expert_parts.push(ExpertParts { layer, experts: moe.experts, runs: runs.unwrap_or_default() });
             experts.push(pieces);
         }
         let name_of = |path: &PathBuf| path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

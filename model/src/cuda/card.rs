@@ -11,6 +11,7 @@ use super::panels::Layout;
 use super::plan::{Class, Dtype, Group, PIECE_ROWS, Piece, Wanted, plan, room};
 use crate::device::{CardReport, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
 use crate::expert::Expert;
+use crate::spec::{Activation, MoeSpec};
 
 /// Bytes that stay free on a card: for the screen, for other programs, and for what the driver itself takes.
 const MARGIN_BYTES: u64 = 512 << 20;
@@ -280,11 +281,13 @@ impl Device for Card {
         self.free().map(|free| Some(free.saturating_sub(MARGIN_BYTES)))
     }
 
-    fn prepare(&self, hidden_size: usize, intermediate_size: usize) -> Result<(), DeviceError> {
-        self.make_room(room(hidden_size, intermediate_size))
+    fn prepare(&self, hidden_size: usize, moe: &MoeSpec) -> Result<(), DeviceError> {
+        self.supports(moe.activation, moe.expert_biases)?;
+        self.make_room(room(hidden_size, moe.intermediate_size))
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
+        self.supports(expert.swiglu.activation, expert.swiglu.biases.is_some())?;
         let layout = Layout::of(&expert.swiglu);
         self.make_room(room(layout.hidden_size, layout.inner_size))?;
         let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
@@ -322,6 +325,16 @@ impl Device for Card {
 }
 
 impl Card {
+    /// The kernels compute plain SwiGLUs.
+    fn supports(&self, activation: Activation, biases: bool) -> Result<(), DeviceError> {
+        let unsupported = |what| Err(DeviceError::Unsupported { device: self.name.clone(), what });
+        match (activation, biases) {
+            (Activation::Swiglu, false) => Ok(()),
+            (Activation::Swiglu, true) => unsupported("biases"),
+            (_, _) => unsupported("another activation than silu"),
+        }
+    }
+
     fn compute(&self, slots: &mut [Slot; 2], pieces: &[Piece], jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
         for (number, piece) in pieces.iter().enumerate() {
             if let Some(last) = number.checked_sub(2) {

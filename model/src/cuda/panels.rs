@@ -43,7 +43,7 @@ pub(super) struct Layout {
 impl Layout {
     /// How `swiglu` lies. A gate_proj and an up_proj of different dtypes are widened to f32, which changes no value.
     pub(super) fn of(swiglu: &Swiglu) -> Self {
-        let Swiglu { gate_proj, up_proj, down_proj } = swiglu;
+        let Swiglu { gate_proj, up_proj, down_proj, .. } = swiglu;
         let same = gate_proj.dtype() == up_proj.dtype();
         Self {
             hidden_size: gate_proj.inputs(),

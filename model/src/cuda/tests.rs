@@ -10,6 +10,7 @@ use super::plan::{Class, Dtype, PIECE_ROWS, Wanted, plan, room};
 use crate::Checkpoint;
 use crate::checkpoint::Swiglu;
 use crate::linear::Matrix;
+use crate::spec::Activation;
 
 /// The first experts of models of all dtypes and of widths that are no whole number of chunks.
 fn swiglus() -> Vec<(PathBuf, Swiglu)> {
@@ -20,12 +21,12 @@ fn swiglus() -> Vec<(PathBuf, Swiglu)> {
         dirs.extend(entries.filter(|path| path.join("config.json").exists()));
     }
     let opened = dirs.into_iter().filter_map(|dir| Some((Checkpoint::open(&dir).ok()?, dir)));
-    opened
-        .map(|(checkpoint, dir)| {
-            let (layer, _) = checkpoint.spec().moe_layers().next().unwrap();
-            (dir, checkpoint.expert(layer, 1).unwrap())
-        })
-        .collect()
+    let first = |(checkpoint, dir): (Checkpoint, PathBuf)| {
+        let (layer, moe) = checkpoint.spec().moe_layers().next()?;
+        let plain = moe.activation == Activation::Swiglu && !moe.expert_biases;
+        plain.then(|| (dir, checkpoint.expert(layer, 1).unwrap()))
+    };
+    opened.filter_map(first).collect()
 }
 
 /// The value that the kernels read as that of `column` (of a panel) and `input`, as f32. Written after `kernels.cu`, not after `panels.rs`.

@@ -1,20 +1,26 @@
-//! The part of `config.json` that all families share: sizes, norms, heads, rope.
+//! The part of `config.json` that all families share: sizes, norms, heads.
 
+use super::rope::{Rotated, read_rope, score_factor};
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};
+use crate::spec::{
+    Activation, AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm,
+    RopeSpec,
+};
 
 /// The number of routed experts: Mixtral and Granite call it so, and transformers 5 in every family.
 pub(super) const NUM_LOCAL_EXPERTS: [&str; 2] = ["num_local_experts", "num_experts"];
 /// The number of routed experts in the other families.
 pub(super) const NUM_EXPERTS: [&str; 2] = ["num_experts", "num_local_experts"];
+/// The number of routed experts in DeepSeek and what followed it.
+pub(super) const N_ROUTED_EXPERTS: [&str; 2] = ["n_routed_experts", "num_local_experts"];
 
 /// Upper bounds of sizes. Their products stay far below the range of `usize`.
 pub(super) const MAX_LAYERS: usize = 1024;
 pub(super) const MAX_EXPERTS: usize = 4096;
 pub(super) const MAX_SIZE: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
-const MAX_HEADS: usize = 1 << 14;
-const MAX_HEAD_DIM: usize = 1 << 14;
+pub(super) const MAX_HEADS: usize = 1 << 14;
+pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 /// What a family assumes when `config.json` leaves a key out: what the configuration classes of transformers say.
@@ -24,6 +30,14 @@ pub(super) struct Defaults {
     pub(super) rope_theta: f64,
     /// `None`: as many as query heads.
     pub(super) kv_heads: Option<usize>,
+    pub(super) tied_embeddings: bool,
+}
+
+impl Defaults {
+    /// As many key/value heads as query heads, and an LM head of its own.
+    pub(super) const fn new(rms_norm_eps: f64, rope_theta: f64) -> Self {
+        Self { rms_norm_eps, rope_theta, kv_heads: None, tied_embeddings: false }
+    }
 }
 
 /// The keys common to all families.
@@ -32,31 +46,29 @@ pub(super) struct Decoder {
     pub(super) hidden_size: usize,
     pub(super) layers: usize,
     pub(super) max_positions: usize,
+    pub(super) rope: RopeSpec,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    /// What latent attention multiplies its scores by besides their scale.
+    pub(super) score_factor: f32,
     rms_norm_eps: f32,
     tied_embeddings: bool,
-    rope: RopeSpec,
-    heads: usize,
-    kv_heads: usize,
     head_dim: usize,
 }
 
 impl Decoder {
+    /// For a family that rotates whole heads.
     pub(super) fn read(config: &Config<'_>, defaults: &Defaults) -> Result<Self, ConfigError> {
-        let hidden_size = config.size("hidden_size", MAX_SIZE)?;
+        Self::with_heads(config, defaults, Rotated::Whole(read_head_dim(config)?))
+    }
+
+    /// For a family that rotates a part of each head: so much of it where the config does not say.
+    pub(super) fn read_partial(config: &Config<'_>, defaults: &Defaults, factor: f64) -> Result<Self, ConfigError> {
+        Self::with_heads(config, defaults, Rotated::Part { of: read_head_dim(config)?, factor })
+    }
+
+    pub(super) fn with_heads(config: &Config<'_>, defaults: &Defaults, rotated: Rotated) -> Result<Self, ConfigError> {
         let heads = config.size("num_attention_heads", MAX_HEADS)?;
-        let head_dim = match config.whole("head_dim", 1, MAX_HEAD_DIM)? {
-            Some(head_dim) => head_dim,
-            None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            None => {
-                let reason =
-                    format!("it is not a multiple of `num_attention_heads` ({heads}) and there is no `head_dim`");
-                return Err(config.invalid("hidden_size", reason));
-            }
-        };
-        if !head_dim.is_multiple_of(2) {
-            let key = if config.has("head_dim") { "head_dim" } else { "hidden_size" };
-            return Err(config.invalid(key, format!("heads of {head_dim} values cannot rotate: it must be even")));
-        }
         let kv_heads = match (config.whole("num_key_value_heads", 1, MAX_HEADS)?, defaults.kv_heads) {
             (Some(kv_heads), _) => kv_heads,
             (None, Some(default)) if !config.has("num_key_value_heads") => default,
@@ -73,15 +85,16 @@ impl Decoder {
         }
         Ok(Self {
             vocab_size: config.size("vocab_size", MAX_VOCAB)?,
-            hidden_size,
+            hidden_size: config.size("hidden_size", MAX_SIZE)?,
             layers: config.size("num_hidden_layers", MAX_LAYERS)?,
             max_positions,
-            rms_norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps) as f32,
-            tied_embeddings: config.flag("tie_word_embeddings", false)?,
-            rope: read_rope(config, defaults.rope_theta, max_positions)?,
+            rope: read_rope(config, defaults.rope_theta, max_positions, rotated)?,
             heads,
             kv_heads,
-            head_dim,
+            score_factor: score_factor(config)?,
+            rms_norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps) as f32,
+            tied_embeddings: config.flag("tie_word_embeddings", defaults.tied_embeddings)?,
+            head_dim: rotated.head_dim(),
         })
     }
 
@@ -97,7 +110,19 @@ impl Decoder {
             qk_norm: QkNorm::None,
             clip_qkv: None,
             sliding_window: None,
+            sinks: false,
         }
+    }
+
+    /// The model whose layers all attend in the same way, without multipliers.
+    pub(super) fn uniform(
+        self,
+        family: &'static str,
+        attention: AttentionSpec,
+        feed_forward: Vec<FeedForwardSpec>,
+    ) -> ModelSpec {
+        let layer = |feed_forward| LayerSpec { attention: attention.clone(), feed_forward };
+        self.model(family, feed_forward.into_iter().map(layer).collect())
     }
 
     /// The model, without multipliers.
@@ -127,96 +152,103 @@ pub(super) fn read_moe(
     gate: GateSpec,
 ) -> Result<MoeSpec, ConfigError> {
     let experts = config.size_of_either(experts_keys, MAX_EXPERTS)?;
-    let top_k = config.size("num_experts_per_tok", MAX_EXPERTS)?;
+    moe_of(config, experts, "num_experts_per_tok", intermediate_key, gate)
+}
+
+/// Reads the rest of so many routed experts.
+pub(super) fn moe_of(
+    config: &Config<'_>,
+    experts: usize,
+    top_k_key: &str,
+    intermediate_key: &str,
+    gate: GateSpec,
+) -> Result<MoeSpec, ConfigError> {
+    let top_k = config.size(top_k_key, MAX_EXPERTS)?;
     if top_k > experts {
-        return Err(config.invalid("num_experts_per_tok", format!("there are only {experts} experts")));
+        return Err(config.invalid(top_k_key, format!("there are only {experts} experts")));
     }
     let intermediate_size = config.size(intermediate_key, MAX_SIZE)?;
-    Ok(MoeSpec { experts, top_k, intermediate_size, gate, shared: None })
+    let activation = Activation::Swiglu;
+    Ok(MoeSpec { experts, top_k, intermediate_size, activation, expert_biases: false, gate, shared: None })
 }
 
-/// Reads rope in the classic form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).
-fn read_rope(config: &Config<'_>, default_theta: f64, max_positions: usize) -> Result<RopeSpec, ConfigError> {
-    const ABOVE_ONE: &str = "a finite number above 1";
-    let outer_theta = config.number("rope_theta", |v| v > 1.0, ABOVE_ONE)?;
-    let outer_partial = config.positive("partial_rotary_factor")?;
-    let scaling = match config.object("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => config.object("rope_parameters")?,
+/// Values of a head, of a family whose heads are alike.
+pub(super) fn read_head_dim(config: &Config<'_>) -> Result<usize, ConfigError> {
+    let hidden_size = config.size("hidden_size", MAX_SIZE)?;
+    let heads = config.size("num_attention_heads", MAX_HEADS)?;
+    let head_dim = match config.whole("head_dim", 1, MAX_HEAD_DIM)? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => {
+            let reason = format!("it is not a multiple of `num_attention_heads` ({heads}) and there is no `head_dim`");
+            return Err(config.invalid("hidden_size", reason));
+        }
     };
-    let Some(rope) = scaling else {
-        return Ok(RopeSpec { theta: outer_theta.unwrap_or(default_theta), scaling: RopeScaling::None });
-    };
-    if let Some(key) = rope.nested().next() {
-        return Err(rope.invalid(key, "rope that differs between kinds of layers is not supported"));
+    if !head_dim.is_multiple_of(2) {
+        let key = if config.has("head_dim") { "head_dim" } else { "hidden_size" };
+        return Err(config.invalid(key, format!("heads of {head_dim} values cannot rotate: it must be even")));
     }
-    let theta = rope.number("rope_theta", |v| v > 1.0, ABOVE_ONE)?.or(outer_theta).unwrap_or(default_theta);
-    let kind_key = rope.first(&["rope_type", "type"]);
-    let kind = rope.text(kind_key)?.unwrap_or("default");
-    // The families here rotate whole heads. Their reference ignores the factor for plain rope and fails otherwise.
-    if let Some(partial) = rope.positive("partial_rotary_factor")?.or(outer_partial)
-        && partial != 1.0
-    {
-        if kind == "default" {
-            tracing::warn!(partial_rotary_factor = partial, "ignored: this family rotates whole heads");
-            return Ok(RopeSpec { theta, scaling: RopeScaling::None });
-        }
-        let owner = if rope.has("partial_rotary_factor") { &rope } else { config };
-        return Err(owner.invalid("partial_rotary_factor", "this family rotates whole heads"));
-    }
-    let original = || -> Result<f64, ConfigError> {
-        let outer = config.whole("original_max_position_embeddings", 1, MAX_POSITIONS)?;
-        let inner = rope.whole("original_max_position_embeddings", 1, MAX_POSITIONS)?;
-        Ok(outer.or(inner).unwrap_or(max_positions) as f64)
-    };
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        // Its base changes only beyond `max_position_embeddings`, where no sequence of ours goes.
-        "dynamic" => rope.required_positive("factor").map(|_| RopeScaling::None)?,
-        "linear" => RopeScaling::Linear { factor: rope.required_positive("factor")? },
-        "yarn" => {
-            let original_max_positions = original()?;
-            let factor = match rope.positive("factor")? {
-                Some(factor) => factor,
-                None if rope.has("factor") => max_positions as f64 / original_max_positions,
-                None => rope.required_positive("factor")?,
-            };
-            let at_least_zero = |key| rope.number(key, |v| v >= 0.0, "a finite number, 0 or above");
-            // In the reference 0 and absent are the same for these four.
-            let nonzero = |key| at_least_zero(key).map(|v| v.filter(|v| *v != 0.0));
-            let attention_factor =
-                match (at_least_zero("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?) {
-                    (Some(given), _, _) => given,
-                    (None, Some(mscale), Some(all_dim)) => yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim),
-                    (None, _, _) => yarn_mscale(factor, 1.0),
-                };
-            RopeScaling::Yarn {
-                factor,
-                attention_factor,
-                beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
-                beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
-                original_max_positions,
-                truncate: rope.flag("truncate", true)?,
-            }
-        }
-        "llama3" => {
-            let low_freq_factor = rope.required_positive("low_freq_factor")?;
-            let high_freq_factor = rope.required_positive("high_freq_factor")?;
-            if high_freq_factor <= low_freq_factor {
-                return Err(rope.invalid("high_freq_factor", "it must be above `low_freq_factor`"));
-            }
-            RopeScaling::Llama3 {
-                factor: rope.required_positive("factor")?,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_positions: original()?,
-            }
-        }
-        _ => return Err(rope.invalid(kind_key, "known kinds of rope are default, linear, dynamic, yarn and llama3")),
-    };
-    Ok(RopeSpec { theta, scaling })
+    Ok(head_dim)
 }
 
-fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+/// The sliding window of each layer, as `layer_types` says; without it, of the layers that have it by default.
+pub(super) fn read_windows(
+    config: &Config<'_>,
+    layers: usize,
+    window: Option<usize>,
+    by_default: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>, ConfigError> {
+    let Some(kinds) = config.list("layer_types")? else {
+        return Ok((0..layers).map(|layer| window.filter(|_| by_default(layer))).collect());
+    };
+    if kinds.len() != layers {
+        return Err(config.invalid("layer_types", format!("there are {layers} layers")));
+    }
+    kinds
+        .iter()
+        .map(|kind| match (kind.as_str(), window) {
+            (Some("full_attention"), _) => Ok(None),
+            (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
+            (Some("sliding_attention"), None) => {
+                Err(config.invalid("layer_types", "sliding attention needs a `sliding_window` that is used"))
+            }
+            _ => Err(config.invalid("layer_types", "known kinds are full_attention and sliding_attention")),
+        })
+        .collect()
+}
+
+/// Layers that attend alike but for their windows.
+pub(super) fn windowed(
+    attention: &GroupedQuerySpec,
+    windows: Vec<Option<usize>>,
+    feed_forward: Vec<FeedForwardSpec>,
+) -> Vec<LayerSpec> {
+    let attention = |sliding_window| GroupedQuerySpec { sliding_window, ..attention.clone() };
+    let layer =
+        |(window, feed_forward)| LayerSpec { attention: AttentionSpec::GroupedQuery(attention(window)), feed_forward };
+    windows.into_iter().zip(feed_forward).map(layer).collect()
+}
+
+/// The window of families that have one only where `use_sliding_window` says so.
+pub(super) fn read_used_window(config: &Config<'_>) -> Result<Option<usize>, ConfigError> {
+    if !config.flag("use_sliding_window", false)? {
+        return Ok(None);
+    }
+    if !config.has("sliding_window") {
+        return Ok(Some(4096));
+    }
+    config.whole("sliding_window", 1, MAX_POSITIONS)
+}
+
+/// The block after attention of each layer of a dense model.
+pub(super) fn read_dense(config: &Config<'_>, layers: usize) -> Result<Vec<FeedForwardSpec>, ConfigError> {
+    for key in ["num_experts", "num_local_experts"] {
+        if config.whole(key, 0, MAX_EXPERTS)?.is_some_and(|experts| experts > 1) {
+            return Err(config.invalid(key, "this family is dense"));
+        }
+    }
+    if config.flag("mlp_bias", false)? {
+        return Err(config.invalid("mlp_bias", "biases are not supported in this family"));
+    }
+    Ok(vec![FeedForwardSpec::Dense { intermediate_size: config.size("intermediate_size", MAX_SIZE)? }; layers])
 }

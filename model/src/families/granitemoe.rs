@@ -3,12 +3,12 @@
 use super::decoder::{Decoder, Defaults, NUM_LOCAL_EXPERTS, read_moe};
 use super::{Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, SharedExpertSpec};
+use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, ModelSpec, Scoring, SharedExpertSpec};
 
 pub(super) const FAMILY: Family =
     Family { name: "granitemoe", spec: |config| spec(config, "granitemoe", None), tensors: tensors(SharedNames::None) };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: None };
+const DEFAULTS: Defaults = Defaults::new(1e-6, 1e4);
 
 pub(super) const fn tensors(shared: SharedNames) -> TensorNames {
     TensorNames {
@@ -19,6 +19,7 @@ pub(super) const fn tensors(shared: SharedNames) -> TensorNames {
             ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
         ],
         shared,
+        ..TensorNames::MLP
     }
 }
 
@@ -40,15 +41,13 @@ pub(super) fn spec(
         scale: multiplier("attention_multiplier")?,
         ..decoder.attention()
     };
-    let mut moe = read_moe(config, NUM_LOCAL_EXPERTS, "intermediate_size", GateSpec::TopKThenSoftmax)?;
+    let mut moe = read_moe(config, NUM_LOCAL_EXPERTS, "intermediate_size", GateSpec::new(Scoring::SoftmaxOfChosen))?;
     moe.shared = shared;
-    let layer =
-        LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };
-    let layers = vec![layer; decoder.layers];
+    let feed_forward = vec![FeedForwardSpec::Moe(moe); decoder.layers];
     Ok(ModelSpec {
         embedding_multiplier: multiplier("embedding_multiplier")?,
         residual_multiplier: multiplier("residual_multiplier")?,
         logits_scaling: multiplier("logits_scaling")?,
-        ..decoder.model(family, layers)
+        ..decoder.uniform(family, AttentionSpec::GroupedQuery(attention), feed_forward)
     })
 }

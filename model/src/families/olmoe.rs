@@ -1,22 +1,13 @@
 //! OLMoE. Source: arXiv:2409.02060.
 
 use super::decoder::{Decoder, Defaults, NUM_EXPERTS, read_moe};
-use super::{Family, MLP_EXPERTS, MLP_FUSED, SharedNames, TensorNames};
+use super::{Family, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, QkNorm};
+use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, ModelSpec, QkNorm, Scoring};
 
-pub(super) const FAMILY: Family = Family {
-    name: "olmoe",
-    spec,
-    tensors: TensorNames {
-        gate: &["mlp.gate.weight"],
-        expert: Some(MLP_EXPERTS),
-        fused: MLP_FUSED,
-        shared: SharedNames::None,
-    },
-};
+pub(super) const FAMILY: Family = Family { name: "olmoe", spec, tensors: TensorNames::MLP };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-5, rope_theta: 1e4, kv_heads: None };
+const DEFAULTS: Defaults = Defaults::new(1e-5, 1e4);
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
@@ -29,9 +20,12 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
         ..decoder.attention()
     };
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let moe = read_moe(config, NUM_EXPERTS, "intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
-    let layer =
-        LayerSpec { attention: AttentionSpec::GroupedQuery(attention), feed_forward: FeedForwardSpec::Moe(moe) };
-    let layers = vec![layer; decoder.layers];
-    Ok(decoder.model(FAMILY.name, layers))
+    let moe = read_moe(
+        config,
+        NUM_EXPERTS,
+        "intermediate_size",
+        GateSpec { renormalise, ..GateSpec::new(Scoring::Softmax) },
+    )?;
+    let feed_forward = vec![FeedForwardSpec::Moe(moe); decoder.layers];
+    Ok(decoder.uniform(FAMILY.name, AttentionSpec::GroupedQuery(attention), feed_forward))
 }

@@ -1,67 +1,35 @@
 //! Qwen1.5-MoE and Qwen2-MoE. Source: arXiv:2407.10671.
 
-use super::decoder::{Decoder, Defaults, MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, NUM_EXPERTS, read_moe};
-use super::{Family, MLP_EXPERTS, MLP_FUSED, SharedNames, TensorNames};
+use super::decoder::{
+    Decoder, Defaults, MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, NUM_EXPERTS, read_moe, read_used_window, read_windows,
+    windowed,
+};
+use super::{Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, SharedExpertSpec};
+use crate::spec::{FeedForwardSpec, GateSpec, GroupedQuerySpec, ModelSpec, Scoring, SharedExpertSpec};
 
 pub(super) const FAMILY: Family = Family {
     name: "qwen2_moe",
     spec,
     tensors: TensorNames {
-        gate: &["mlp.gate.weight"],
-        expert: Some(MLP_EXPERTS),
-        fused: MLP_FUSED,
         shared: SharedNames::Split("mlp.shared_expert", "mlp.shared_expert_gate.weight"),
+        ..TensorNames::MLP
     },
 };
 
-const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_heads: Some(16) };
+const DEFAULTS: Defaults = Defaults { kv_heads: Some(16), ..Defaults::new(1e-6, 1e4) };
 
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
     let attention = GroupedQuerySpec { qkv_bias: config.flag("qkv_bias", true)?, ..decoder.attention() };
-    let windows = read_windows(config, decoder.layers)?;
+    // The layers of even number below `max_window_layers` have it.
+    let below = config.whole("max_window_layers", 0, MAX_POSITIONS)?.unwrap_or(28);
+    let has_window = |layer| layer % 2 == 0 && layer < below;
+    let windows = read_windows(config, decoder.layers, read_used_window(config)?, has_window)?;
     let intermediate_size = config.size("shared_expert_intermediate_size", MAX_SIZE)?;
     let shared = SharedExpertSpec { intermediate_size, gated: true };
-    let layers = read_feed_forward(config, decoder.layers, Some(shared))?
-        .into_iter()
-        .zip(windows)
-        .map(|(feed_forward, sliding_window)| LayerSpec {
-            attention: AttentionSpec::GroupedQuery(GroupedQuerySpec { sliding_window, ..attention.clone() }),
-            feed_forward,
-        })
-        .collect();
-    Ok(decoder.model(FAMILY.name, layers))
-}
-
-/// The sliding window of each layer. Without `layer_types`, the layers of even number below `max_window_layers` have
-/// it.
-fn read_windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
-    let used = config.flag("use_sliding_window", false)?;
-    let window = match config.whole("sliding_window", 1, MAX_POSITIONS) {
-        _ if !used => None,
-        Ok(None) if !config.has("sliding_window") => Some(4096),
-        other => other?,
-    };
-    let Some(kinds) = config.list("layer_types")? else {
-        let below = config.whole("max_window_layers", 0, MAX_POSITIONS)?.unwrap_or(28);
-        return Ok((0..layers).map(|layer| window.filter(|_| layer % 2 == 0 && layer < below)).collect());
-    };
-    if kinds.len() != layers {
-        return Err(config.invalid("layer_types", format!("there are {layers} layers")));
-    }
-    kinds
-        .iter()
-        .map(|kind| match (kind.as_str(), window) {
-            (Some("full_attention"), _) => Ok(None),
-            (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
-            (Some("sliding_attention"), None) => {
-                Err(config.invalid("layer_types", "sliding attention needs `use_sliding_window` and `sliding_window`"))
-            }
-            _ => Err(config.invalid("layer_types", "known kinds are full_attention and sliding_attention")),
-        })
-        .collect()
+    let feed_forward = read_feed_forward(config, decoder.layers, Some(shared))?;
+    Ok(decoder.model(FAMILY.name, windowed(&attention, windows, feed_forward)))
 }
 
 /// The block after attention of each layer: dense for those in `mlp_only_layers` and for those that
@@ -72,7 +40,12 @@ pub(super) fn read_feed_forward(
     shared: Option<SharedExpertSpec>,
 ) -> Result<Vec<FeedForwardSpec>, ConfigError> {
     let renormalise = config.flag("norm_topk_prob", false)?;
-    let mut moe = read_moe(config, NUM_EXPERTS, "moe_intermediate_size", GateSpec::SoftmaxThenTopK { renormalise })?;
+    let mut moe = read_moe(
+        config,
+        NUM_EXPERTS,
+        "moe_intermediate_size",
+        GateSpec { renormalise, ..GateSpec::new(Scoring::Softmax) },
+    )?;
     moe.shared = shared;
     let step = config.whole("decoder_sparse_step", 1, MAX_LAYERS)?.unwrap_or(1);
     let mut dense = vec![false; layers];

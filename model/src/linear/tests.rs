@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 
+use super::combine::{Combination, combine};
 use super::kernel::{Shape, multiply, silu_mul};
 use crate::lanes::{Isa, Stored};
 
@@ -59,6 +60,49 @@ fn check<W: Stored>(
     Ok(())
 }
 
+/// Rows of `x` and `y` lie further apart than they are long.
+fn combined<W: Stored>(isa: Isa, x: &[f32], w: &[W], rows: usize, inputs: usize) -> Vec<f32> {
+    let outputs = w.len() / inputs;
+    let (x_stride, y_stride) = (inputs + 3, outputs + 5);
+    let mut spread = vec![f32::NAN; rows * x_stride];
+    for (to, from) in spread.chunks_mut(x_stride).zip(x.chunks(inputs)) {
+        to[..inputs].copy_from_slice(from);
+    }
+    let mut y = vec![7.0; rows * y_stride];
+    let shape = Combination { rows, inputs, outputs, x_stride, y_stride };
+    // SAFETY: as long as the shape says, and `isa` comes from `Isa::available`.
+    unsafe { combine(isa, spread.as_ptr(), w.as_ptr(), y.as_mut_ptr(), shape) };
+    assert!(y.chunks(y_stride).all(|row| row[outputs..].iter().all(|untouched| *untouched == 7.0)));
+    y.chunks(y_stride).flat_map(|row| row[..outputs].to_vec()).collect()
+}
+
+fn check_combined<W: Stored>(
+    x: &[f32],
+    w: &[W],
+    wide: impl Fn(W) -> f32,
+    rows: usize,
+    inputs: usize,
+) -> Result<(), TestCaseError> {
+    let outputs = w.len() / inputs;
+    let all = combined(Isa::Portable, x, w, rows, inputs);
+    for isa in Isa::available() {
+        prop_assert_eq!(bits(&combined(isa, x, w, rows, inputs)), bits(&all), "{:?}", isa);
+        for row in 0..rows {
+            let alone = combined(isa, &x[row * inputs..(row + 1) * inputs], w, 1, inputs);
+            prop_assert_eq!(bits(&alone), bits(&all[row * outputs..(row + 1) * outputs]), "{:?} row {}", isa, row);
+        }
+    }
+    for row in 0..rows {
+        for column in 0..outputs {
+            let terms = (0..inputs).map(|i| f64::from(x[row * inputs + i]) * f64::from(wide(w[i * outputs + column])));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let error = (f64::from(all[row * outputs + column]) - sum).abs();
+            prop_assert!(error <= size * (inputs + 2) as f64 * 6e-8 + 1e-30, "{error} of {size}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn blocks_of_many_rows_inputs_and_columns_agree_with_a_row_alone() {
     // More of each than a block has, and an incomplete one at the end.
@@ -86,6 +130,21 @@ proptest! {
         check(&x, &half, f16::to_f32, rows, inputs)?;
         let brain: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
         check(&x, &brain, bf16::to_f32, rows, inputs)?;
+    }
+
+    #[test]
+    fn combinations_agree_bit_for_bit_alone_and_together_and_with_f64(
+        (rows, inputs, outputs) in (0usize..11, 1usize..20, 1usize..150),
+        seed in proptest::collection::vec(value(), 64),
+    ) {
+        let at = |i: usize| seed[(i * 31 + i / 64 * 17) % 64];
+        let x: Vec<f32> = (0..rows * inputs).map(at).collect();
+        let w: Vec<f32> = (0..outputs * inputs).map(|i| at(i * 7 + 3)).collect();
+        check_combined(&x, &w, |v| v, rows, inputs)?;
+        let half: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
+        check_combined(&x, &half, f16::to_f32, rows, inputs)?;
+        let brain: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+        check_combined(&x, &brain, bf16::to_f32, rows, inputs)?;
     }
 
     #[test]

@@ -22,10 +22,13 @@ pub fn tiny_moe() -> PathBuf {
     root().join("examples/models/tiny-moe")
 }
 
-/// All reference cases: the five families' and the further ones in `extra`.
+/// The cases with what each expert gives, by name.
+pub const WITH_EXPERTS: [&str; 9] =
+    ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"];
+
+/// All reference cases: those with all goldens and the further ones in `extra`.
 pub fn fixtures() -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> =
-        ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe"].iter().map(|name| fixture(name)).collect();
+    let mut found: Vec<PathBuf> = WITH_EXPERTS.iter().map(|name| fixture(name)).collect();
     if let Ok(entries) = std::fs::read_dir(fixture("extra")) {
         let complete = |path: &PathBuf| path.join("golden.safetensors").exists() && path.join("golden.json").exists();
         let mut extra: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(complete).collect();

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use futures::FutureExt;
 use hanse_model::{
-    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, HeldJob, Weights, add_weighted, compute_pool, run_held,
+    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, HeldJob, MoeSpec, Weights, add_weighted, compute_pool,
+    run_held,
 };
 use hanse_protocol::Identity;
 
@@ -233,7 +234,7 @@ impl Device for Frail {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         self.check().map(|()| Some(self.room.load(Relaxed) * 100))
     }
-    fn prepare(&self, _hidden_size: usize, _intermediate_size: usize) -> Result<(), DeviceError> {
+    fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {

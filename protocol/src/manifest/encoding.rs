@@ -1,12 +1,12 @@
 //! Manifests as bytes, little-endian and without padding; the table is in `docs/protocol.md`.
 
 use super::{
-    Blob, ExpertLayer, MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_FILES, MAX_NAME_BYTES, MAX_TRUNK_TENSORS, Manifest,
-    ManifestError, ManifestFile, TensorDtype, TrunkTensor,
+    Blob, ExpertLayer, ExpertRun, MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_EXPERT_RUNS, MAX_FILES, MAX_NAME_BYTES,
+    MAX_TRUNK_TENSORS, Manifest, ManifestError, ManifestFile, TensorDtype, TrunkTensor,
 };
 use crate::{BlobHash, MAX_EXPERTS, MAX_LAYERS};
 
-const FORMAT: u16 = 1;
+const FORMAT: u16 = 2;
 
 /// Lengths fit their fields for a manifest that has been checked.
 pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
@@ -34,8 +34,11 @@ pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
     out.extend((manifest.experts.len() as u16).to_le_bytes());
     for layer in &manifest.experts {
         out.extend((layer.layer as u16).to_le_bytes());
-        out.extend(layer.intermediate_size.to_le_bytes());
-        out.extend(layer.dtypes.map(TensorDtype::code));
+        out.push(layer.runs.len() as u8);
+        for run in &layer.runs {
+            out.push(run.dtype.code());
+            out.extend(run.values.to_le_bytes());
+        }
         out.extend((layer.hashes.len() as u16).to_le_bytes());
         for hash in &layer.hashes {
             out.extend(hash.0);
@@ -92,11 +95,13 @@ fn tensor(rest: &mut Reader<'_>) -> Result<TrunkTensor, ManifestError> {
 
 fn layer(rest: &mut Reader<'_>) -> Result<ExpertLayer, ManifestError> {
     let layer = rest.u16()?.into();
-    let intermediate_size = rest.u32()?;
-    let dtypes = [rest.dtype()?, rest.dtype()?, rest.dtype()?];
+    let [count] = rest.array()?;
+    let runs = list(count.into(), MAX_EXPERT_RUNS, "list of runs", || {
+        Ok(ExpertRun { dtype: rest.dtype()?, values: u64::from_le_bytes(rest.array()?) })
+    })?;
     let count = rest.u16()?;
     let hashes = list(count.into(), MAX_EXPERTS as usize, "list of experts", || Ok(BlobHash(rest.array()?)))?;
-    Ok(ExpertLayer { layer, intermediate_size, dtypes, hashes })
+    Ok(ExpertLayer { layer, runs, hashes })
 }
 
 /// Grows with what is really there.

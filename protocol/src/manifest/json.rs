@@ -3,12 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Blob, ExpertLayer, MAX_MANIFEST_BYTES, Manifest, ManifestError, ManifestFile, SignedManifest, TensorDtype,
-    TrunkTensor,
+    Blob, ExpertLayer, ExpertRun, MAX_MANIFEST_BYTES, Manifest, ManifestError, ManifestFile, SignedManifest,
+    TensorDtype, TrunkTensor,
 };
 use crate::BlobHash;
 
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
 /// A place in a file: an index into [`Locations::files`] and the first byte.
 pub type Place = (u32, u64);
@@ -20,8 +20,8 @@ pub struct Locations {
     pub files: Vec<String>,
     /// Of each trunk tensor, in the manifest's order.
     pub trunk: Vec<Place>,
-    /// Of each layer's experts, in the manifest's order: gate_proj, up_proj, down_proj.
-    pub experts: Vec<Vec<[Place; 3]>>,
+    /// Of each run of each layer's experts, in the manifest's order.
+    pub experts: Vec<Vec<Vec<Place>>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,11 +59,16 @@ struct TrunkEntry {
 #[derive(Serialize, Deserialize)]
 struct LayerEntry {
     layer: u32,
-    intermediate_size: u32,
-    dtypes: [String; 3],
+    runs: Vec<RunEntry>,
     bytes: u64,
     hashes: Vec<String>,
-    at: Vec<[Place; 3]>,
+    at: Vec<Vec<Place>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RunEntry {
+    dtype: String,
+    values: u64,
 }
 
 pub(super) fn write(signed: &SignedManifest, locations: &Locations) -> String {
@@ -101,9 +106,12 @@ pub(super) fn write(signed: &SignedManifest, locations: &Locations) -> String {
             .zip(&locations.experts)
             .map(|(layer, at)| LayerEntry {
                 layer: layer.layer,
-                intermediate_size: layer.intermediate_size,
-                dtypes: layer.dtypes.map(|dtype| dtype.name().to_owned()),
-                bytes: layer.expert_bytes(manifest.hidden_size),
+                runs: layer
+                    .runs
+                    .iter()
+                    .map(|run| RunEntry { dtype: run.dtype.name().to_owned(), values: run.values })
+                    .collect(),
+                bytes: layer.expert_bytes(),
                 hashes: layer.hashes.iter().map(ToString::to_string).collect(),
                 at: at.clone(),
             })
@@ -147,12 +155,16 @@ pub(super) fn read(text: &str) -> Result<(SignedManifest, Locations), ManifestEr
     for entry in document.experts {
         let layer = ExpertLayer {
             layer: entry.layer,
-            intermediate_size: entry.intermediate_size,
-            dtypes: [dtype(&entry.dtypes[0])?, dtype(&entry.dtypes[1])?, dtype(&entry.dtypes[2])?],
+            runs: entry
+                .runs
+                .iter()
+                .map(|run| Ok(ExpertRun { dtype: dtype(&run.dtype)?, values: run.values }))
+                .collect::<Result<_, ManifestError>>()?,
             hashes: entry.hashes.iter().map(|text| hash(text)).collect::<Result<_, _>>()?,
         };
-        let sizes_differ = layer.expert_bytes(document.hidden_size) != entry.bytes;
-        if sizes_differ || entry.at.len() != layer.hashes.len() {
+        let sizes_differ = layer.expert_bytes() != entry.bytes;
+        let places_differ = entry.at.iter().any(|places| places.len() != layer.runs.len());
+        if sizes_differ || places_differ || entry.at.len() != layer.hashes.len() {
             return Err(ManifestError::invalid(format!("layer {}", layer.layer), "contradicts itself"));
         }
         experts.push(layer);

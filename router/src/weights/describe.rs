@@ -6,10 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use hanse_model::{Checkpoint, CheckpointError, PartHashes, Piece, StoredDtype, WeightMap};
+use hanse_model::{
+    Checkpoint, CheckpointError, ExpertParts, Part, PartHashes, Piece, Run, StoredDtype, TrunkPart, WeightMap,
+};
 use hanse_protocol::{
-    Blob, BlobHash, ExpertLayer, Locations, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ManifestError, ManifestFile,
-    ModelId, SignedManifest, TensorDtype, TrunkTensor,
+    Blob, BlobHash, ExpertLayer, ExpertRun, Locations, MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, ManifestError,
+    ManifestFile, ModelId, SignedManifest, TensorDtype, TrunkTensor,
 };
 use rayon::prelude::*;
 
@@ -71,7 +73,7 @@ pub enum DescribeError {
 /// The files are read, not touched through their mapping, so that resident memory does not grow.
 ///
 /// # Errors
-/// A file that cannot be read, or a model that no manifest can describe.
+/// A file that cannot be read, a weight that is infinite or no number, or a model that no manifest can describe.
 pub fn describe(
     checkpoint: &Checkpoint,
     progress: &mut (dyn FnMut(u64, u64) + Send),
@@ -81,18 +83,24 @@ pub fn describe(
     let files = map.files.iter().map(|name| open(&dir.join(name))).collect::<Result<Vec<_>, _>>()?;
     let total = map.trunk.iter().chain(map.experts.iter().flatten().flatten()).map(|piece| piece.bytes).sum();
     let done = Mutex::new((0, progress));
-    let hash = |pieces: &[Piece]| {
+    let hash = |part: Part<'_>, pieces: &mut dyn Iterator<Item = (&Piece, StoredDtype)>| {
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; STEP];
-        for piece in pieces {
+        let mut values = 0;
+        for (piece, dtype) in pieces {
             let mut at = 0;
             while at < piece.bytes {
                 let step = (piece.bytes - at).min(STEP as u64);
-                let part = &mut buffer[..step as usize];
+                let bytes = &mut buffer[..step as usize];
                 files[piece.file]
-                    .read_exact_at(part, piece.offset + at)
+                    .read_exact_at(bytes, piece.offset + at)
                     .map_err(|source| DescribeError::Read { path: dir.join(&map.files[piece.file]), source })?;
-                hasher.update(part);
+                hasher.update(bytes);
+                if let Some((place, value)) = dtype.not_finite(bytes) {
+                    let (part, at) = (part.to_string(), values + place);
+                    return Err(CheckpointError::NotFinite { part, at, value }.into());
+                }
+                values += bytes.len() / dtype.bytes_per_value();
                 at += step;
                 let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
                 done.0 += step;
@@ -102,13 +110,19 @@ pub fn describe(
         }
         Ok(BlobHash(*hasher.finalize().as_bytes()))
     };
+    let of_tensor =
+        |(piece, part): (&Piece, &TrunkPart)| hash(Part::Trunk(&part.name), &mut std::iter::once((piece, part.dtype)));
     let trunk: Vec<BlobHash> =
-        map.trunk.par_iter().map(|piece| hash(&[*piece])).collect::<Result<_, DescribeError>>()?;
-    let experts: Vec<Vec<BlobHash>> = map
-        .experts
-        .par_iter()
-        .map(|layer| layer.par_iter().map(|pieces| hash(pieces)).collect::<Result<_, DescribeError>>())
-        .collect::<Result<_, _>>()?;
+        map.trunk.par_iter().zip(&map.parts.trunk).map(of_tensor).collect::<Result<_, DescribeError>>()?;
+    let of_layer = |(experts, parts): (&Vec<Vec<Piece>>, &ExpertParts)| {
+        let of_expert = |(expert, pieces): (usize, &Vec<Piece>)| {
+            let dtypes = parts.runs.iter().map(|run| run.dtype);
+            hash(Part::Expert { layer: parts.layer, expert }, &mut pieces.iter().zip(dtypes))
+        };
+        experts.par_iter().enumerate().map(of_expert).collect::<Result<_, DescribeError>>()
+    };
+    let experts: Vec<Vec<BlobHash>> =
+        map.experts.par_iter().zip(&map.parts.experts).map(of_layer).collect::<Result<_, _>>()?;
     let manifest = assemble(checkpoint, &map, trunk, experts)?;
     Ok(Described { manifest, locations: locations(&map) })
 }
@@ -190,16 +204,15 @@ fn assemble(
             files.push(ManifestFile { name: name.to_owned(), blob });
         }
     }
-    let tensor = |(part, hash): (&hanse_model::TrunkPart, BlobHash)| TrunkTensor {
+    let tensor = |(part, hash): (&TrunkPart, BlobHash)| TrunkTensor {
         name: part.name.clone(),
         dtype: tensor_dtype(part.dtype),
         shape: part.shape.iter().map(|size| *size as u64).collect(),
         hash,
     };
-    let layer = |(part, hashes): (&hanse_model::ExpertParts, Vec<BlobHash>)| ExpertLayer {
+    let layer = |(part, hashes): (&ExpertParts, Vec<BlobHash>)| ExpertLayer {
         layer: part.layer as u32,
-        intermediate_size: spec.moe(part.layer).map_or(0, |moe| moe.intermediate_size) as u32,
-        dtypes: part.dtypes.map(tensor_dtype),
+        runs: part.runs.iter().map(expert_run).collect(),
         hashes,
     };
     Ok(Manifest {
@@ -221,9 +234,14 @@ pub(crate) fn locations(map: &WeightMap) -> Locations {
         experts: map
             .experts
             .iter()
-            .map(|layer| layer.iter().map(|pieces| [&pieces[0], &pieces[1], &pieces[2]].map(place)).collect())
+            .map(|layer| layer.iter().map(|pieces| pieces.iter().map(place).collect()).collect())
             .collect(),
     }
+}
+
+/// In the manifest's words.
+pub(crate) fn expert_run(run: &Run) -> ExpertRun {
+    ExpertRun { dtype: tensor_dtype(run.dtype), values: run.values }
 }
 
 pub(crate) fn tensor_dtype(dtype: StoredDtype) -> TensorDtype {

@@ -7,15 +7,15 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use hanse_model::{CheckpointError, weight_map_of_headers};
+use hanse_model::{CheckpointError, ExpertParts, weight_map_of_headers};
 use hanse_protocol::{
-    Locations, MANIFEST_FILE, MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, Manifest, ManifestError, Place, SignedManifest,
-    TensorDtype,
+    ExpertRun, Locations, MANIFEST_FILE, MAX_CONFIG_BYTES, MAX_MANIFEST_BYTES, Manifest, ManifestError, Place,
+    SignedManifest,
 };
 use reqwest::header::{AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode};
 
-use super::describe::{locations, tensor_dtype};
+use super::describe::{expert_run, locations, tensor_dtype};
 use super::source::{Item, Source, SourceError, What};
 
 /// Where repositories are unless `HF_ENDPOINT` says otherwise.
@@ -218,10 +218,10 @@ impl Hub {
         let map =
             weight_map_of_headers(&manifest.config, headers).map_err(|e: CheckpointError| other(e.to_string()))?;
         let trunk = map.parts.trunk.iter().map(|part| (part.name.as_str(), tensor_dtype(part.dtype)));
-        let experts =
-            map.parts.experts.iter().map(|part| (part.layer as u32, part.experts, part.dtypes.map(tensor_dtype)));
+        let runs = |part: &ExpertParts| part.runs.iter().map(expert_run).collect::<Vec<_>>();
+        let experts = map.parts.experts.iter().map(|part| (part.layer as u32, part.experts, runs(part)));
         let listed = manifest.trunk.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype));
-        let layers = manifest.experts.iter().map(|layer| (layer.layer, layer.hashes.len(), layer.dtypes));
+        let layers = manifest.experts.iter().map(|layer| (layer.layer, layer.hashes.len(), layer.runs.clone()));
         if !trunk.eq(listed) || !experts.eq(layers) {
             return Err(other("its tensors have other names or dtypes".into()));
         }
@@ -398,11 +398,8 @@ impl HubSource {
                 let at = self.manifest.experts.binary_search_by_key(layer, |layer| layer.layer).ok()?;
                 let parts = self.manifest.experts.get(at)?;
                 let places = self.locations.experts.get(at)?.get(*expert as usize)?;
-                let values = u64::from(parts.intermediate_size) * u64::from(self.manifest.hidden_size);
-                let run = |(place, dtype): (&Place, &TensorDtype)| {
-                    Some((file(place)?, place.1, values.checked_mul(dtype.bytes_per_value())?))
-                };
-                places.iter().zip(&parts.dtypes).map(run).collect()
+                let run = |(place, run): (&Place, &ExpertRun)| Some((file(place)?, place.1, run.bytes()));
+                places.iter().zip(&parts.runs).map(run).collect()
             }
         }
     }

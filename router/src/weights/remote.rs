@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use hanse_model::{Checkpoint, CheckpointError, ExpertParts, Mapping, Part, PartSource, Parts, TrunkPart};
+use hanse_model::{Checkpoint, CheckpointError, ExpertParts, Mapping, Part, PartSource, Parts, Run, TrunkPart};
 use hanse_protocol::{BlobHash, Manifest, ModelId, SignedManifest};
 
 use super::cache::{Cache, CacheError, Pin};
@@ -124,7 +124,7 @@ impl RemoteModel {
         let sizes = checkpoint.sizes();
         for layer in &manifest.experts {
             let expected = sizes.bytes_per_expert.get(layer.layer as usize).copied().unwrap_or(0);
-            if layer.expert_bytes(manifest.hidden_size) != expected {
+            if layer.expert_bytes() != expected {
                 let part = format!("an expert of layer {}", layer.layer);
                 return Err(RemoteError::NoModel { model, reason: CheckpointError::Unlisted { part } });
             }
@@ -276,7 +276,7 @@ fn parts_of(manifest: &Manifest) -> Parts {
     let experts = manifest.experts.iter().map(|layer| ExpertParts {
         layer: layer.layer as usize,
         experts: layer.hashes.len(),
-        dtypes: layer.dtypes.map(stored_dtype),
+        runs: layer.runs.iter().map(|run| Run { dtype: stored_dtype(run.dtype), values: run.values }).collect(),
     });
     Parts { trunk: trunk.collect(), experts: experts.collect() }
 }

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use hanse_protocol::{
-    Blob, BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, Locations, MAX_CHUNK_BYTES, ModelId, SignedManifest,
-    TreeBuilder, Wanted,
+    Blob, BlobHash, CHAINING_VALUE_BYTES, ExpertRun, GROUP_BYTES, GroupTree, Locations, MAX_CHUNK_BYTES, ModelId,
+    SignedManifest, TreeBuilder, Wanted,
 };
 
 use super::cache::Cache;
@@ -70,15 +70,14 @@ impl Shelf {
             blobs.insert(tensor.hash, (bytes, vec![Run { file: *file as usize, offset: *offset, bytes }]));
         }
         for (layer, places) in manifest.experts.iter().zip(&locations.experts) {
-            let values = u64::from(layer.intermediate_size) * u64::from(manifest.hidden_size);
             for (hash, places) in layer.hashes.iter().zip(places) {
-                let run = |(place, dtype): (&(u32, u64), &hanse_protocol::TensorDtype)| Run {
+                let run = |(place, run): (&(u32, u64), &ExpertRun)| Run {
                     file: place.0 as usize,
                     offset: place.1,
-                    bytes: values * dtype.bytes_per_value(),
+                    bytes: run.bytes(),
                 };
-                let runs = places.iter().zip(&layer.dtypes).map(run).collect();
-                blobs.insert(*hash, (layer.expert_bytes(manifest.hidden_size), runs));
+                let runs = places.iter().zip(&layer.runs).map(run).collect();
+                blobs.insert(*hash, (layer.expert_bytes(), runs));
             }
         }
         for file in &manifest.files {
@@ -98,7 +97,7 @@ impl Shelf {
         let mut blobs: HashMap<_, _> =
             Item::trunk_of(manifest).into_iter().map(|item| (item.blob.hash, (item.blob.bytes, Vec::new()))).collect();
         for layer in &manifest.experts {
-            let bytes = layer.expert_bytes(manifest.hidden_size);
+            let bytes = layer.expert_bytes();
             blobs.extend(layer.hashes.iter().map(|hash| (*hash, (bytes, Vec::new()))));
         }
         Self::new(signed, blobs, Vec::new(), Some(cache))
