@@ -1,11 +1,13 @@
 //! A model folder: `config.json` and memory-mapped safetensors, checked before anything is computed.
 
 pub(crate) mod config;
+mod dtype;
 mod error;
 mod experts;
 mod layout;
 mod mapping;
 mod parts;
+pub(crate) mod quantization;
 mod tensors;
 mod weight_map;
 
@@ -16,10 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::ConfigError;
+pub use dtype::StoredDtype;
 pub use error::{CheckpointError, LoadError};
 pub(crate) use experts::Swiglu;
 pub use mapping::Mapping;
-pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, StoredDtype, TrunkPart, WeightMap};
+pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, TrunkPart, WeightMap};
 pub(crate) use tensors::finite;
 pub use weight_map::weight_map_of_headers;
 
@@ -79,10 +82,7 @@ impl Checkpoint {
     /// Whatever is wrong with the folder, naming file, key or tensor. Retrying does not help.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let config_text = read_text(&dir.join("config.json"), MAX_CONFIG_BYTES)?;
-        let map = config::parse(&config_text)?;
-        let config = config::Config::new(&map);
-        let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let (family, spec) = read_config(&config_text)?;
         let tensors = TensorFiles::open(dir)?;
         let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
         inner.check()?;
@@ -114,10 +114,7 @@ impl Checkpoint {
         parts: Parts,
         source: Arc<dyn PartSource>,
     ) -> Result<Self, CheckpointError> {
-        let map = config::parse(&config_text)?;
-        let config = config::Config::new(&map);
-        let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let (family, spec) = read_config(&config_text)?;
         let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
         let dtypes = |layer: &ExpertParts| layer.runs.iter().map(|run| run.dtype).collect();
         let layers = parts.experts.iter().map(|layer| (layer.layer, dtypes(layer))).collect();
@@ -204,6 +201,11 @@ impl Checkpoint {
         self.inner.correction(layer, moe).map(|(name, shape)| self.inner.tensors.vector(&name, &shape)).transpose()
     }
 
+    /// How the experts of `layer` are stored: the dtypes of what one consists of; nothing if the layer is dense.
+    pub fn expert_dtypes(&self, layer: usize) -> Vec<StoredDtype> {
+        self.inner.expert_dtypes(layer)
+    }
+
     /// The matrices of one routed expert.
     pub(crate) fn expert(&self, layer: usize, expert: usize) -> Result<Swiglu, LoadError> {
         self.inner.expert(layer, expert)
@@ -215,16 +217,23 @@ impl Checkpoint {
     }
 }
 
+/// The family of a `config.json`, and what the model computes.
+fn read_config(text: &str) -> Result<(&'static Family, ModelSpec), ConfigError> {
+    let map = config::parse(text)?;
+    let config = config::Config::new(&map);
+    let family = families::find(&config)?;
+    let spec = (family.spec)(&config)?;
+    quantization::check(&config)?;
+    Ok((family, spec))
+}
+
 /// Names and shapes of the tensors that a checkpoint with this `config.json` must hold, for programs that write
 /// checkpoints. Where hubs hold several forms of a family, it is the classic one.
 ///
 /// # Errors
 /// What is wrong with the text, as [`Checkpoint::open`] would say.
 pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, ConfigError> {
-    let map = config::parse(config_text)?;
-    let config = config::Config::new(&map);
-    let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let (family, spec) = read_config(config_text)?;
     let tensors = TensorFiles::none();
     Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
         .shapes())
