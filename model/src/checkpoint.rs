@@ -11,20 +11,23 @@ pub(crate) mod quantization;
 mod tensors;
 mod weight_map;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::ConfigError;
 pub use dtype::StoredDtype;
 pub use error::{CheckpointError, LoadError};
-pub(crate) use experts::Swiglu;
+pub(crate) use experts::{Swiglu, WrittenMatrix, WrittenTensor};
 pub use mapping::Mapping;
 pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, TrunkPart, WeightMap};
 pub(crate) use tensors::finite;
 pub use weight_map::weight_map_of_headers;
+
+use serde_json::{Map, Value};
 
 use crate::families::{self, Family};
 use crate::linear::Matrix;
@@ -60,6 +63,16 @@ struct Experts {
     source: Arc<dyn PartSource>,
     /// How the runs of each layer's experts are stored.
     layers: BTreeMap<usize, Vec<StoredDtype>>,
+}
+
+/// A tensor of the trunk.
+#[derive(Debug)]
+pub(crate) struct StoredTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: StoredDtype,
+    pub(crate) shape: Vec<usize>,
+    /// It is a router's weight.
+    pub(crate) is_gate: bool,
 }
 
 /// How large the parts of a checkpoint are, in bytes as stored.
@@ -204,6 +217,37 @@ impl Checkpoint {
     /// How the experts of `layer` are stored: the dtypes of what one consists of; nothing if the layer is dense.
     pub fn expert_dtypes(&self, layer: usize) -> Vec<StoredDtype> {
         self.inner.expert_dtypes(layer)
+    }
+
+    /// The trunk's tensors, as they are stored.
+    pub(crate) fn trunk_parts(&self) -> Vec<StoredTensor> {
+        let inner = &self.inner;
+        let gates: BTreeSet<String> = inner.spec.moe_layers().map(|(layer, _)| inner.gate_name(layer)).collect();
+        let stored = |(name, shape): (String, Vec<usize>)| {
+            let dtype = inner.tensors.get(&name)?.stored(&name).ok()?;
+            Some(StoredTensor { is_gate: gates.contains(&name), name, dtype, shape })
+        };
+        inner.trunk_tensors().into_iter().filter_map(stored).collect()
+    }
+
+    /// The tensors to write for the experts of `layer`; `None` for families whose experts are not written.
+    pub(crate) fn written_experts(&self, layer: usize) -> Option<Vec<WrittenTensor>> {
+        self.inner.written_experts(layer)
+    }
+
+    /// The bytes of a tensor of the trunk.
+    pub(crate) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
+        self.inner.tensors.content(name, shape)
+    }
+
+    /// `config.json`, which was read when the checkpoint was opened.
+    pub(crate) fn config_map(&self) -> Map<String, Value> {
+        config::parse(&self.inner.config_text).unwrap_or_default()
+    }
+
+    /// The safetensors files.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.inner.tensors.files.iter().map(|file| file.path.as_path())
     }
 
     /// The matrices of one routed expert.

@@ -1,6 +1,10 @@
 //! Writing weights in fewer bits, as GGML's reference does (`ggml-quants.c`).
 
+mod folder;
+
 use half::{bf16, f16};
+
+pub use folder::{FolderError, Precision, Written, quantise_folder};
 
 use crate::checkpoint::StoredDtype;
 use crate::linear::{GROUP, Packed, Q4K, Q8_0};

@@ -54,6 +54,21 @@ impl StoredDtype {
         (values / block).checked_mul(bytes).filter(|_| values.is_multiple_of(block))
     }
 
+    /// As safetensors files write it, or as GGML does.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4K => "Q4_K",
+            Self::F8E4m3 => "F8_E4M3",
+            Self::F4E2m1 => "F4",
+            Self::F8E8m0 => "F8_E8M0",
+        }
+    }
+
     /// What the names of quantised tensors end in; `None` for dtypes that safetensors files have themselves.
     #[must_use]
     pub fn suffix(self) -> Option<&'static str> {
