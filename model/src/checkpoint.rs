@@ -1,27 +1,33 @@
 //! A model folder: `config.json` and memory-mapped safetensors, checked before anything is computed.
 
 pub(crate) mod config;
+mod dtype;
 mod error;
 mod experts;
 mod layout;
 mod mapping;
 mod parts;
+pub(crate) mod quantization;
 mod tensors;
 mod weight_map;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use config::ConfigError;
+pub use dtype::StoredDtype;
 pub use error::{CheckpointError, LoadError};
-pub(crate) use experts::Swiglu;
+pub(crate) use experts::{Swiglu, WrittenMatrix, WrittenTensor};
 pub use mapping::Mapping;
-pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, StoredDtype, TrunkPart, WeightMap};
+pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, TrunkPart, WeightMap};
 pub(crate) use tensors::finite;
 pub use weight_map::weight_map_of_headers;
+
+use serde_json::{Map, Value};
 
 use crate::families::{self, Family};
 use crate::linear::Matrix;
@@ -59,6 +65,16 @@ struct Experts {
     layers: BTreeMap<usize, Vec<StoredDtype>>,
 }
 
+/// A tensor of the trunk.
+#[derive(Debug)]
+pub(crate) struct StoredTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: StoredDtype,
+    pub(crate) shape: Vec<usize>,
+    /// It is a router's weight.
+    pub(crate) is_gate: bool,
+}
+
 /// How large the parts of a checkpoint are, in bytes as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sizes {
@@ -79,10 +95,7 @@ impl Checkpoint {
     /// Whatever is wrong with the folder, naming file, key or tensor. Retrying does not help.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let config_text = read_text(&dir.join("config.json"), MAX_CONFIG_BYTES)?;
-        let map = config::parse(&config_text)?;
-        let config = config::Config::new(&map);
-        let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let (family, spec) = read_config(&config_text)?;
         let tensors = TensorFiles::open(dir)?;
         let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
         inner.check()?;
@@ -114,10 +127,7 @@ impl Checkpoint {
         parts: Parts,
         source: Arc<dyn PartSource>,
     ) -> Result<Self, CheckpointError> {
-        let map = config::parse(&config_text)?;
-        let config = config::Config::new(&map);
-        let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let (family, spec) = read_config(&config_text)?;
         let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
         let dtypes = |layer: &ExpertParts| layer.runs.iter().map(|run| run.dtype).collect();
         let layers = parts.experts.iter().map(|layer| (layer.layer, dtypes(layer))).collect();
@@ -204,6 +214,42 @@ impl Checkpoint {
         self.inner.correction(layer, moe).map(|(name, shape)| self.inner.tensors.vector(&name, &shape)).transpose()
     }
 
+    /// How the experts of `layer` are stored: the dtypes of what one consists of; nothing if the layer is dense.
+    pub fn expert_dtypes(&self, layer: usize) -> Vec<StoredDtype> {
+        self.inner.expert_dtypes(layer)
+    }
+
+    /// The trunk's tensors, as they are stored.
+    pub(crate) fn trunk_parts(&self) -> Vec<StoredTensor> {
+        let inner = &self.inner;
+        let gates: BTreeSet<String> = inner.spec.moe_layers().map(|(layer, _)| inner.gate_name(layer)).collect();
+        let stored = |(name, shape): (String, Vec<usize>)| {
+            let dtype = inner.tensors.get(&name)?.stored(&name).ok()?;
+            Some(StoredTensor { is_gate: gates.contains(&name), name, dtype, shape })
+        };
+        inner.trunk_tensors().into_iter().filter_map(stored).collect()
+    }
+
+    /// The tensors to write for the experts of `layer`; `None` for families whose experts are not written.
+    pub(crate) fn written_experts(&self, layer: usize) -> Option<Vec<WrittenTensor>> {
+        self.inner.written_experts(layer)
+    }
+
+    /// The bytes of a tensor of the trunk.
+    pub(crate) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
+        self.inner.tensors.content(name, shape)
+    }
+
+    /// `config.json`, which was read when the checkpoint was opened.
+    pub(crate) fn config_map(&self) -> Map<String, Value> {
+        config::parse(&self.inner.config_text).unwrap_or_default()
+    }
+
+    /// The safetensors files.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.inner.tensors.files.iter().map(|file| file.path.as_path())
+    }
+
     /// The matrices of one routed expert.
     pub(crate) fn expert(&self, layer: usize, expert: usize) -> Result<Swiglu, LoadError> {
         self.inner.expert(layer, expert)
@@ -215,16 +261,23 @@ impl Checkpoint {
     }
 }
 
+/// The family of a `config.json`, and what the model computes.
+fn read_config(text: &str) -> Result<(&'static Family, ModelSpec), ConfigError> {
+    let map = config::parse(text)?;
+    let config = config::Config::new(&map);
+    let family = families::find(&config)?;
+    let spec = (family.spec)(&config)?;
+    quantization::check(&config)?;
+    Ok((family, spec))
+}
+
 /// Names and shapes of the tensors that a checkpoint with this `config.json` must hold, for programs that write
 /// checkpoints. Where hubs hold several forms of a family, it is the classic one.
 ///
 /// # Errors
 /// What is wrong with the text, as [`Checkpoint::open`] would say.
 pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, ConfigError> {
-    let map = config::parse(config_text)?;
-    let config = config::Config::new(&map);
-    let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let (family, spec) = read_config(config_text)?;
     let tensors = TensorFiles::none();
     Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
         .shapes())

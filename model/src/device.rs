@@ -13,6 +13,7 @@ pub(crate) use choice::version;
 pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, cards};
 use rayon::ThreadPool;
 
+use crate::checkpoint::StoredDtype;
 use crate::expert::{Expert, ExpertJob, run_experts};
 use crate::spec::MoeSpec;
 
@@ -66,6 +67,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`DeviceError::Failed`]
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError>;
+
+    /// Whether it computes experts in these dtypes in what memory they take. Others can.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`]
+    fn supports(&self, dtypes: &[StoredDtype]) -> Result<(), DeviceError>;
 
     /// Takes the memory that computing experts of such a block needs besides their own.
     ///
@@ -218,6 +225,10 @@ impl Device for Cpu {
 
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Ok(None)
+    }
+
+    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {

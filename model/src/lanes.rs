@@ -28,6 +28,8 @@ pub(crate) trait Lanes {
     type V: Copy;
     /// The first or the last eight lanes.
     type Half: Copy;
+    /// Sixteen bytes.
+    type Bytes: Copy;
     /// There are registers for tiles of sixteen outputs; otherwise for six.
     const WIDE: bool;
 
@@ -55,6 +57,21 @@ pub(crate) trait Lanes {
     unsafe fn exp2_whole(a: Self::V) -> Self::V;
     /// Lane i with i+8, the results i with i+4, then 2, then 1.
     unsafe fn sum(a: Self::V) -> f32;
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// The lower four bits of each byte.
+    unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes;
+    /// The upper four bits of each byte.
+    unsafe fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes;
+    /// In turns one of `a` and one of `b`: those of the first eight of each, then the others.
+    unsafe fn in_turns(a: Self::Bytes, b: Self::Bytes) -> [Self::Bytes; 2];
+    /// Signed bytes as floats.
+    unsafe fn from_i8(bytes: Self::Bytes) -> Self::V;
+    /// Bytes below sixteen by what `table` has for them.
+    unsafe fn look_up(table: Self::V, codes: Self::Bytes) -> Self::V;
+    /// Floats of eight bits (e4m3, without infinities), divided by 256. Bytes that are no numbers give some number.
+    unsafe fn from_e4m3(bytes: Self::Bytes) -> Self::V;
+    /// An f16.
+    unsafe fn half_to_f32(bits: u16) -> f32;
     /// [`Lanes::sum`] of each.
     #[inline(always)]
     unsafe fn sum4(a: [Self::V; 4]) -> [f32; 4] {
@@ -187,9 +204,9 @@ macro_rules! instantiate {
             }
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                $crate::lanes::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::lanes::Isa::Avx512 => unsafe { avx512 $(::<$generic>)? ($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
-                $crate::lanes::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::lanes::Isa::Avx2 => unsafe { avx2 $(::<$generic>)? ($($arg),*) },
                 $crate::lanes::Isa::Portable => unsafe { $body::<$crate::lanes::Portable $(, $generic)?>($($arg),*) },
             }
         }

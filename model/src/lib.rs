@@ -52,6 +52,7 @@ mod generation;
 mod lanes;
 mod linear;
 pub mod peak;
+mod quantise;
 mod rope;
 mod sampling;
 mod share;
@@ -75,6 +76,7 @@ pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;
 pub use gate::Routing;
 pub use generation::{GenerationDefaults, GenerationDefaultsError};
+pub use quantise::{FolderError, Precision, QuantiseError, Written, quantise, quantise_folder};
 pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{
     Activation, AttentionSpec, FeedForwardSpec, GateSpec, GroupSpec, GroupedQuerySpec, LatentSpec, LayerSpec,

@@ -1,8 +1,13 @@
 //! Matrices in their stored dtype, and `y = x W^T` with results that do not depend on batch, threads or machine.
 
 mod combine;
+mod formats;
 mod halves;
 pub(crate) mod kernel;
+mod packed;
+mod quantised;
+#[cfg(test)]
+pub(crate) mod reference;
 #[cfg(test)]
 mod tests;
 
@@ -10,12 +15,12 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::ThreadPool;
-use safetensors::Dtype;
 
 pub(crate) use self::combine::Combination;
-#[cfg(any(feature = "cuda", test))]
-use crate::checkpoint::StoredDtype;
-use crate::checkpoint::{CheckpointError, Mapping, finite};
+pub(crate) use self::formats::{FP8_TILE, Mxfp4, Q4K, Q8_0};
+pub(crate) use self::packed::{GROUP, Packed};
+use self::quantised::Quantised;
+use crate::checkpoint::{CheckpointError, Mapping, StoredDtype, finite};
 use crate::lanes::Isa;
 use crate::share::share;
 
@@ -30,6 +35,7 @@ enum Values {
     F32(Slab<f32>),
     F16(Slab<f16>),
     Bf16(Slab<bf16>),
+    Quantised(Quantised),
 }
 
 /// Values in the mapping, or a copy where the mapping is not aligned for them.
@@ -71,43 +77,71 @@ impl<T: Copy + Default> Slab<T> {
 
 impl std::fmt::Debug for Matrix {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let dtype = match self.values {
-            Values::F32(_) => "f32",
-            Values::F16(_) => "f16",
-            Values::Bf16(_) => "bf16",
-        };
-        write!(formatter, "Matrix({dtype} [{}, {}])", self.outputs, self.inputs)
+        write!(formatter, "Matrix({:?} [{}, {}])", self.dtype(), self.outputs, self.inputs)
     }
 }
 
 impl Matrix {
-    /// The caller has checked that the values lie in the mapping and that the dtype is f32, f16 or bf16.
-    pub(crate) fn new(map: &Arc<Mapping>, start: usize, dtype: Dtype, outputs: usize, inputs: usize) -> Self {
+    /// Values from byte `start` of the mapping on. `None` for a dtype whose scales lie elsewhere, and if a row is no whole number of
+    /// blocks. The caller has checked that the values lie in the mapping.
+    pub(crate) fn new(
+        map: &Arc<Mapping>,
+        start: usize,
+        dtype: StoredDtype,
+        outputs: usize,
+        inputs: usize,
+    ) -> Option<Self> {
         let len = outputs * inputs;
         let values = match dtype {
-            Dtype::F16 => Values::F16(Slab::new(map, start, len)),
-            Dtype::BF16 => Values::Bf16(Slab::new(map, start, len)),
-            _ => Values::F32(Slab::new(map, start, len)),
+            StoredDtype::F32 => Values::F32(Slab::new(map, start, len)),
+            StoredDtype::F16 => Values::F16(Slab::new(map, start, len)),
+            StoredDtype::Bf16 => Values::Bf16(Slab::new(map, start, len)),
+            _ => Values::Quantised(Quantised::blocks((map, start), dtype, outputs, inputs)?),
         };
-        Self { values, outputs, inputs }
+        Some(Self { values, outputs, inputs })
+    }
+
+    /// Floats of eight bits, and their scales, f32 `[outputs / 128, inputs / 128]`, both rounded up: each a mapping and a byte of it. The
+    /// caller has checked that they lie in the mappings, and the scales.
+    pub(crate) fn fp8(
+        values: (&Arc<Mapping>, usize),
+        scales: (&Arc<Mapping>, usize),
+        outputs: usize,
+        inputs: usize,
+    ) -> Self {
+        Self { values: Values::Quantised(Quantised::fp8(values, scales, outputs, inputs)), outputs, inputs }
+    }
+
+    /// Every `step`th row of MXFP4, from the first on, and the scales of all rows. `None` if a row is no whole number of blocks. The
+    /// caller has checked that they lie in the mappings, and the scales.
+    pub(crate) fn mxfp4(
+        values: (&Arc<Mapping>, usize),
+        scales: (&Arc<Mapping>, usize),
+        step: usize,
+        outputs: usize,
+        inputs: usize,
+    ) -> Option<Self> {
+        let values = Values::Quantised(Quantised::mxfp4(values, scales, step, outputs, inputs)?);
+        Some(Self { values, outputs, inputs })
     }
 
     /// A copy of values that lie apart: output *o* and input *i* is value `of(o, i)` from byte `start` of the mapping on. The caller has
-    /// checked that those are in the mapping and that the dtype is f32, f16 or bf16.
+    /// checked that those are in the mapping. `None` if the dtype is not f32, f16 or bf16.
     pub(crate) fn gathered(
         map: &Arc<Mapping>,
         start: usize,
-        dtype: Dtype,
+        dtype: StoredDtype,
         (outputs, inputs): (usize, usize),
         of: impl Fn(usize, usize) -> usize,
-    ) -> Self {
+    ) -> Option<Self> {
         let (bytes, shape) = (&map[start..], (outputs, inputs));
         let values = match dtype {
-            Dtype::F16 => Values::F16(Slab::Owned(gather(bytes, f16::from_le_bytes, shape, of))),
-            Dtype::BF16 => Values::Bf16(Slab::Owned(gather(bytes, bf16::from_le_bytes, shape, of))),
-            _ => Values::F32(Slab::Owned(gather(bytes, f32::from_le_bytes, shape, of))),
+            StoredDtype::F32 => Values::F32(Slab::Owned(gather(bytes, f32::from_le_bytes, shape, of))),
+            StoredDtype::F16 => Values::F16(Slab::Owned(gather(bytes, f16::from_le_bytes, shape, of))),
+            StoredDtype::Bf16 => Values::Bf16(Slab::Owned(gather(bytes, bf16::from_le_bytes, shape, of))),
+            _ => return None,
         };
-        Self { values, outputs, inputs }
+        Some(Self { values, outputs, inputs })
     }
 
     /// Rows: values of an output.
@@ -122,30 +156,31 @@ impl Matrix {
 
     /// Bytes as stored.
     pub(crate) fn bytes(&self) -> u64 {
-        let size = match self.values {
-            Values::F32(_) => 4,
-            Values::F16(_) | Values::Bf16(_) => 2,
-        };
-        (self.outputs * self.inputs * size) as u64
+        let values = self.outputs * self.inputs;
+        (match &self.values {
+            Values::F32(_) => values * 4,
+            Values::F16(_) | Values::Bf16(_) => values * 2,
+            Values::Quantised(quantised) => quantised.bytes(),
+        }) as u64
     }
 
     /// The stored dtype.
-    #[cfg(any(feature = "cuda", test))]
     pub(crate) fn dtype(&self) -> StoredDtype {
-        match self.values {
+        match &self.values {
             Values::F32(_) => StoredDtype::F32,
             Values::F16(_) => StoredDtype::F16,
             Values::Bf16(_) => StoredDtype::Bf16,
+            Values::Quantised(quantised) => quantised.dtype(),
         }
     }
 
-    /// The bits of one row of a matrix in f16 or bf16; `None` in f32.
+    /// The bits of one row of a matrix in f16 or bf16; `None` in others.
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn half_row(&self, row: usize) -> Option<&[u16]> {
         use half::slice::HalfFloatSliceExt;
         let range = row * self.inputs..(row + 1) * self.inputs;
         match &self.values {
-            Values::F32(_) => None,
+            Values::F32(_) | Values::Quantised(_) => None,
             Values::F16(slab) => Some(slab.values()[range].reinterpret_cast()),
             Values::Bf16(slab) => Some(slab.values()[range].reinterpret_cast()),
         }
@@ -158,6 +193,7 @@ impl Matrix {
             Values::F32(slab) => to.copy_from_slice(&slab.values()[range]),
             Values::F16(slab) => to.iter_mut().zip(&slab.values()[range]).for_each(|(to, v)| *to = v.to_f32()),
             Values::Bf16(slab) => to.iter_mut().zip(&slab.values()[range]).for_each(|(to, v)| *to = v.to_f32()),
+            Values::Quantised(quantised) => quantised.widen_row(row, to),
         }
     }
 
@@ -199,6 +235,7 @@ impl Matrix {
                 Values::F32(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
                 Values::F16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
                 Values::Bf16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
+                Values::Quantised(quantised) => quantised.multiply(isa, x, y, shape),
             }
         }
     }
@@ -215,6 +252,7 @@ impl Matrix {
                 Values::F32(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
                 Values::F16(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
                 Values::Bf16(slab) => combine::combine(isa, x, slab.values().as_ptr().add(at), y, shape),
+                Values::Quantised(quantised) => quantised.combine(isa, first, x, y, shape),
             }
         }
     }

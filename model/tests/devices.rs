@@ -11,7 +11,7 @@ use common::{Golden, WITH_EXPERTS, bits, fixture, fixtures, largest_difference, 
 use half::{bf16, f16};
 use hanse_model::{
     Activation, Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, ExpertJob, HeldExpert, HeldJob, MoeSpec,
-    Weights, compute_pool, run_experts, run_held, tensor_shapes,
+    StoredDtype, Weights, compute_pool, run_experts, run_held, tensor_shapes,
 };
 
 /// The devices that are asked for.
@@ -275,6 +275,10 @@ impl Device for Broken {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Err(broken())
     }
+    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }

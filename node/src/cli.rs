@@ -3,6 +3,7 @@
 mod draft;
 mod examples;
 mod gateway;
+mod quantize;
 #[cfg(unix)]
 mod testnet;
 mod tools;
@@ -22,6 +23,7 @@ use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_netw
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::NetworkConfig;
 use hanse_router::weights::Repository;
+pub(crate) use quantize::QuantizeArgs;
 #[cfg(unix)]
 pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, ManArgs};
@@ -73,6 +75,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write a model folder's manifest: every part of the model by its hash, signed.
     Manifest(ManifestArgs),
+    /// Write a model folder again with weights in fewer bits.
+    Quantize(QuantizeArgs),
     /// Measure on this machine: the price of distribution, one expert call, memory.
     Bench(BenchArgs),
     /// What a shell needs to complete commands and options.

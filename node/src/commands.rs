@@ -13,6 +13,7 @@ pub(crate) mod man;
 pub(crate) mod manifest;
 pub(crate) mod node;
 pub(crate) mod pause;
+pub(crate) mod quantize;
 pub(crate) mod score;
 pub(crate) mod status;
 #[cfg(unix)]

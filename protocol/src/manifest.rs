@@ -1,5 +1,6 @@
 //! Manifests: what a model consists of, by content hash.
 
+mod dtype;
 mod encoding;
 mod json;
 
@@ -10,6 +11,7 @@ use libp2p::identity::{PublicKey, ed25519};
 
 use crate::{BlobHash, Identity, ModelId, verify_signature};
 
+pub use dtype::TensorDtype;
 pub use json::{Locations, Place};
 
 /// What signatures under manifests are for.
@@ -35,48 +37,6 @@ pub(crate) const MAX_DIMENSIONS: usize = 8;
 pub(crate) const MAX_EXPERT_RUNS: usize = 16;
 /// Bytes of one blob.
 pub const MAX_BLOB_BYTES: u64 = 1 << 40;
-
-/// How a tensor is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TensorDtype {
-    /// IEEE 754 binary32.
-    F32,
-    /// IEEE 754 binary16.
-    F16,
-    /// The upper half of a binary32.
-    Bf16,
-}
-
-impl TensorDtype {
-    const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
-
-    /// Bytes of one value.
-    #[must_use]
-    pub fn bytes_per_value(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// As safetensors files write it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "F32",
-            Self::F16 => "F16",
-            Self::Bf16 => "BF16",
-        }
-    }
-
-    fn code(self) -> u8 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Bf16 => 2,
-        }
-    }
-}
 
 /// A blob: so many bytes with this hash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -133,7 +93,7 @@ impl ExpertRun {
     /// Bytes. Saturates: a manifest that has not been checked may say anything.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.values.saturating_mul(self.dtype.bytes_per_value())
+        self.dtype.bytes(self.values)
     }
 }
 
@@ -213,7 +173,8 @@ impl TrunkTensor {
     /// Its content. The manifest it is from has been checked; one that has not may give a wrong length.
     #[must_use]
     pub fn blob(&self) -> Blob {
-        let bytes = self.shape.iter().fold(self.dtype.bytes_per_value(), |bytes, size| bytes.saturating_mul(*size));
+        let (row, rows) = self.shape.split_last().map_or((1, &[][..]), |(row, rows)| (*row, rows));
+        let bytes = rows.iter().fold(self.dtype.bytes(row), |bytes, size| bytes.saturating_mul(*size));
         Blob { hash: self.hash, bytes }
     }
 }
@@ -294,6 +255,9 @@ impl Manifest {
             if !name_ok(&tensor.name) || tensor.shape.is_empty() || tensor.shape.len() > MAX_DIMENSIONS {
                 return Err(ManifestError::invalid(what(), "has no proper name or shape"));
             }
+            if !tensor.shape.last().is_some_and(|row| tensor.dtype.fits(*row)) {
+                return Err(ManifestError::invalid(what(), "has rows that are no whole blocks"));
+            }
             tensor.blob().check(what)?;
         }
         ascending(self.experts.iter().map(|layer| layer.layer), "list of layers")?;
@@ -304,6 +268,9 @@ impl Manifest {
             }
             if layer.runs.len() > MAX_EXPERT_RUNS || layer.runs.iter().any(|run| run.values == 0) {
                 return Err(ManifestError::invalid(what(), "has experts of too many or empty runs"));
+            }
+            if layer.runs.iter().any(|run| !run.dtype.fits(run.values)) {
+                return Err(ManifestError::invalid(what(), "has experts of parts of blocks"));
             }
             if layer.hashes.is_empty() {
                 return Err(ManifestError::invalid(what(), "has no experts"));

@@ -15,7 +15,7 @@ pub mod shelf;
 pub mod source;
 
 pub use cache::{Cache, CacheError};
-pub use describe::{DescribeError, Described, describe, model_id};
+pub use describe::{DescribeError, Described, FILES, describe, model_id};
 pub use fetch::{FetchError, Fetcher};
 pub use http::{Hub, HubSource, Repository, RepositoryError};
 pub use peers::Peers;

@@ -175,8 +175,30 @@ pub enum CheckpointError {
         /// The value.
         value: f32,
     },
+    /// The rows of a quantised tensor are no whole blocks.
+    #[error("tensor `{tensor}` has rows of {row_bytes} bytes, which are no whole blocks of {block_bytes}")]
+    Blocks {
+        /// The tensor.
+        tensor: String,
+        /// Bytes of a row.
+        row_bytes: usize,
+        /// Bytes of a block.
+        block_bytes: usize,
+    },
+    /// A scale is negative, or too large for the weights that it is for to be finite.
+    #[error("{part} has a scale of {value} at place {at}: weights times it must be finite numbers, and it at least 0")]
+    Scale {
+        /// The tensor of scales, or the expert.
+        part: String,
+        /// Which of its values, counted from 0.
+        at: usize,
+        /// The scale.
+        value: f32,
+    },
     /// A tensor is stored in a dtype that is not supported.
-    #[error("tensor `{tensor}` is stored as {found}; supported are F32, F16 and BF16")]
+    #[error(
+        "tensor `{tensor}` is stored as {found}; supported are F32, F16, BF16, F8_E4M3 with scales of 128 x 128 blocks, MXFP4, and q8_0 and q4_k of hanse quantize"
+    )]
     Dtype {
         /// The tensor.
         tensor: String,

@@ -118,6 +118,8 @@ impl Inner {
                 }
             }
         }
+        let scales: Vec<_> = tensors.iter().filter_map(|(name, shape)| self.tensors.scales_of(name, shape)).collect();
+        tensors.extend(scales);
         tensors
     }
 

@@ -4,73 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use safetensors::Dtype;
-
+use super::dtype::StoredDtype;
 use super::error::CheckpointError;
 use super::mapping::Mapping;
-
-/// How a tensor is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum StoredDtype {
-    /// IEEE 754 binary32.
-    F32,
-    /// IEEE 754 binary16.
-    F16,
-    /// The upper half of a binary32.
-    Bf16,
-}
-
-impl StoredDtype {
-    /// Bytes of one value.
-    #[must_use]
-    pub fn bytes_per_value(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-
-    /// The first value that is infinite or no number, of values that lie one after another in `bytes`: which one, and the value.
-    #[must_use]
-    pub fn not_finite(self, bytes: &[u8]) -> Option<(usize, f32)> {
-        // Exponents of nothing but ones.
-        let (four, _) = bytes.as_chunks::<4>();
-        let (two, _) = bytes.as_chunks::<2>();
-        let bits = |at: usize| two.get(at).map_or(0, |two| u16::from_le_bytes(*two));
-        let all_ones = |two: &[u8; 2], mask: u16| u16::from_le_bytes(*two) & mask == mask;
-        match self {
-            Self::F32 => {
-                let at = four.iter().position(|four| !f32::from_le_bytes(*four).is_finite())?;
-                Some((at, f32::from_le_bytes(*four.get(at)?)))
-            }
-            Self::F16 => {
-                let at = two.iter().position(|two| all_ones(two, 0x7c00))?;
-                Some((at, half::f16::from_bits(bits(at)).to_f32()))
-            }
-            Self::Bf16 => {
-                let at = two.iter().position(|two| all_ones(two, 0x7f80))?;
-                Some((at, half::bf16::from_bits(bits(at)).to_f32()))
-            }
-        }
-    }
-
-    pub(super) fn of(dtype: Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(Self::F32),
-            Dtype::F16 => Some(Self::F16),
-            Dtype::BF16 => Some(Self::Bf16),
-            _ => None,
-        }
-    }
-
-    pub(super) fn safetensors(self) -> Dtype {
-        match self {
-            Self::F32 => Dtype::F32,
-            Self::F16 => Dtype::F16,
-            Self::Bf16 => Dtype::BF16,
-        }
-    }
-}
 
 /// A run of bytes in one of the files of a [`WeightMap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -247,7 +183,8 @@ fn compare(part: Part<'_>, expected: &[u8; 32], runs: &[Content<'_>]) -> Result<
         if let Some((at, value)) = dtype.not_finite(bytes) {
             return Err(CheckpointError::NotFinite { part: part.to_string(), at: before + at, value });
         }
-        before += bytes.len() / dtype.bytes_per_value();
+        let (values, block) = dtype.block();
+        before += bytes.len() / block * values;
     }
     Ok(())
 }

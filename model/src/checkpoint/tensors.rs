@@ -12,11 +12,12 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
 
+use super::dtype::StoredDtype;
 use super::error::CheckpointError;
 use super::mapping::Mapping;
-use super::parts::{Part, PartSource, StoredDtype, TrunkPart, Verifier};
+use super::parts::{Part, PartSource, TrunkPart, Verifier};
 use super::{open_file, read_text};
-use crate::linear::Matrix;
+use crate::linear::{FP8_TILE, Matrix};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -45,8 +46,12 @@ pub(super) struct TensorFile {
 #[derive(Debug)]
 pub(super) struct Tensor {
     pub(super) file: usize,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
+    /// `None` if it is not one that is read.
+    dtype: Option<StoredDtype>,
+    /// As its file says.
+    written: Dtype,
+    /// Of values.
+    shape: Vec<usize>,
     /// Bytes in the file.
     pub(super) range: Range<usize>,
 }
@@ -54,6 +59,17 @@ pub(super) struct Tensor {
 impl Tensor {
     pub(super) fn bytes(&self) -> usize {
         self.range.len()
+    }
+
+    /// How it is stored. `name` is for the error.
+    pub(super) fn stored(&self, name: &str) -> Result<StoredDtype, CheckpointError> {
+        self.dtype.ok_or_else(|| self.unusable(name))
+    }
+
+    /// It is stored in a way that is read, but not here.
+    fn unusable(&self, name: &str) -> CheckpointError {
+        let found = self.dtype.map_or_else(|| format!("{:?}", self.written), |dtype| format!("{dtype:?}"));
+        CheckpointError::Dtype { tensor: name.to_owned(), found }
     }
 }
 
@@ -67,12 +83,13 @@ impl TensorFiles {
     pub(super) fn of_parts(trunk: Vec<TrunkPart>, source: Arc<dyn PartSource>) -> Result<Self, CheckpointError> {
         let mut this = Self { source: Some(source), ..Self::none() };
         for TrunkPart { name, dtype, shape } in trunk {
-            let bytes = byte_count(&shape, dtype.bytes_per_value()).ok_or_else(|| CheckpointError::Shape {
-                tensor: name.clone(),
-                expected: Vec::new(),
-                found: shape.clone(),
+            // By rows: each is a whole number of blocks.
+            let (row, rows) = shape.split_last().map_or((1, &[][..]), |(row, rows)| (*row, rows));
+            let bytes = dtype.bytes(row).and_then(|row| byte_count(rows, row)).ok_or_else(|| {
+                CheckpointError::Shape { tensor: name.clone(), expected: Vec::new(), found: shape.clone() }
             })?;
-            this.tensors.insert(name, Tensor { file: 0, dtype: dtype.safetensors(), shape, range: 0..bytes });
+            let tensor = Tensor { file: 0, dtype: Some(dtype), written: Dtype::U8, shape, range: 0..bytes };
+            this.tensors.insert(name, tensor);
         }
         Ok(this)
     }
@@ -124,7 +141,8 @@ impl TensorFiles {
         }
         for (tensor, file) in &index.weight_map {
             let path = dir.join(file);
-            if this.tensors.get(tensor).is_none_or(|found| this.files[found.file].path != path) {
+            let found = this.tensors.get(tensor).or_else(|| this.tensors.get(StoredDtype::without_suffix(tensor)));
+            if found.is_none_or(|found| this.files[found.file].path != path) {
                 return Err(CheckpointError::NotInShard { path, tensor: tensor.clone() });
             }
         }
@@ -150,11 +168,13 @@ impl TensorFiles {
             let too_far = || CheckpointError::Overlapping { path: path.clone(), tensor: name.clone() };
             // Only a header whose file was not looked at can overflow.
             let range = data_start + start..data_start.checked_add(end).ok_or_else(too_far)?;
-            let tensor = Tensor { file, dtype: info.dtype, shape: info.shape.clone(), range };
-            match self.tensors.entry(name) {
+            let (name, dtype, shape) = StoredDtype::of_tensor(&name, info.dtype, &info.shape)?;
+            let tensor = Tensor { file, dtype, written: info.dtype, shape, range };
+            match self.tensors.entry(name.to_owned()) {
                 Entry::Vacant(slot) => slot.insert(tensor),
                 Entry::Occupied(slot) => {
-                    let first = self.files[slot.get().file].path.clone();
+                    // Of this file, if it has it under two names.
+                    let first = self.files.get(slot.get().file).map_or_else(|| path.clone(), |file| file.path.clone());
                     return Err(CheckpointError::Duplicate { tensor: slot.key().clone(), first, second: path });
                 }
             };
@@ -168,33 +188,54 @@ impl TensorFiles {
     }
 
     /// The tensor, if its shape is the expected one and its dtype is supported.
-    pub(super) fn expect(&self, name: &str, shape: &[usize]) -> Result<&Tensor, CheckpointError> {
+    pub(super) fn expect(&self, name: &str, shape: &[usize]) -> Result<(&Tensor, StoredDtype), CheckpointError> {
         let tensor = self.get(name).ok_or_else(|| CheckpointError::MissingTensor { tensor: name.to_owned() })?;
         if tensor.shape != shape {
             let (expected, found) = (shape.to_vec(), tensor.shape.clone());
             return Err(CheckpointError::Shape { tensor: name.to_owned(), expected, found });
         }
-        match tensor.dtype {
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(tensor),
-            other => Err(CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{other:?}") }),
-        }
+        Ok((tensor, tensor.stored(name)?))
     }
 
     /// Rows of a tensor seen as a matrix: all dimensions but the last are rows.
     pub(super) fn matrix(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Matrix, CheckpointError> {
-        let tensor = self.expect(name, shape)?;
+        let (tensor, dtype) = self.expect(name, shape)?;
         let (inputs, all_rows) = match shape.split_last() {
             Some((inputs, outer)) => (*inputs, outer.iter().product::<usize>()),
             None => (1, 1),
         };
         let row_bytes = tensor.bytes() / all_rows.max(1);
         let start = tensor.range.start + rows.start * row_bytes;
-        Ok(Matrix::new(&self.mapping(name, tensor)?, start, tensor.dtype, rows.len(), inputs))
+        let map = self.mapping(name, tensor)?;
+        if dtype == StoredDtype::F8E4m3 && shape.len() == 2 && rows.start.is_multiple_of(FP8_TILE) {
+            let name = scale_name(name);
+            let shape = scale_shape(all_rows, inputs);
+            let (tensor, dtype) = self.expect(&name, &shape)?;
+            if dtype != StoredDtype::F32 {
+                return Err(tensor.unusable(&name));
+            }
+            let scales = self.mapping(&name, tensor)?;
+            check_scales(&scales[tensor.range.clone()], || format!("tensor `{name}`"))?;
+            let first = tensor.range.start + rows.start / FP8_TILE * shape[1] * size_of::<f32>();
+            return Ok(Matrix::fp8((&map, start), (&scales, first), rows.len(), inputs));
+        }
+        Matrix::new(&map, start, dtype, rows.len(), inputs).ok_or_else(|| tensor.unusable(name))
+    }
+
+    /// Whether there is such a tensor, in this dtype.
+    pub(super) fn is_stored(&self, name: &str, dtype: StoredDtype) -> bool {
+        self.get(name).is_some_and(|tensor| tensor.dtype == Some(dtype))
+    }
+
+    /// The tensor of the scales of a matrix in floats of eight bits, by name and shape; `None` for others.
+    pub(super) fn scales_of(&self, name: &str, shape: &[usize]) -> Option<(String, Vec<usize>)> {
+        let [outputs, inputs] = *shape else { return None };
+        self.is_stored(name, StoredDtype::F8E4m3).then(|| (scale_name(name), scale_shape(outputs, inputs)))
     }
 
     /// The bytes of a tensor.
     pub(super) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
-        let tensor = self.expect(name, shape)?;
+        let (tensor, _) = self.expect(name, shape)?;
         Ok((self.mapping(name, tensor)?, tensor.range.clone()))
     }
 
@@ -207,9 +248,7 @@ impl TensorFiles {
         let map = self.files.get(tensor.file).and_then(|file| file.map.as_ref()).ok_or_else(missing)?;
         if let Some(verifier) = &self.verifier {
             let bytes = map.get(tensor.range.clone()).ok_or_else(missing)?;
-            let unsupported =
-                || CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{:?}", tensor.dtype) };
-            verifier.trunk(name, (bytes, StoredDtype::of(tensor.dtype).ok_or_else(unsupported)?))?;
+            verifier.trunk(name, (bytes, tensor.stored(name)?))?;
         }
         Ok(map.clone())
     }
@@ -217,12 +256,35 @@ impl TensorFiles {
     /// All values, widened to f32; none is infinite or not a number.
     pub(super) fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
         let elements = shape.iter().product();
-        let tensor = self.expect(name, shape)?;
-        let row = Matrix::new(&self.mapping(name, tensor)?, tensor.range.start, tensor.dtype, 1, elements);
+        let (tensor, dtype) = self.expect(name, shape)?;
+        let row = Matrix::new(&self.mapping(name, tensor)?, tensor.range.start, dtype, 1, elements);
+        let row = row.ok_or_else(|| tensor.unusable(name))?;
         let mut values = vec![0.0; elements];
         row.widen_row(0, &mut values);
         finite(&values, 0, || format!("tensor `{name}`"))?;
         Ok(values)
+    }
+}
+
+/// The tensor of the scales of one in floats of eight bits.
+pub(super) fn scale_name(name: &str) -> String {
+    format!("{name}_scale_inv")
+}
+
+/// Its shape.
+pub(super) fn scale_shape(outputs: usize, inputs: usize) -> Vec<usize> {
+    vec![outputs.div_ceil(FP8_TILE), inputs.div_ceil(FP8_TILE)]
+}
+
+/// Refuses scales of floats of eight bits, f32 in `bytes`, that are negative or make any of them infinite.
+pub(super) fn check_scales(bytes: &[u8], part: impl FnOnce() -> String) -> Result<(), CheckpointError> {
+    /// The largest float of eight bits.
+    const LARGEST: f32 = 448.0;
+    let (scales, _) = bytes.as_chunks::<4>();
+    let usable = |scale: f32| scale.is_sign_positive() && (scale * LARGEST).is_finite();
+    match scales.iter().map(|scale| f32::from_le_bytes(*scale)).enumerate().find(|(_, scale)| !usable(*scale)) {
+        Some((at, value)) => Err(CheckpointError::Scale { part: part(), at, value }),
+        None => Ok(()),
     }
 }
 

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::error::CheckpointError;
-use super::parts::{ExpertParts, Parts, Piece, Run, StoredDtype, TrunkPart, WeightMap};
+use super::parts::{ExpertParts, Parts, Piece, Run, TrunkPart, WeightMap};
 use super::tensors::{Tensor, TensorFiles};
-use super::{Checkpoint, Inner, config, families};
+use super::{Checkpoint, Inner, read_config};
 
 impl Checkpoint {
     /// Where the parts lie in the folder's files.
@@ -23,10 +23,7 @@ impl Checkpoint {
 /// # Errors
 /// As [`Checkpoint::open`].
 pub fn weight_map_of_headers(config_text: &str, headers: Vec<(String, Vec<u8>)>) -> Result<WeightMap, CheckpointError> {
-    let map = config::parse(config_text)?;
-    let config = config::Config::new(&map);
-    let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let (family, spec) = read_config(config_text)?;
     let tensors = TensorFiles::of_headers(headers)?;
     let config_text = config_text.to_owned();
     let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None };
@@ -39,9 +36,7 @@ impl Inner {
         let found = |name: &str| {
             let missing = || CheckpointError::MissingTensor { tensor: name.to_owned() };
             let tensor = self.tensors.get(name).filter(|_| self.experts.is_none()).ok_or_else(missing)?;
-            let unsupported =
-                || CheckpointError::Dtype { tensor: name.to_owned(), found: format!("{:?}", tensor.dtype) };
-            Ok::<_, CheckpointError>((tensor, StoredDtype::of(tensor.dtype).ok_or_else(unsupported)?))
+            Ok::<_, CheckpointError>((tensor, tensor.stored(name)?))
         };
         let piece = |tensor: &Tensor, start: usize, end: usize| Piece {
             file: tensor.file,

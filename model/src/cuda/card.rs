@@ -9,8 +9,10 @@ use cudarc::driver::result::DriverError;
 use super::driver::{self, Context, Kernel, Memory, Module, Pinned, Stream, reason};
 use super::panels::Layout;
 use super::plan::{Class, Dtype, Group, PIECE_ROWS, Piece, Wanted, plan, room};
+use crate::checkpoint::{StoredDtype, Swiglu};
 use crate::device::{CardReport, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
 use crate::expert::Expert;
+use crate::linear::Matrix;
 use crate::spec::{Activation, MoeSpec};
 
 /// Bytes that stay free on a card: for the screen, for other programs, and for what the driver itself takes.
@@ -281,13 +283,23 @@ impl Device for Card {
         self.free().map(|free| Some(free.saturating_sub(MARGIN_BYTES)))
     }
 
+    fn supports(&self, dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
+        // Widened they would take up to seven times as much.
+        if dtypes.iter().any(|dtype| dtype.is_quantised()) {
+            return Err(DeviceError::Unsupported { device: self.name.clone(), what: "quantised weights" });
+        }
+        Ok(())
+    }
+
     fn prepare(&self, hidden_size: usize, moe: &MoeSpec) -> Result<(), DeviceError> {
-        self.supports(moe.activation, moe.expert_biases)?;
+        self.computes(moe.activation, moe.expert_biases)?;
         self.make_room(room(hidden_size, moe.intermediate_size))
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
-        self.supports(expert.swiglu.activation, expert.swiglu.biases.is_some())?;
+        let Swiglu { gate_proj, up_proj, down_proj, .. } = &expert.swiglu;
+        self.supports(&[gate_proj, up_proj, down_proj].map(Matrix::dtype))?;
+        self.computes(expert.swiglu.activation, expert.swiglu.biases.is_some())?;
         let layout = Layout::of(&expert.swiglu);
         self.make_room(room(layout.hidden_size, layout.inner_size))?;
         let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
@@ -326,7 +338,7 @@ impl Device for Card {
 
 impl Card {
     /// The kernels compute plain SwiGLUs.
-    fn supports(&self, activation: Activation, biases: bool) -> Result<(), DeviceError> {
+    fn computes(&self, activation: Activation, biases: bool) -> Result<(), DeviceError> {
         let unsupported = |what| Err(DeviceError::Unsupported { device: self.name.clone(), what });
         match (activation, biases) {
             (Activation::Swiglu, false) => Ok(()),

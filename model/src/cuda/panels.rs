@@ -41,16 +41,18 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// How `swiglu` lies. A gate_proj and an up_proj of different dtypes are widened to f32, which changes no value.
+    /// How `swiglu` lies. A gate_proj and an up_proj of different dtypes are widened to f32, which changes no value, and so is what is
+    /// quantised.
     pub(super) fn of(swiglu: &Swiglu) -> Self {
         let Swiglu { gate_proj, up_proj, down_proj, .. } = swiglu;
+        let plain = |matrix: &Matrix| if matrix.dtype().is_quantised() { StoredDtype::F32 } else { matrix.dtype() };
         let same = gate_proj.dtype() == up_proj.dtype();
         Self {
             hidden_size: gate_proj.inputs(),
             inner_size: gate_proj.outputs().next_multiple_of(CHUNK),
             inner_unpadded: gate_proj.outputs(),
-            up_dtype: if same { gate_proj.dtype() } else { StoredDtype::F32 },
-            down_dtype: down_proj.dtype(),
+            up_dtype: if same { plain(gate_proj) } else { StoredDtype::F32 },
+            down_dtype: plain(down_proj),
         }
     }
 
@@ -67,8 +69,8 @@ impl Layout {
     /// Bytes of one panel of gate and up, and of one of down.
     fn panel_bytes(&self) -> (usize, usize) {
         (
-            panel_values(self.hidden_size) * self.up_dtype.bytes_per_value(),
-            panel_values(self.inner_size) * self.down_dtype.bytes_per_value(),
+            panel_values(self.hidden_size) * self.up_dtype.block().1,
+            panel_values(self.inner_size) * self.down_dtype.block().1,
         )
     }
 

@@ -62,7 +62,7 @@ pub(super) struct Class {
     pub(super) down: Dtype,
 }
 
-/// [`StoredDtype`] in the order of the kernels.
+/// What the kernels read of [`StoredDtype`], in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Dtype {
     F32,
@@ -73,9 +73,10 @@ pub(super) enum Dtype {
 impl From<StoredDtype> for Dtype {
     fn from(dtype: StoredDtype) -> Self {
         match dtype {
-            StoredDtype::F32 => Self::F32,
             StoredDtype::F16 => Self::F16,
             StoredDtype::Bf16 => Self::Bf16,
+            // What `Layout` has of others.
+            _ => Self::F32,
         }
     }
 }

@@ -30,6 +30,7 @@ fn zip(a: Array, b: Array, f: impl Fn(f32, f32) -> f32) -> Array {
 impl Lanes for Portable {
     type V = Array;
     type Half = Half;
+    type Bytes = [u8; LANES];
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -115,5 +116,39 @@ impl Lanes for Portable {
             half /= 2;
         }
         lanes[0]
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> [u8; LANES] {
+        unsafe { from.cast::<[u8; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(bytes: [u8; LANES]) -> [u8; LANES] {
+        bytes.map(|byte| byte & 15)
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(bytes: [u8; LANES]) -> [u8; LANES] {
+        bytes.map(|byte| byte >> 4)
+    }
+    #[inline(always)]
+    unsafe fn in_turns(a: [u8; LANES], b: [u8; LANES]) -> [[u8; LANES]; 2] {
+        let of = |first: usize| std::array::from_fn(|i| if i % 2 == 0 { a[first + i / 2] } else { b[first + i / 2] });
+        [of(0), of(LANES / 2)]
+    }
+    #[inline(always)]
+    unsafe fn from_i8(bytes: [u8; LANES]) -> Array {
+        bytes.map(|byte| f32::from(byte as i8))
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Array, codes: [u8; LANES]) -> Array {
+        codes.map(|code| table[usize::from(code & 15)])
+    }
+    #[inline(always)]
+    unsafe fn from_e4m3(bytes: [u8; LANES]) -> Array {
+        // An f16 has one more bit of exponent, and another bias.
+        bytes.map(|byte| f16::from_bits((u16::from(byte & 0x80) << 8) | (u16::from(byte & 0x7f) << 7)).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn half_to_f32(bits: u16) -> f32 {
+        f16::from_bits(bits).to_f32()
     }
 }

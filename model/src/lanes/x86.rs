@@ -19,11 +19,22 @@ unsafe fn sum8(a: __m256) -> f32 {
     }
 }
 
+/// Sixteen floats of eight bits (e4m3) as f16, which has one more bit of exponent and another bias: divided by 256.
+#[inline(always)]
+unsafe fn halves_of_e4m3(bytes: __m128i) -> __m256i {
+    unsafe {
+        // The sign is now there twice; the lower one gives way.
+        let shifted = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bytes));
+        _mm256_and_si256(shifted, _mm256_set1_epi16(0xbfff_u16 as i16))
+    }
+}
+
 pub(crate) struct Avx512;
 
 impl Lanes for Avx512 {
     type V = __m512;
     type Half = __m256;
+    type Bytes = __m128i;
     const WIDE: bool = true;
 
     #[inline(always)]
@@ -97,6 +108,38 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m128i {
+        unsafe { _mm_loadu_si128(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(bytes: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(bytes, _mm_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(bytes: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(bytes), _mm_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn in_turns(a: __m128i, b: __m128i) -> [__m128i; 2] {
+        unsafe { [_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)] }
+    }
+    #[inline(always)]
+    unsafe fn from_i8(bytes: __m128i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: __m512, codes: __m128i) -> __m512 {
+        unsafe { _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table) }
+    }
+    #[inline(always)]
+    unsafe fn from_e4m3(bytes: __m128i) -> __m512 {
+        unsafe { _mm512_cvtph_ps(halves_of_e4m3(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn half_to_f32(bits: u16) -> f32 {
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into()))) }
+    }
+    #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
         unsafe {
             let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(a)));
@@ -135,6 +178,7 @@ pub(crate) struct Avx2;
 impl Lanes for Avx2 {
     type V = (__m256, __m256);
     type Half = __m256;
+    type Bytes = __m128i;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -217,6 +261,52 @@ impl Lanes for Avx2 {
             };
             (power(a.0), power(a.1))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m128i {
+        unsafe { _mm_loadu_si128(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(bytes: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(bytes, _mm_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(bytes: __m128i) -> __m128i {
+        unsafe { _mm_and_si128(_mm_srli_epi16::<4>(bytes), _mm_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    unsafe fn in_turns(a: __m128i, b: __m128i) -> [__m128i; 2] {
+        unsafe { [_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)] }
+    }
+    #[inline(always)]
+    unsafe fn from_i8(bytes: __m128i) -> Self::V {
+        unsafe {
+            let (low, high) = (_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+            (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Self::V, codes: __m128i) -> Self::V {
+        unsafe {
+            // By the lower three bits in either half of the table; the fourth, as a sign, says in which.
+            let eight = |codes| {
+                let codes = _mm256_cvtepu8_epi32(codes);
+                let (low, high) = (_mm256_permutevar8x32_ps(table.0, codes), _mm256_permutevar8x32_ps(table.1, codes));
+                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)))
+            };
+            (eight(codes), eight(_mm_unpackhi_epi64(codes, codes)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_e4m3(bytes: __m128i) -> Self::V {
+        unsafe {
+            let halves = halves_of_e4m3(bytes);
+            (_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_to_f32(bits: u16) -> f32 {
+        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into()))) }
     }
     #[inline(always)]
     unsafe fn sum(a: Self::V) -> f32 {

@@ -32,7 +32,7 @@ instantiate! {
 }
 
 #[inline(always)]
-unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
+pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
     let (mut column, end) = shape.columns;
     unsafe {
         while L::WIDE && end - column >= 4 {

@@ -81,6 +81,11 @@ Examples:
   hanse manifest DIR
   hanse manifest DIR --out hanse-manifest.json --data-dir ~/.hanse-publisher";
 
+pub(super) const QUANTIZE: &str = "\
+Examples:
+  hanse quantize DIR --to q8_0 --out DIR-q8_0
+  hanse quantize DIR --to q4_k --trunk q8_0 --out DIR-q4_k";
+
 pub(super) const BENCH: &str = "\
 Examples:
   hanse bench

@@ -20,6 +20,7 @@ const COMMANDS: &[&str] = &[
     "doctor",
     "inspect",
     "manifest",
+    "quantize",
     "bench",
     "completions",
     "man",

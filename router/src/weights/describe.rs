@@ -88,9 +88,11 @@ pub fn describe(
         let mut buffer = vec![0; STEP];
         let mut values = 0;
         for (piece, dtype) in pieces {
+            let (block, block_bytes) = dtype.block();
+            let whole_blocks = STEP / block_bytes * block_bytes;
             let mut at = 0;
             while at < piece.bytes {
-                let step = (piece.bytes - at).min(STEP as u64);
+                let step = (piece.bytes - at).min(whole_blocks as u64);
                 let bytes = &mut buffer[..step as usize];
                 files[piece.file]
                     .read_exact_at(bytes, piece.offset + at)
@@ -100,7 +102,7 @@ pub fn describe(
                     let (part, at) = (part.to_string(), values + place);
                     return Err(CheckpointError::NotFinite { part, at, value }.into());
                 }
-                values += bytes.len() / dtype.bytes_per_value();
+                values += bytes.len() / block_bytes * block;
                 at += step;
                 let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
                 done.0 += step;
@@ -249,6 +251,11 @@ pub(crate) fn tensor_dtype(dtype: StoredDtype) -> TensorDtype {
         StoredDtype::F32 => TensorDtype::F32,
         StoredDtype::F16 => TensorDtype::F16,
         StoredDtype::Bf16 => TensorDtype::Bf16,
+        StoredDtype::Q8_0 => TensorDtype::Q8_0,
+        StoredDtype::Q4K => TensorDtype::Q4K,
+        StoredDtype::F8E4m3 => TensorDtype::F8E4m3,
+        StoredDtype::F4E2m1 => TensorDtype::F4E2m1,
+        StoredDtype::F8E8m0 => TensorDtype::F8E8m0,
     }
 }
 
@@ -257,6 +264,11 @@ pub(crate) fn stored_dtype(dtype: TensorDtype) -> StoredDtype {
         TensorDtype::F32 => StoredDtype::F32,
         TensorDtype::F16 => StoredDtype::F16,
         TensorDtype::Bf16 => StoredDtype::Bf16,
+        TensorDtype::Q8_0 => StoredDtype::Q8_0,
+        TensorDtype::Q4K => StoredDtype::Q4K,
+        TensorDtype::F8E4m3 => StoredDtype::F8E4m3,
+        TensorDtype::F4E2m1 => StoredDtype::F4E2m1,
+        TensorDtype::F8E8m0 => StoredDtype::F8E8m0,
     }
 }
 
