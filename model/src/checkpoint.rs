@@ -11,6 +11,7 @@ mod weight_map;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -79,7 +80,7 @@ impl Checkpoint {
         let map = config::parse(&config_text)?;
         let config = config::Config::new(&map);
         let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let spec = family.read(&config)?;
         let tensors = TensorFiles::open(dir)?;
         let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
         inner.check()?;
@@ -114,7 +115,7 @@ impl Checkpoint {
         let map = config::parse(&config_text)?;
         let config = config::Config::new(&map);
         let family = families::find(&config)?;
-        let spec = (family.spec)(&config)?;
+        let spec = family.read(&config)?;
         let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
         let layers = parts.experts.iter().map(|layer| (layer.layer, layer.dtypes)).collect();
         let experts = Some(Experts { source, layers });
@@ -164,6 +165,21 @@ impl Checkpoint {
         self.inner.tensors.vector(name, &[len])
     }
 
+    /// Names and shapes of all tensors of the model.
+    pub(crate) fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.inner.shapes()
+    }
+
+    /// How a tensor is stored.
+    pub(crate) fn dtype(&self, name: &str, shape: &[usize]) -> Result<safetensors::Dtype, CheckpointError> {
+        Ok(self.inner.tensors.expect(name, shape)?.dtype)
+    }
+
+    /// Where the bytes of a tensor lie.
+    pub(crate) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
+        self.inner.tensors.content(name, shape)
+    }
+
     /// The LM head, if it is not the embedding.
     pub(crate) fn lm_head(&self) -> Result<Option<Matrix>, CheckpointError> {
         let spec = &self.inner.spec;
@@ -198,7 +214,7 @@ pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, Con
     let map = config::parse(config_text)?;
     let config = config::Config::new(&map);
     let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let spec = family.read(&config)?;
     let tensors = TensorFiles::none();
     Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
         .shapes())

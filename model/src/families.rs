@@ -1,12 +1,17 @@
 //! Model families. Each is one file that maps `config.json` to a [`ModelSpec`] and names its tensors, and one line
 //! in [`FAMILIES`].
 
+pub(crate) mod carved;
 mod decoder;
 mod granitemoe;
 mod granitemoeshared;
+mod llama;
+mod mistral;
 mod mixtral;
 mod olmoe;
+mod qwen2;
 mod qwen2_moe;
+mod qwen3;
 mod qwen3_moe;
 
 use crate::checkpoint::config::{Config, ConfigError};
@@ -16,9 +21,13 @@ use crate::spec::ModelSpec;
 const FAMILIES: &[Family] = &[
     granitemoe::FAMILY,
     granitemoeshared::FAMILY,
+    llama::FAMILY,
+    mistral::FAMILY,
     mixtral::FAMILY,
     olmoe::FAMILY,
+    qwen2::FAMILY,
     qwen2_moe::FAMILY,
+    qwen3::FAMILY,
     qwen3_moe::FAMILY,
 ];
 
@@ -31,6 +40,13 @@ pub(crate) struct Family {
     pub(crate) spec: fn(&Config<'_>) -> Result<ModelSpec, ConfigError>,
     /// The names of its tensors.
     pub(crate) tensors: TensorNames,
+}
+
+impl Family {
+    /// What the model with this `config.json` computes.
+    pub(crate) fn read(&self, config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
+        carved::apply(config, (self.spec)(config)?)
+    }
 }
 
 /// What a family calls the tensors of a layer; paths are below `model.layers.L.`. Where hubs hold several forms, all
@@ -68,9 +84,13 @@ pub(crate) enum SharedNames {
     Fused(&'static str, &'static str),
 }
 
-/// The names that olmoe, qwen2_moe and qwen3_moe use.
+/// The names that most families use.
 const MLP_EXPERTS: ExpertNames =
     ExpertNames { prefixes: &["mlp.experts"], gate_proj: "gate_proj", up_proj: "up_proj", down_proj: "down_proj" };
+
+/// The names of dense families, for the slices that they are carved into.
+const DENSE: TensorNames =
+    TensorNames { gate: &["mlp.gate.weight"], expert: Some(MLP_EXPERTS), fused: &[], shared: SharedNames::None };
 
 /// The fused form of the same.
 const MLP_FUSED: &[(&str, &str)] = &[

@@ -64,6 +64,7 @@ pub(crate) fn route(
         softmax_last_dim(&Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)?.flatten_all()?.to_vec1()
     };
     let weights = match gate {
+        GateSpec::Always => vec![1.0; chosen.len()],
         GateSpec::TopKThenSoftmax => softmax(pick(scores), top_k)?,
         GateSpec::SoftmaxThenTopK { renormalise } => {
             let mut weights = pick(&softmax(scores.to_vec(), experts)?);

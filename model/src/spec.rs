@@ -120,6 +120,14 @@ pub struct MoeSpec {
     pub shared: Option<SharedExpertSpec>,
 }
 
+impl MoeSpec {
+    /// There is a gate that chooses.
+    #[must_use]
+    pub fn has_gate(&self) -> bool {
+        self.gate != GateSpec::Always
+    }
+}
+
 /// How the gate's scores become a choice of experts and their weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -131,6 +139,8 @@ pub enum GateSpec {
     },
     /// The best `top_k` scores, then softmax over these alone.
     TopKThenSoftmax,
+    /// All experts with weight 1, and no gate: they are slices of a dense layer.
+    Always,
 }
 
 /// A shared expert.

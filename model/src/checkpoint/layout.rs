@@ -283,7 +283,9 @@ impl Inner {
                     add("mlp.down_proj.weight", vec![hidden, *intermediate_size]);
                 }
                 FeedForwardSpec::Moe(moe) => {
-                    tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+                    if moe.has_gate() {
+                        tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+                    }
                     let Some(shared) = moe.shared else { continue };
                     let width = shared.intermediate_size;
                     let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));

@@ -26,7 +26,7 @@ pub fn weight_map_of_headers(config_text: &str, headers: Vec<(String, Vec<u8>)>)
     let map = config::parse(config_text)?;
     let config = config::Config::new(&map);
     let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let spec = family.read(&config)?;
     let tensors = TensorFiles::of_headers(headers)?;
     let config_text = config_text.to_owned();
     let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None };

@@ -1,7 +1,10 @@
 //! The part of `config.json` that all families share: sizes, norms, heads, rope.
 
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec};
+use crate::spec::{
+    AttentionSpec, FeedForwardSpec, GateSpec, GroupedQuerySpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
+    RopeSpec,
+};
 
 /// The number of routed experts: Mixtral and Granite call it so, and transformers 5 in every family.
 pub(super) const NUM_LOCAL_EXPERTS: [&str; 2] = ["num_local_experts", "num_experts"];
@@ -133,6 +136,16 @@ pub(super) fn read_moe(
     }
     let intermediate_size = config.size(intermediate_key, MAX_SIZE)?;
     Ok(MoeSpec { experts, top_k, intermediate_size, gate, shared: None })
+}
+
+/// Dense layers that attend so.
+pub(super) fn dense(config: &Config<'_>, attention: Vec<GroupedQuerySpec>) -> Result<Vec<LayerSpec>, ConfigError> {
+    let intermediate_size = config.size("intermediate_size", MAX_SIZE)?;
+    let layer = |attention| LayerSpec {
+        attention: AttentionSpec::GroupedQuery(attention),
+        feed_forward: FeedForwardSpec::Dense { intermediate_size },
+    };
+    Ok(attention.into_iter().map(layer).collect())
 }
 
 /// Reads rope in the classic form (`rope_theta`, `rope_scaling`) or the newer one (`rope_parameters`).

@@ -21,7 +21,7 @@ const DEFAULTS: Defaults = Defaults { rms_norm_eps: 1e-6, rope_theta: 1e4, kv_he
 fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
     let attention = GroupedQuerySpec { qkv_bias: config.flag("qkv_bias", true)?, ..decoder.attention() };
-    let windows = read_windows(config, decoder.layers)?;
+    let windows = read_windows(config, decoder.layers, |layer, below| layer % 2 == 0 && layer < below)?;
     let intermediate_size = config.size("shared_expert_intermediate_size", MAX_SIZE)?;
     let shared = SharedExpertSpec { intermediate_size, gated: true };
     let layers = read_feed_forward(config, decoder.layers, Some(shared))?
@@ -35,9 +35,13 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     Ok(decoder.model(FAMILY.name, layers))
 }
 
-/// The sliding window of each layer. Without `layer_types`, the layers of even number below `max_window_layers` have
-/// it.
-fn read_windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+/// The sliding window of each layer. Without `layer_types`, the layers have it for which `windowed` says so, of their number
+/// and `max_window_layers`.
+pub(super) fn read_windows(
+    config: &Config<'_>,
+    layers: usize,
+    windowed: fn(usize, usize) -> bool,
+) -> Result<Vec<Option<usize>>, ConfigError> {
     let used = config.flag("use_sliding_window", false)?;
     let window = match config.whole("sliding_window", 1, MAX_POSITIONS) {
         _ if !used => None,
@@ -45,8 +49,8 @@ fn read_windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>
         other => other?,
     };
     let Some(kinds) = config.list("layer_types")? else {
-        let below = config.whole("max_window_layers", 0, MAX_POSITIONS)?.unwrap_or(28);
-        return Ok((0..layers).map(|layer| window.filter(|_| layer % 2 == 0 && layer < below)).collect());
+        let limit = config.whole("max_window_layers", 0, MAX_POSITIONS)?.unwrap_or(28);
+        return Ok((0..layers).map(|layer| window.filter(|_| windowed(layer, limit))).collect());
     };
     if kinds.len() != layers {
         return Err(config.invalid("layer_types", format!("there are {layers} layers")));

@@ -64,7 +64,12 @@ struct Projection {
 #[derive(Debug)]
 enum FeedForward {
     Dense(Swiglu),
-    Moe { spec: MoeSpec, gate: Matrix, shared: Option<Shared> },
+    /// There is no gate where every row goes to all experts.
+    Moe {
+        spec: MoeSpec,
+        gate: Option<Matrix>,
+        shared: Option<Shared>,
+    },
 }
 
 /// The expert that every row goes through.
@@ -232,7 +237,10 @@ impl FeedForward {
                 })
             }
             FeedForwardSpec::Moe(moe) => Self::Moe {
-                gate: checkpoint.matrix(&checkpoint.gate_name(layer), moe.experts, hidden)?,
+                gate: match moe.has_gate() {
+                    true => Some(checkpoint.matrix(&checkpoint.gate_name(layer), moe.experts, hidden)?),
+                    false => None,
+                },
                 shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
                 spec: moe.clone(),
             },
@@ -244,6 +252,7 @@ impl FeedForward {
         &self,
         layer: usize,
         x: &[f32],
+        hidden: usize,
         experts: &mut dyn Experts,
         pool: &ThreadPool,
     ) -> Result<Vec<f32>, ForwardError> {
@@ -252,8 +261,12 @@ impl FeedForward {
             Self::Moe { spec, gate, shared } => (spec, gate, shared),
         };
         let choosable = experts.choosable(layer);
-        let routing = within(pool, x.len() == gate.inputs(), || {
-            route(&linear(x, gate, pool), spec.experts, spec.top_k, spec.gate, choosable)
+        let routing = within(pool, x.len() == hidden, || {
+            let scores = match gate {
+                Some(gate) => linear(x, gate, pool),
+                None => vec![0.0; x.len() / hidden * spec.experts],
+            };
+            route(&scores, spec.experts, spec.top_k, spec.gate, choosable)
         })?;
         let mut added = None;
         let out = match shared {
@@ -335,7 +348,7 @@ impl Layer {
             let normed = rms_norm(&x, &self.post_attention_norm, eps)?.flatten_all()?.to_vec1::<f32>()?;
             Ok((x, normed))
         })?;
-        let fed = self.feed_forward.forward(layer, &normed, experts, pool)?;
+        let fed = self.feed_forward.forward(layer, &normed, spec.hidden_size, experts, pool)?;
         Ok(residual(x, fed, spec)?)
     }
 }
