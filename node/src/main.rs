@@ -38,6 +38,8 @@ fn main() -> ExitCode {
             Command::Doctor(args) => commands::doctor::run(args).await,
             Command::Inspect(args) => commands::inspect::run(&args),
             Command::Manifest(args) => commands::manifest::run(&args),
+            Command::Carve(args) => commands::carve::run(&args),
+            Command::Import(args) => commands::import::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
             Command::Completions(args) => commands::completions::run(&args),
             Command::Man(args) => commands::man::run(&args),

@@ -20,6 +20,8 @@ const COMMANDS: &[&str] = &[
     "doctor",
     "inspect",
     "manifest",
+    "carve",
+    "import",
     "bench",
     "completions",
     "man",
