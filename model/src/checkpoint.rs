@@ -185,6 +185,21 @@ impl Checkpoint {
         self.inner.tensors.vector(name, &[len])
     }
 
+    /// Names and shapes of all tensors of the model.
+    pub(crate) fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.inner.shapes()
+    }
+
+    /// How a tensor is stored.
+    pub(crate) fn dtype(&self, name: &str, shape: &[usize]) -> Result<StoredDtype, CheckpointError> {
+        Ok(self.inner.tensors.expect(name, shape)?.1)
+    }
+
+    /// Where the bytes of a tensor lie.
+    pub(crate) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
+        self.inner.tensors.content(name, shape)
+    }
+
     /// The LM head, if it is not the embedding.
     pub(crate) fn lm_head(&self) -> Result<Option<Matrix>, CheckpointError> {
         let spec = &self.inner.spec;
@@ -235,11 +250,6 @@ impl Checkpoint {
         self.inner.written_experts(layer)
     }
 
-    /// The bytes of a tensor of the trunk.
-    pub(crate) fn content(&self, name: &str, shape: &[usize]) -> Result<(Arc<Mapping>, Range<usize>), CheckpointError> {
-        self.inner.tensors.content(name, shape)
-    }
-
     /// `config.json`, which was read when the checkpoint was opened.
     pub(crate) fn config_map(&self) -> Map<String, Value> {
         config::parse(&self.inner.config_text).unwrap_or_default()
@@ -266,7 +276,7 @@ fn read_config(text: &str) -> Result<(&'static Family, ModelSpec), ConfigError> 
     let map = config::parse(text)?;
     let config = config::Config::new(&map);
     let family = families::find(&config)?;
-    let spec = (family.spec)(&config)?;
+    let spec = family.read(&config)?;
     quantization::check(&config)?;
     Ok((family, spec))
 }

@@ -1,6 +1,7 @@
 //! Model families. Each is one file that maps `config.json` to a [`ModelSpec`] and names its tensors, and one line
 //! in [`FAMILIES`].
 
+pub(crate) mod carved;
 mod decoder;
 mod deepseek_v2;
 mod deepseek_v3;
@@ -15,9 +16,11 @@ mod hunyuan_v1_moe;
 mod latent;
 mod llama;
 mod minimax_m2;
+mod mistral;
 mod mixed;
 mod mixtral;
 mod olmoe;
+mod qwen2;
 mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
@@ -41,8 +44,10 @@ const FAMILIES: &[Family] = &[
     hunyuan_v1_moe::FAMILY,
     llama::FAMILY,
     minimax_m2::FAMILY,
+    mistral::FAMILY,
     mixtral::FAMILY,
     olmoe::FAMILY,
+    qwen2::FAMILY,
     qwen2_moe::FAMILY,
     qwen3::FAMILY,
     qwen3_moe::FAMILY,
@@ -91,6 +96,13 @@ pub(crate) struct Family {
     pub(crate) spec: fn(&Config<'_>) -> Result<ModelSpec, ConfigError>,
     /// The names of its tensors.
     pub(crate) tensors: TensorNames,
+}
+
+impl Family {
+    /// What the model with this `config.json` computes.
+    pub(crate) fn read(&self, config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
+        carved::apply(config, (self.spec)(config)?)
+    }
 }
 
 /// What a family calls the tensors of a layer; paths are below `model.layers.L.`. Where hubs hold several forms, all

@@ -47,7 +47,7 @@ pub(crate) fn route(
     };
     let rows = outputs.len() / experts;
     let scores = match gate.scoring {
-        Scoring::SoftmaxOfChosen => None,
+        Scoring::SoftmaxOfChosen | Scoring::All => None,
         Scoring::Softmax => Some(softmax(outputs.to_vec(), experts)?),
         Scoring::Sigmoid => Some(outputs.iter().map(|output| 1.0 / (1.0 + (-output).exp())).collect()),
     };
@@ -70,6 +70,7 @@ pub(crate) fn route(
         chosen.iter().enumerate().map(|(i, expert)| values[i / top_k * experts + *expert as usize]).collect()
     };
     let mut weights = match scores {
+        None if gate.scoring == Scoring::All => vec![1.0; chosen.len()],
         None => softmax(pick(outputs), top_k)?,
         Some(scores) => pick(&scores),
     };

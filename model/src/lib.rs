@@ -39,6 +39,7 @@ compile_error!("weights are used in place and are little-endian");
 mod activation;
 mod attention;
 mod cache;
+mod carve;
 mod chat_template;
 mod checkpoint;
 #[cfg(any(feature = "cuda", test))]
@@ -47,8 +48,10 @@ mod device;
 mod expert;
 mod experts;
 mod families;
+mod folder;
 mod gate;
 mod generation;
+mod gguf;
 mod lanes;
 mod linear;
 pub mod peak;
@@ -62,6 +65,7 @@ mod tokenizer;
 mod trunk;
 
 pub use cache::KvCache;
+pub use carve::{CarveError, carve};
 pub use chat_template::{ChatMessage, ChatTemplate, ChatTemplateError};
 pub use checkpoint::{
     Checkpoint, CheckpointError, ConfigError, ExpertParts, LoadError, Mapping, Part, PartHashes, PartSource, Parts,
@@ -74,8 +78,10 @@ pub use device::{
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;
+pub use folder::WriteError;
 pub use gate::Routing;
 pub use generation::{GenerationDefaults, GenerationDefaultsError};
+pub use gguf::{GgufError, Imported, import_gguf};
 pub use quantise::{FolderError, Precision, QuantiseError, Written, quantise, quantise_folder};
 pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{

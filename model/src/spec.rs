@@ -177,6 +177,14 @@ pub struct MoeSpec {
     pub shared: Option<SharedExpertSpec>,
 }
 
+impl MoeSpec {
+    /// There is a router that chooses.
+    #[must_use]
+    pub fn has_gate(&self) -> bool {
+        self.gate.scoring != Scoring::All
+    }
+}
+
 /// What a SwiGLU computes of the outputs g of `gate_proj` and u of `up_proj`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
@@ -229,6 +237,8 @@ pub enum Scoring {
     SoftmaxOfChosen,
     /// The sigmoid of the expert's own output.
     Sigmoid,
+    /// There is no router: every row goes to all experts with weight 1, as they are slices of a dense layer.
+    All,
 }
 
 /// Experts in groups of equal size, of consecutive numbers. Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2.

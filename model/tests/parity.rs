@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Golden, Local, argmax, bits, fixtures, json, largest_difference, tiny_moe};
+use common::{Golden, Local, argmax, bits, dense, fixtures, json, largest_difference, tiny_moe};
 use hanse_model::LogitsWanted;
 
 /// Checks one case and gives the largest difference of a logit, in standard deviations, and of a gate weight.
@@ -47,7 +47,7 @@ fn check(dir: &std::path::Path) -> (f32, f32) {
 /// The reference's own noise is below 1e-5 of the standard deviation; a mechanism done wrong moves logits by 0.5.
 #[test]
 fn every_family_gives_the_reference_logits_experts_and_greedy_tokens() {
-    for dir in fixtures() {
+    for dir in fixtures().into_iter().chain(dense()) {
         let (logit, weight) = check(&dir);
         assert!(logit <= 1e-4, "{}: logits differ by {logit} std", dir.display());
         assert!(weight <= 1e-4, "{}: gate weights differ by {weight}", dir.display());
@@ -56,7 +56,7 @@ fn every_family_gives_the_reference_logits_experts_and_greedy_tokens() {
 
 #[test]
 fn prefill_at_once_in_chunks_and_token_by_token_gives_the_same_bits() {
-    for dir in fixtures() {
+    for dir in fixtures().into_iter().chain(dense()) {
         let prompt = Golden::open(&dir).ids("p1.input_ids").unwrap();
         let mut model = Local::open(&dir);
         let at_once = bits(&model.prefill(&prompt));

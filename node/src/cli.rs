@@ -1,5 +1,6 @@
 //! What the command line understands.
 
+mod convert;
 mod draft;
 mod examples;
 mod gateway;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+pub(crate) use convert::{CarveArgs, FloatDtype, ImportArgs};
 pub(crate) use draft::DraftArgs;
 pub(crate) use gateway::GatewayArgs;
 use hanse_model::DeviceChoice;
@@ -77,6 +79,10 @@ pub(crate) enum Command {
     Manifest(ManifestArgs),
     /// Write a model folder again with weights in fewer bits.
     Quantize(QuantizeArgs),
+    /// Make slices of a dense model's feed-forward layers, so that volunteers can share them like experts.
+    Carve(CarveArgs),
+    /// Make a model folder of a GGUF file.
+    Import(ImportArgs),
     /// Measure on this machine: the price of distribution, one expert call, memory.
     Bench(BenchArgs),
     /// What a shell needs to complete commands and options.

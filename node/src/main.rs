@@ -39,6 +39,8 @@ fn main() -> ExitCode {
             Command::Inspect(args) => commands::inspect::run(&args),
             Command::Manifest(args) => commands::manifest::run(&args),
             Command::Quantize(args) => commands::quantize::run(&args),
+            Command::Carve(args) => commands::carve::run(&args),
+            Command::Import(args) => commands::import::run(&args),
             Command::Bench(args) => commands::bench::run(args).await,
             Command::Completions(args) => commands::completions::run(&args),
             Command::Man(args) => commands::man::run(&args),

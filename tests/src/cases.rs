@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::reference::{Golden, fixtures, json, tiny_moe};
+use crate::reference::{Golden, dense, fixtures, json, tiny_moe};
 
 /// A checkpoint with what another implementation computes for it.
 #[derive(Debug)]
@@ -62,6 +62,12 @@ pub const DENSE_FAMILIES: [&str; 2] = ["llama", "qwen3"];
 #[must_use]
 pub fn cases_of(family: &str) -> Vec<Case> {
     fixtures().iter().filter(|dir| family_of(dir) == family).map(|dir| fixture_case(dir)).collect()
+}
+
+/// The cases of dense families, which are of use on a network once they are carved.
+#[must_use]
+pub fn dense_cases() -> Vec<Case> {
+    dense().iter().map(|dir| fixture_case(dir)).collect()
 }
 
 /// A fixture folder's name up to what tells its cases apart.

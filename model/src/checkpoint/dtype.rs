@@ -80,10 +80,20 @@ impl StoredDtype {
         SUFFIXES.iter().find_map(|(suffix, _)| name.strip_suffix(suffix)).unwrap_or(name)
     }
 
+    /// The same among those that safetensors files have for plain values; `None` for quantised ones.
+    pub(crate) fn plain(self) -> Option<Dtype> {
+        match self {
+            Self::F32 => Some(Dtype::F32),
+            Self::F16 => Some(Dtype::F16),
+            Self::Bf16 => Some(Dtype::BF16),
+            _ => None,
+        }
+    }
+
     /// Whether values lie in blocks or have scales elsewhere.
     #[must_use]
     pub fn is_quantised(self) -> bool {
-        !matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+        self.plain().is_none()
     }
 
     /// The first value that is infinite or no number, of whole blocks that lie one after another in `bytes`: which one, and the value. Of

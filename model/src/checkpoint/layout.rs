@@ -94,7 +94,9 @@ impl Inner {
                     add("mlp.down_proj.weight", vec![hidden, *intermediate_size]);
                 }
                 FeedForwardSpec::Moe(moe) => {
-                    tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+                    if moe.has_gate() {
+                        tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+                    }
                     tensors.extend(self.gate_bias(number, moe));
                     tensors.extend(self.correction(number, moe));
                     let Some(shared) = moe.shared else { continue };

@@ -23,13 +23,14 @@ pub(super) struct Moe {
     spec: MoeSpec,
     gate: Gate,
     shared: Option<Shared>,
+    hidden_size: usize,
 }
 
 /// What chooses the experts.
 #[derive(Debug)]
 pub(super) struct Gate {
-    /// `[experts, hidden]`
-    weight: Matrix,
+    /// `[experts, hidden]`; none where every row goes to all experts.
+    weight: Option<Matrix>,
     /// `[experts]`
     bias: Option<Vec<f32>>,
     /// `[experts]`: what is added to scores for the choice.
@@ -64,6 +65,7 @@ impl FeedForward {
                 gate: Gate::load(checkpoint, layer, moe)?,
                 shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
                 spec: moe.clone(),
+                hidden_size: hidden,
             })),
         })
     }
@@ -76,12 +78,12 @@ impl FeedForward {
         experts: &mut dyn Experts,
         pool: &ThreadPool,
     ) -> Result<Vec<f32>, ForwardError> {
-        let Moe { spec, gate, shared } = match self {
+        let Moe { spec, gate, shared, hidden_size } = match self {
             Self::Dense(swiglu) => return Ok(apply(swiglu, x, pool)),
             Self::Moe(moe) => &**moe,
         };
         let choosable = experts.choosable(layer);
-        let routing = within(pool, x.len() == gate.weight.inputs(), || gate.route(x, spec, choosable, pool))?;
+        let routing = within(pool, x.len() == *hidden_size, || gate.route(x, *hidden_size, spec, choosable, pool))?;
         let mut added = None;
         let out = match shared {
             // They wait in this thread, while the shared expert is computed in the pool.
@@ -104,9 +106,13 @@ impl FeedForward {
 
 impl Gate {
     fn load(checkpoint: &Checkpoint, layer: usize, moe: &MoeSpec) -> Result<Self, CheckpointError> {
-        let name = checkpoint.gate_name(layer);
-        let weight = checkpoint.matrix(&name, moe.experts, checkpoint.spec().hidden_size)?;
-        weight.check_finite(&name)?;
+        let mut weight = None;
+        if moe.has_gate() {
+            let name = checkpoint.gate_name(layer);
+            let matrix = checkpoint.matrix(&name, moe.experts, checkpoint.spec().hidden_size)?;
+            matrix.check_finite(&name)?;
+            weight = Some(matrix);
+        }
         Ok(Self { weight, bias: checkpoint.gate_bias(layer, moe)?, correction: checkpoint.correction(layer, moe)? })
     }
 
@@ -114,11 +120,15 @@ impl Gate {
     fn route(
         &self,
         x: &[f32],
+        hidden_size: usize,
         spec: &MoeSpec,
         choosable: Option<&[bool]>,
         pool: &ThreadPool,
     ) -> candle_core::Result<Routing> {
-        let mut outputs = linear(x, &self.weight, pool);
+        let mut outputs = match &self.weight {
+            Some(weight) => linear(x, weight, pool),
+            None => vec![0.0; x.len() / hidden_size * spec.experts],
+        };
         if let Some(bias) = &self.bias {
             outputs.chunks_exact_mut(bias.len()).for_each(|row| add_bias(row, bias));
         }

@@ -38,6 +38,15 @@ pub fn fixtures() -> Vec<PathBuf> {
     found
 }
 
+/// Reference cases of dense families.
+pub fn dense() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(fixture("dense")).unwrap();
+    let mut found: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    assert!(!found.is_empty(), "there are dense cases");
+    found
+}
+
 pub fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
@@ -48,7 +57,11 @@ pub struct Golden {
 
 impl Golden {
     pub fn open(dir: &Path) -> Self {
-        Self { bytes: std::fs::read(dir.join("golden.safetensors")).unwrap() }
+        Self::read(&dir.join("golden.safetensors"))
+    }
+
+    pub fn read(path: &Path) -> Self {
+        Self { bytes: std::fs::read(path).unwrap() }
     }
 
     pub fn f32(&self, name: &str) -> Option<Vec<f32>> {

@@ -102,6 +102,16 @@ Examples:
   hanse doctor --bootstrap ADDR --listen /ip4/0.0.0.0/udp/4001/quic-v1 \\
     --data-dir /var/lib/hanse --json";
 
+pub(super) const CARVE: &str = "\
+Examples:
+  hanse carve SmolLM2-135M --slices 4 --out SmolLM2-135M-carved
+  hanse carve DIR --slices 16 --out DIR2 --json";
+
+pub(super) const IMPORT: &str = "\
+Examples:
+  hanse import SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M
+  hanse import Qwen3-30B-A3B-Q4_K_M.gguf --out Qwen3-30B-A3B --to bf16";
+
 pub(super) const COMPLETIONS: &str = "\
 Examples:
   hanse completions bash > ~/.local/share/bash-completion/completions/hanse

@@ -21,6 +21,8 @@ const COMMANDS: &[&str] = &[
     "inspect",
     "manifest",
     "quantize",
+    "carve",
+    "import",
     "bench",
     "completions",
     "man",

@@ -1,0 +1,71 @@
+//! How texts are cut up before pairs of tokens are merged, by the name that GGUF files give it in `tokenizer.ggml.pre`.
+//!
+//! Source: `src/llama-vocab.cpp` of llama.cpp. Where a comment there has the expression of the model's own `tokenizer.json`, it is
+//! that one.
+
+use super::super::error::GgufError;
+
+/// A way to cut up texts.
+#[derive(Debug)]
+pub(super) struct Pre {
+    pub(super) names: &'static [&'static str],
+    /// Each cuts up what those before it left.
+    pub(super) regexes: &'static [&'static str],
+    /// A piece that is a token is that token, whatever merges would make of it.
+    pub(super) ignore_merges: bool,
+    /// Texts begin with the bos token unless the file says otherwise.
+    pub(super) add_bos: bool,
+    /// Characters are composed first.
+    pub(super) nfc: bool,
+}
+
+const PLAIN: Pre = Pre { names: &[], regexes: &[], ignore_merges: false, add_bos: false, nfc: false };
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const PRES: &[Pre] = &[
+    Pre { names: &["default"], regexes: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN },
+    Pre { names: &["gpt-2"], regexes: &[GPT2], ..PLAIN },
+    Pre { names: &["olmo"], regexes: &[GPT2], nfc: true, ..PLAIN },
+    Pre { names: &["smollm", "starcoder", "refact", "command-r"], regexes: &[r"\p{N}", GPT2], ..PLAIN },
+    Pre {
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"],
+        regexes: &[LLAMA3],
+        ignore_merges: true,
+        add_bos: true,
+        ..PLAIN
+    },
+    Pre { names: &["dbrx", "smaug-bpe"], regexes: &[LLAMA3], ..PLAIN },
+    Pre { names: &["qwen2", "deepseek-r1-qwen"], regexes: &[QWEN2], nfc: true, ..PLAIN },
+    Pre { names: &["tekken"], regexes: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN },
+    Pre { names: &["gpt-4o"], regexes: &[GPT4O], ..PLAIN },
+    Pre {
+        names: &["deepseek-v3"],
+        regexes: &[
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+        ],
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-coder"],
+        regexes: &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
+        ..PLAIN
+    },
+];
+
+/// The one of this name; without a name the default, as in llama.cpp.
+pub(super) fn find(name: Option<&str>) -> Result<&'static Pre, GgufError> {
+    let name = name.unwrap_or("default");
+    PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
+        let known: Vec<&str> = PRES.iter().flat_map(|pre| pre.names.iter().copied()).collect();
+        let found = name.chars().take(80).collect();
+        GgufError::Vocabulary { key: "tokenizer.ggml.pre", found, known: known.join(", ") }
+    })
+}

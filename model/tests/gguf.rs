@@ -1,0 +1,131 @@
+//! GGUF files made by llama.cpp's converter, imported.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{Golden, Local, fixture, json, largest_difference};
+use hanse_model::{Checkpoint, GenerationDefaults, Imported, StoredDtype, Tokenizer, import_gguf};
+use tempfile::TempDir;
+
+fn imported(path: &Path, to: StoredDtype) -> (TempDir, PathBuf, Imported) {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, mut last) = (folder.path().join("model"), (0, 1));
+    let found = import_gguf(path, to, &out, &mut |done, total| last = (done, total));
+    let found = found.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert!(last.0 <= last.1 && last.1 == found.bytes, "{last:?}");
+    (folder, out, found)
+}
+
+fn file(name: &str) -> PathBuf {
+    fixture("gguf").join(format!("{name}.gguf"))
+}
+
+/// Logits and greedy tokens that transformers computes for the weights in the file.
+#[test]
+fn every_architecture_gives_the_reference_logits_and_greedy_tokens() {
+    let families = [
+        ("llama", "llama"),
+        ("mixtral", "mixtral"),
+        ("olmoe", "olmoe"),
+        ("qwen2", "qwen2"),
+        ("qwen2moe", "qwen2_moe"),
+        ("qwen3", "qwen3"),
+        ("qwen3moe", "qwen3_moe"),
+    ];
+    for (name, family) in families {
+        let (_folder, out, found) = imported(&file(name), StoredDtype::F16);
+        let golden = Golden::read(&fixture("gguf").join(format!("{name}.safetensors")));
+        let (prompt, expected) = (golden.ids("input_ids").unwrap(), golden.f32("logits").unwrap());
+        let mut model = Local::open(&out);
+        assert_eq!(model.trunk.spec().family, family);
+        let mean = expected.iter().sum::<f32>() / expected.len() as f32;
+        let std = (expected.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / expected.len() as f32).sqrt();
+        let difference = largest_difference(&model.prefill(&prompt), &expected) / std;
+        println!("{name:10} {} tensors, logits {difference:.2e} std", found.tensors);
+        assert!(difference <= 1e-4, "{name}: {difference}");
+        let greedy = golden.ids("greedy_ids").unwrap();
+        assert_eq!(model.greedy(&prompt, greedy.len()), greedy, "{name}");
+    }
+}
+
+/// One file has blocks, the other what gguf-py says that they stand for.
+#[test]
+fn blocks_become_the_values_that_they_stand_for() {
+    let (_folder, blocks, found) = imported(&file("qwen2_blocks"), StoredDtype::F32);
+    let (_other, widened, _) = imported(&file("qwen2_widened"), StoredDtype::F32);
+    assert!(["Q8_0", "Q4_1", "Q4_0", "Q5_0", "Q5_1"].iter().all(|kind| found.types[kind] > 0), "{:?}", found.types);
+    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(weights(&blocks) == weights(&widened));
+    for (to, bytes) in [(StoredDtype::F16, 2), (StoredDtype::Bf16, 2), (StoredDtype::F32, 4)] {
+        let (_folder, out, _) = imported(&file("qwen2_blocks"), to);
+        let parts = Checkpoint::open(&out).unwrap().weight_map().unwrap().parts;
+        let embedding = parts.trunk.iter().find(|part| part.name == "model.embed_tokens.weight").unwrap();
+        assert_eq!((embedding.dtype, embedding.dtype.bytes_per_value()), (to, bytes));
+        let norm = parts.trunk.iter().find(|part| part.name == "model.norm.weight").unwrap();
+        assert_eq!(norm.dtype, StoredDtype::F32, "as stored");
+    }
+}
+
+#[test]
+fn the_same_file_gives_the_same_folder() {
+    let (_one, one, _) = imported(&file("qwen3moe"), StoredDtype::F16);
+    let (_two, two, _) = imported(&file("qwen3moe"), StoredDtype::F16);
+    let mut names: Vec<_> = std::fs::read_dir(&one).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    let expected =
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names, expected);
+    for name in names {
+        assert!(std::fs::read(one.join(&name)).unwrap() == std::fs::read(two.join(&name)).unwrap(), "{name:?}");
+    }
+}
+
+/// Encodings and chats of the tokenizers that the files were made with.
+#[test]
+fn tokenizers_are_those_that_the_file_was_made_with() {
+    for (name, source) in [("qwen3moe", "qwen3_moe"), ("olmoe", "olmoe")] {
+        let (_folder, out, found) = imported(&file(name), StoredDtype::F16);
+        assert!(found.chat_template);
+        let (tokenizer, golden) =
+            (Tokenizer::load(&out).unwrap(), json(&fixture(source).join("tokenizer_golden.json")));
+        let ids = |value: &serde_json::Value| -> Vec<u32> {
+            value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
+        for case in golden["encode"].as_array().unwrap() {
+            let encoded =
+                tokenizer.encode(&text(&case["text"]), case["add_special_tokens"].as_bool().unwrap()).unwrap();
+            assert_eq!(encoded, ids(&case["ids"]), "{name}: {}", case["text"]);
+            assert_eq!(tokenizer.decode(&encoded, false).unwrap(), text(&case["decoded"]), "{name}");
+            assert_eq!(tokenizer.decode(&encoded, true).unwrap(), text(&case["decoded_skip_special"]), "{name}");
+        }
+        let template = tokenizer.chat_template().unwrap().unwrap();
+        for case in golden["chat"].as_array().unwrap() {
+            let messages: Vec<hanse_model::ChatMessage> = serde_json::from_value(case["messages"].clone()).unwrap();
+            let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap()).unwrap();
+            assert_eq!(rendered, text(&case["rendered"]), "{name}");
+            assert_eq!(tokenizer.encode(&rendered, false).unwrap(), ids(&case["ids"]), "{name}");
+        }
+        let (ours, theirs) =
+            (GenerationDefaults::load(&out).unwrap(), GenerationDefaults::load(&fixture(source)).unwrap());
+        assert!(theirs.eos_token_ids.iter().all(|id| ours.eos_token_ids.contains(id)), "{name}: {ours:?} {theirs:?}");
+    }
+}
+
+/// What SentencePiece itself makes of texts.
+#[test]
+fn sentence_piece_vocabularies_cut_texts_as_sentence_piece_does() {
+    let (_folder, out, found) = imported(&file("llama_sentencepiece"), StoredDtype::F16);
+    assert_eq!(found.tokenizer, "llama");
+    let tokenizer = Tokenizer::load(&out).unwrap();
+    for case in json(&fixture("gguf/llama_sentencepiece.json")).as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        // SentencePiece puts no space before nothing; what is before nothing matters to nobody.
+        if !text.is_empty() {
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids, "{text:?}");
+        }
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), case["decoded"].as_str().unwrap(), "{text:?}");
+    }
+}
