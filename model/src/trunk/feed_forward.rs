@@ -14,7 +14,7 @@ use crate::spec::{Activation, FeedForwardSpec, MoeSpec};
 #[derive(Debug)]
 pub(super) enum FeedForward {
     Dense(Swiglu),
-    Moe { spec: MoeSpec, gate: Gate, shared: Option<Shared> },
+    Moe { spec: MoeSpec, gate: Gate, shared: Option<Box<Shared>> },
 }
 
 /// What chooses the experts.
@@ -54,7 +54,7 @@ impl FeedForward {
             }
             FeedForwardSpec::Moe(moe) => Self::Moe {
                 gate: Gate::load(checkpoint, layer, moe)?,
-                shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
+                shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Box::new(Shared { swiglu, gate })),
                 spec: moe.clone(),
             },
         })
