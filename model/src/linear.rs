@@ -35,7 +35,7 @@ enum Values {
     F32(Slab<f32>),
     F16(Slab<f16>),
     Bf16(Slab<bf16>),
-    Quantised(Quantised),
+    Quantised(Box<Quantised>),
 }
 
 /// Values in the mapping, or a copy where the mapping is not aligned for them.
@@ -96,7 +96,7 @@ impl Matrix {
             StoredDtype::F32 => Values::F32(Slab::new(map, start, len)),
             StoredDtype::F16 => Values::F16(Slab::new(map, start, len)),
             StoredDtype::Bf16 => Values::Bf16(Slab::new(map, start, len)),
-            _ => Values::Quantised(Quantised::blocks((map, start), dtype, outputs, inputs)?),
+            _ => Values::Quantised(Box::new(Quantised::blocks((map, start), dtype, outputs, inputs)?)),
         };
         Some(Self { values, outputs, inputs })
     }
@@ -109,7 +109,7 @@ impl Matrix {
         outputs: usize,
         inputs: usize,
     ) -> Self {
-        Self { values: Values::Quantised(Quantised::fp8(values, scales, outputs, inputs)), outputs, inputs }
+        Self { values: Values::Quantised(Box::new(Quantised::fp8(values, scales, outputs, inputs))), outputs, inputs }
     }
 
     /// Every `step`th row of MXFP4, from the first on, and the scales of all rows. `None` if a row is no whole number of blocks. The
@@ -121,7 +121,7 @@ impl Matrix {
         outputs: usize,
         inputs: usize,
     ) -> Option<Self> {
-        let values = Values::Quantised(Quantised::mxfp4(values, scales, step, outputs, inputs)?);
+        let values = Values::Quantised(Box::new(Quantised::mxfp4(values, scales, step, outputs, inputs)?));
         Some(Self { values, outputs, inputs })
     }
 

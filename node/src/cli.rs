@@ -401,6 +401,10 @@ pub(crate) struct ScoreArgs {
     /// Write the logits at every position to this safetensors file: tensor `logits`, [tokens, vocab], f32.
     #[arg(long, value_name = "FILE")]
     pub(crate) logits_out: Option<PathBuf>,
+    /// Compare with the logits that an earlier call has written for the same text: KL divergence of the next token's distribution from
+    /// theirs, and how often the likeliest token is the same.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) compare: Option<PathBuf>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

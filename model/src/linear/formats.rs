@@ -91,7 +91,7 @@ impl Packed for Q4K {
             let from = block.bits.wrapping_add((number / 2).wrapping_mul(GROUP));
             [0, LANES].map(|at| {
                 let bytes = L::load_bytes(from.wrapping_add(at));
-                let bits = if number % 2 == 0 { L::low_nibbles(bytes) } else { L::high_nibbles(bytes) };
+                let bits = if number.is_multiple_of(2) { L::low_nibbles(bytes) } else { L::high_nibbles(bytes) };
                 // The product has few enough bits to be exact: one rounding, as where it is rounded by itself.
                 L::mul_add(L::from_i8(bits), scale, minimum)
             })
