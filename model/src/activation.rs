@@ -9,7 +9,7 @@ pub(crate) fn add_bias(to: &mut [f32], bias: &[f32]) {
 
 instantiate! {
     /// `gate[i] = g * sigmoid(alpha * g) * (u + 1)` for `len` values, with g the smaller of `gate[i]` and `limit`, and u `up[i]` clamped
-    /// to &plusmn; `limit`.
+    /// to ± `limit`.
     ///
     /// # Safety
     /// The machine must have `isa`; both pointers are valid for `len` values.
