@@ -35,8 +35,10 @@ pub enum CarveError {
         /// The next number above that divides it.
         above: usize,
     },
-    /// Blocks of values cannot be cut anywhere.
-    #[error("tensor `{tensor}` is quantised: carve the model first, and then quantise its slices")]
+    /// Blocks of values are not cut.
+    #[error(
+        "tensor `{tensor}` is quantised: carve the model first (of a GGUF file the folder of `hanse import --to f16`), and quantise its slices then"
+    )]
     Quantised {
         /// The tensor.
         tensor: String,
@@ -123,11 +125,10 @@ fn check(checkpoint: &Checkpoint, slices: usize) -> Result<(), CarveError> {
 fn plan(checkpoint: &Checkpoint, slices: usize) -> Result<(Vec<NewTensor>, Vec<Source>), CarveError> {
     let (mut tensors, mut sources) = (Vec::new(), Vec::new());
     for (name, shape) in checkpoint.tensor_shapes() {
-        let Some(dtype) = checkpoint.dtype(&name, &shape)?.plain() else {
-            return Err(CarveError::Quantised { tensor: name });
-        };
+        let stored = checkpoint.dtype(&name, &shape)?;
+        let quantised = || CarveError::Quantised { tensor: name.clone() };
         let Some((layer, matrix)) = feed_forward(&name) else {
-            tensors.push(NewTensor { name: name.clone(), dtype, shape: shape.clone() });
+            tensors.push(NewTensor::stored(name.clone(), stored, shape.clone()).ok_or_else(quantised)?);
             sources.push(Source { name, shape, part: None });
             continue;
         };
@@ -138,7 +139,9 @@ fn plan(checkpoint: &Checkpoint, slices: usize) -> Result<(Vec<NewTensor>, Vec<S
             let mut part = [0..shape[0], 0..shape[1]];
             part[cut] = slice * size..(slice + 1) * size;
             let name_of_slice = format!("model.layers.{layer}.mlp.experts.{slice}.{matrix}.weight");
-            tensors.push(NewTensor { name: name_of_slice, dtype, shape: part.iter().map(Range::len).collect() });
+            let (dtype, shape_of_slice) =
+                (stored.plain().ok_or_else(quantised)?, part.iter().map(Range::len).collect());
+            tensors.push(NewTensor { name: name_of_slice, dtype, shape: shape_of_slice });
             sources.push(Source { name: name.clone(), shape: shape.clone(), part: Some(part) });
         }
     }

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::json;
 
+use crate::checkpoint::StoredDtype;
+
 /// Bytes of a safetensors file, unless a single tensor has more.
 const MAX_SHARD_BYTES: u64 = 4 << 30;
 /// Bytes that are collected before they are written.
@@ -22,6 +24,16 @@ pub(crate) struct NewTensor {
 }
 
 impl NewTensor {
+    /// A tensor of the model that is stored so; `None` if it cannot be, as rows are no whole blocks or have scales elsewhere.
+    pub(crate) fn stored(name: String, stored: StoredDtype, mut shape: Vec<usize>) -> Option<Self> {
+        if let Some(dtype) = stored.plain() {
+            return Some(Self { name, dtype, shape });
+        }
+        let columns = shape.last_mut()?;
+        *columns = stored.bytes(*columns)?;
+        Some(Self { name: name + stored.suffix()?, dtype: Dtype::U8, shape })
+    }
+
     fn bytes(&self) -> u64 {
         self.shape.iter().product::<usize>() as u64 * self.dtype.bitsize() as u64 / 8
     }

@@ -61,10 +61,13 @@ struct Source<'g> {
     columns: usize,
     /// Rows of a head that lie beside those that they rotate against.
     neighbours: Option<usize>,
+    /// Its blocks are written as they are.
+    kept: Option<StoredDtype>,
 }
 
 /// Makes a model folder `out` of a GGUF file, or of several of which `path` is the first. Tensors that the file holds quantised are
-/// written as `to`; those in f32, f16 and bf16 stay as they are. `progress` is told bytes of the file done and bytes in all.
+/// written as `to`; if that is `None`, matrices in Q8_0 and Q4_K stay as they are, which are computed so, and others become f16. Tensors in f32,
+/// f16 and bf16 stay as they are. `progress` is told bytes of the file done and bytes in all.
 ///
 /// The file is mapped: it must not be truncated meanwhile. Memory is bounded by what the metadata need.
 ///
@@ -72,11 +75,11 @@ struct Source<'g> {
 /// What is wrong with the file or not supported, by name; what goes wrong with the folder. Nothing is left of `out` then.
 pub fn import_gguf(
     path: &Path,
-    to: StoredDtype,
+    to: Option<StoredDtype>,
     out: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Imported, GgufError> {
-    let Some(to) = to.plain() else { return Err(GgufError::Precision(to)) };
+    let to = to.map(|to| to.plain().ok_or(GgufError::Precision(to))).transpose()?;
     let files = Files::open(path)?;
     let gguf = files.parse()?;
     let (architecture, mut config) = architectures::read(&gguf)?;
@@ -126,7 +129,7 @@ fn plan<'g>(
     gguf: &'g Gguf<'_>,
     architecture: &Architecture,
     config_text: &str,
-    to: Dtype,
+    to: Option<Dtype>,
 ) -> Result<(Vec<NewTensor>, Vec<Source<'g>>), GgufError> {
     let (mut tensors, mut sources, mut used) = (Vec::new(), Vec::new(), BTreeSet::new());
     let head_dim = serde_json::from_str::<Value>(config_text).ok().and_then(|config| config["head_dim"].as_u64());
@@ -151,6 +154,7 @@ fn plan<'g>(
                 rows: [0, columns],
                 columns: 1,
                 neighbours: Some(head_dim as usize),
+                kept: None,
             },
             _ => Source {
                 name: name.clone(),
@@ -158,13 +162,16 @@ fn plan<'g>(
                 rows: [first, rows],
                 columns,
                 neighbours: neighbours.map(|head_dim| head_dim as usize),
+                kept: entry.kind.kept().filter(|_| to.is_none() && shape.len() == 2),
             },
         };
         if !source.columns.is_multiple_of(entry.kind.values) {
             let reason = format!("values stored as {} cannot be put in another order", entry.kind.name);
             return Err(GgufError::Tensor { tensor, reason });
         }
-        tensors.push(NewTensor { name, dtype: dtype(&entry.kind.storage, to), shape });
+        let kept = source.kept.and_then(|kept| NewTensor::stored(name.clone(), kept, shape.clone()));
+        let dtype = dtype(&entry.kind.storage, to.unwrap_or(Dtype::F16));
+        tensors.push(kept.unwrap_or(NewTensor { name, dtype, shape }));
         sources.push(source);
     }
     match gguf.tensors.keys().find(|name| !used.contains(*name) && !names::is_derived(name)) {
@@ -213,6 +220,13 @@ fn write(source: &Source<'_>, dtype: Dtype, out: &mut dyn Write) -> Result<(), F
         for row in start..(start + step).min(rows) {
             let row = first + source.neighbours.map_or(row, |head_dim| beside(row, head_dim));
             gathered.extend_from_slice(&source.entry.data[row * bytes..(row + 1) * bytes]);
+        }
+        if let Some(kept) = source.kept {
+            if let Some((_, value)) = kept.not_finite(&gathered) {
+                return Err(Filling::Other(not_finite(source, value)));
+            }
+            out.write_all(&gathered)?;
+            continue;
         }
         let values = source.entry.kind.widen(&gathered).map_err(Filling::Other)?;
         written.clear();

@@ -5,10 +5,10 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Golden, Local, fixture, json, largest_difference};
-use hanse_model::{Checkpoint, GenerationDefaults, Imported, StoredDtype, Tokenizer, import_gguf};
+use hanse_model::{Checkpoint, GenerationDefaults, Imported, StoredDtype, Tokenizer, carve, import_gguf};
 use tempfile::TempDir;
 
-fn imported(path: &Path, to: StoredDtype) -> (TempDir, PathBuf, Imported) {
+fn imported(path: &Path, to: Option<StoredDtype>) -> (TempDir, PathBuf, Imported) {
     let folder = tempfile::tempdir().unwrap();
     let (out, mut last) = (folder.path().join("model"), (0, 1));
     let found = import_gguf(path, to, &out, &mut |done, total| last = (done, total));
@@ -34,7 +34,7 @@ fn every_architecture_gives_the_reference_logits_and_greedy_tokens() {
         ("qwen3moe", "qwen3_moe"),
     ];
     for (name, family) in families {
-        let (_folder, out, found) = imported(&file(name), StoredDtype::F16);
+        let (_folder, out, found) = imported(&file(name), Some(StoredDtype::F16));
         let golden = Golden::read(&fixture("gguf").join(format!("{name}.safetensors")));
         let (prompt, expected) = (golden.ids("input_ids").unwrap(), golden.f32("logits").unwrap());
         let mut model = Local::open(&out);
@@ -49,16 +49,37 @@ fn every_architecture_gives_the_reference_logits_and_greedy_tokens() {
     }
 }
 
+/// Matrices in Q8_0 are computed as they lie.
+#[test]
+fn blocks_that_are_computed_as_they_lie_are_kept() {
+    let (_folder, kept_in, found) = imported(&file("qwen2_blocks"), None);
+    let (_other, widened, _) = imported(&file("qwen2_blocks"), Some(StoredDtype::F32));
+    let parts = Checkpoint::open(&kept_in).unwrap().weight_map().unwrap().parts.trunk;
+    let in_blocks = parts.iter().filter(|part| part.dtype == StoredDtype::Q8_0).count();
+    assert_eq!(in_blocks, found.types["Q8_0"], "{:?}", found.types);
+    assert!(parts.iter().any(|part| part.dtype == StoredDtype::F16), "what was in other blocks");
+    let logits = |dir: &Path| Local::open(dir).prefill(&[3, 1, 4, 1, 5]);
+    let (kept, widened) = (logits(&kept_in), logits(&widened));
+    let size = widened.iter().fold(0.0f32, |size, value| size.max(value.abs()));
+    // Such a folder is carved too, where feed-forward layers hold no blocks.
+    let (folder, dense) = (tempfile::tempdir().unwrap(), Checkpoint::open(&kept_in).unwrap());
+    let out = folder.path().join("carved");
+    carve(&dense, 2, "a GGUF file", &[], &out, &mut |_, _| ()).unwrap();
+    assert!(largest_difference(&logits(&out), &kept) < 1e-4 * size);
+    // The others were rounded to f16.
+    assert!(largest_difference(&kept, &widened) < 1e-2 * size);
+}
+
 /// One file has blocks, the other what gguf-py says that they stand for.
 #[test]
 fn blocks_become_the_values_that_they_stand_for() {
-    let (_folder, blocks, found) = imported(&file("qwen2_blocks"), StoredDtype::F32);
-    let (_other, widened, _) = imported(&file("qwen2_widened"), StoredDtype::F32);
+    let (_folder, blocks, found) = imported(&file("qwen2_blocks"), Some(StoredDtype::F32));
+    let (_other, widened, _) = imported(&file("qwen2_widened"), Some(StoredDtype::F32));
     assert!(["Q8_0", "Q4_1", "Q4_0", "Q5_0", "Q5_1"].iter().all(|kind| found.types[kind] > 0), "{:?}", found.types);
     let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
     assert!(weights(&blocks) == weights(&widened));
     for (to, bytes) in [(StoredDtype::F16, 2), (StoredDtype::Bf16, 2), (StoredDtype::F32, 4)] {
-        let (_folder, out, _) = imported(&file("qwen2_blocks"), to);
+        let (_folder, out, _) = imported(&file("qwen2_blocks"), Some(to));
         let parts = Checkpoint::open(&out).unwrap().weight_map().unwrap().parts;
         let embedding = parts.trunk.iter().find(|part| part.name == "model.embed_tokens.weight").unwrap();
         assert_eq!((embedding.dtype, embedding.dtype.bytes(1)), (to, Some(bytes)));
@@ -69,8 +90,8 @@ fn blocks_become_the_values_that_they_stand_for() {
 
 #[test]
 fn the_same_file_gives_the_same_folder() {
-    let (_one, one, _) = imported(&file("qwen3moe"), StoredDtype::F16);
-    let (_two, two, _) = imported(&file("qwen3moe"), StoredDtype::F16);
+    let (_one, one, _) = imported(&file("qwen3moe"), Some(StoredDtype::F16));
+    let (_two, two, _) = imported(&file("qwen3moe"), Some(StoredDtype::F16));
     let mut names: Vec<_> = std::fs::read_dir(&one).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     let expected =
@@ -85,7 +106,7 @@ fn the_same_file_gives_the_same_folder() {
 #[test]
 fn tokenizers_are_those_that_the_file_was_made_with() {
     for (name, source) in [("qwen3moe", "qwen3_moe"), ("olmoe", "olmoe")] {
-        let (_folder, out, found) = imported(&file(name), StoredDtype::F16);
+        let (_folder, out, found) = imported(&file(name), Some(StoredDtype::F16));
         assert!(found.chat_template);
         let (tokenizer, golden) =
             (Tokenizer::load(&out).unwrap(), json(&fixture(source).join("tokenizer_golden.json")));
@@ -116,7 +137,7 @@ fn tokenizers_are_those_that_the_file_was_made_with() {
 /// What SentencePiece itself makes of texts.
 #[test]
 fn sentence_piece_vocabularies_cut_texts_as_sentence_piece_does() {
-    let (_folder, out, found) = imported(&file("llama_sentencepiece"), StoredDtype::F16);
+    let (_folder, out, found) = imported(&file("llama_sentencepiece"), Some(StoredDtype::F16));
     assert_eq!(found.tokenizer, "llama");
     let tokenizer = Tokenizer::load(&out).unwrap();
     for case in json(&fixture("gguf/llama_sentencepiece.json")).as_array().unwrap() {

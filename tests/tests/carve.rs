@@ -45,7 +45,7 @@ fn smollm2_from_its_gguf_file_answers_in_english_over_the_network() {
     let file = std::env::var_os("HANSE_TEST_GGUF").expect("HANSE_TEST_GGUF names the file");
     let folder = tempfile::tempdir().unwrap();
     let (dense, carved) = (folder.path().join("dense"), folder.path().join("carved"));
-    let imported = import_gguf(file.as_ref(), StoredDtype::F16, &dense, &mut |_, _| ()).unwrap();
+    let imported = import_gguf(file.as_ref(), Some(StoredDtype::F16), &dense, &mut |_, _| ()).unwrap();
     assert_eq!((imported.architecture.as_str(), imported.tokenizer.as_str()), ("llama", "gpt2, smollm"));
     carve(&Checkpoint::open(&dense).unwrap(), 4, "SmolLM2", &describe::FILES, &carved, &mut |_, _| ()).unwrap();
     let tokenizer = Tokenizer::load(&carved).unwrap();

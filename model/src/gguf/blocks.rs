@@ -7,6 +7,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use half::{bf16, f16};
 
 use super::error::GgufError;
+use crate::checkpoint::StoredDtype;
 
 /// A way to store values.
 #[derive(Debug, PartialEq)]
@@ -80,6 +81,15 @@ const OTHERS: &[(u32, &str)] = &[
 const TWICE_MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 impl BlockType {
+    /// How model folders store the same blocks, which need not be widened then.
+    pub(super) fn kept(&self) -> Option<StoredDtype> {
+        match self.storage {
+            Storage::Blocks(GgmlDType::Q8_0) => Some(StoredDtype::Q8_0),
+            Storage::Blocks(GgmlDType::Q4K) => Some(StoredDtype::Q4K),
+            _ => None,
+        }
+    }
+
     /// The type of this number; or why it cannot be read.
     pub(super) fn of(id: u32) -> Result<&'static Self, String> {
         TYPES.iter().find(|kind| kind.id == id).ok_or_else(|| {

@@ -139,7 +139,7 @@ impl Writer {
 fn import_into(folder: &TempDir, bytes: &[u8], to: StoredDtype) -> (PathBuf, Result<Imported, GgufError>) {
     let (path, out) = (folder.path().join("a.gguf"), folder.path().join("model"));
     std::fs::write(&path, bytes).unwrap();
-    let imported = import_gguf(&path, to, &out, &mut |_, _| ());
+    let imported = import_gguf(&path, Some(to), &out, &mut |_, _| ());
     (out, imported)
 }
 

@@ -32,9 +32,10 @@ pub(crate) struct ImportArgs {
     /// The new folder; must not exist.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// What tensors become that the file holds quantised; those in f32, f16 and bf16 stay as they are.
-    #[arg(long, value_enum, default_value_t = FloatDtype::F16, value_name = "DTYPE")]
-    pub(crate) to: FloatDtype,
+    /// What tensors become that the file holds quantised; without it matrices in Q8_0 and Q4_K stay as they are, and others become
+    /// f16. Those in f32, f16 and bf16 always stay as they are.
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub(crate) to: Option<FloatDtype>,
     /// One JSON document on standard output and nothing else.
     #[arg(long)]
     pub(crate) json: bool,

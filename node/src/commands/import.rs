@@ -24,11 +24,11 @@ struct Report {
 }
 
 pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<()> {
-    let to = match args.to {
+    let to = args.to.map(|to| match to {
         FloatDtype::F32 => StoredDtype::F32,
         FloatDtype::F16 => StoredDtype::F16,
         FloatDtype::Bf16 => StoredDtype::Bf16,
-    };
+    });
     let bar = output::byte_bar("importing");
     let imported = import_gguf(&args.file, to, &args.out, &mut |done, total| {
         bar.set_length(total);
