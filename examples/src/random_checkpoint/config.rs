@@ -80,25 +80,34 @@ pub(super) fn config_json(shape: &Shape, dtype: Dtype) -> Result<Value, MakeErro
             "intermediate_size": shape.intermediate,
         }),
         // As wide as the experts of a token together.
-        "llama" | "qwen3" => json!({ "intermediate_size": shape.intermediate * shape.top_k }),
+        "llama" | "mistral" | "qwen2" | "qwen3" => json!({ "intermediate_size": shape.intermediate * shape.top_k }),
         // The list of families that the model crate knows is in its own error.
         unknown if !is_known(unknown) => json!({}),
         known => return Err(MakeError::Family(known.to_owned())),
     };
     if let (Value::Object(config), Value::Object(own)) = (&mut config, own) {
         config.extend(own);
-        // What other programs tell families by.
-        let class = match shape.family.as_str() {
-            "granitemoe" => "GraniteMoe",
-            "granitemoeshared" => "GraniteMoeShared",
-            "mixtral" => "Mixtral",
-            "olmoe" => "Olmoe",
-            "qwen2_moe" => "Qwen2Moe",
-            _ => "Qwen3Moe",
-        };
-        config.insert("architectures".into(), json!([format!("{class}ForCausalLM")]));
+        if let Some(class) = class(&shape.family) {
+            config.insert("architectures".into(), json!([class]));
+        }
     }
     Ok(config)
+}
+
+/// What transformers and llama.cpp tell a family by, of those that others are measured with.
+fn class(family: &str) -> Option<&'static str> {
+    Some(match family {
+        "deepseek_v2" => "DeepseekV2ForCausalLM",
+        "deepseek_v3" => "DeepseekV3ForCausalLM",
+        "gpt_oss" => "GptOssForCausalLM",
+        "llama" => "LlamaForCausalLM",
+        "mixtral" => "MixtralForCausalLM",
+        "olmoe" => "OlmoeForCausalLM",
+        "qwen2_moe" => "Qwen2MoeForCausalLM",
+        "qwen3" => "Qwen3ForCausalLM",
+        "qwen3_moe" => "Qwen3MoeForCausalLM",
+        _ => return None,
+    })
 }
 
 /// Experts as DeepSeek V3 has them.

@@ -7,6 +7,7 @@ mod commands;
 mod curves;
 mod demo;
 mod errors;
+mod folders;
 mod members;
 mod owner;
 #[cfg(target_os = "linux")]
