@@ -68,7 +68,9 @@ impl Stored {
     }
 
     fn checkpoint(&self) -> tempfile::TempDir {
+        let yarn = json!({"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096});
         let config = json!({
+            "rope_scaling": if self.is_mxfp4 { yarn } else { Value::Null },
             "model_type": if self.is_mxfp4 { "gpt_oss" } else { "olmoe" }, "hidden_size": HIDDEN,
             "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
             "num_experts": EXPERTS, "num_local_experts": EXPERTS, "num_experts_per_tok": 8, "vocab_size": 2,

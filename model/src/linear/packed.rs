@@ -1,7 +1,7 @@
 //! Weights in few bits, which are widened to f32 in registers: an output is the same chain of additions as in [`super::kernel`], so that
 //! its bits are those of the same matrix widened in memory.
 //!
-//! Of many rows, some columns are widened into a buffer that stays in the first cache, and multiplied as f32.
+//! Of more than a few rows, some columns are widened into a buffer that stays in a near cache, and multiplied as f32.
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
@@ -84,41 +84,36 @@ const COLUMNS: usize = 12;
 
 #[inline(always)]
 unsafe fn multiply_with<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) {
-    let (mut column, end) = shape.columns;
     unsafe {
         match shape.rows {
             0 => {}
-            1 if L::WIDE => {
-                while end - column >= 4 {
-                    tile::<L, P, 1, 4>(x, w, y, shape, column);
-                    column += 4;
-                }
-                while column < end {
-                    tile::<L, P, 1, 1>(x, w, y, shape, column);
-                    column += 1;
-                }
-            }
-            2 if L::WIDE => {
-                while end - column >= 4 {
-                    tile::<L, P, 2, 4>(x, w, y, shape, column);
-                    column += 4;
-                }
-                while column < end {
-                    tile::<L, P, 2, 1>(x, w, y, shape, column);
-                    column += 1;
-                }
-            }
-            1 => {
-                while end - column >= 2 {
-                    tile::<L, P, 1, 2>(x, w, y, shape, column);
-                    column += 2;
-                }
-                while column < end {
-                    tile::<L, P, 1, 1>(x, w, y, shape, column);
-                    column += 1;
-                }
-            }
+            1 if L::WIDE => by_tiles::<L, P, 1, 4>(x, w, y, shape),
+            2 if L::WIDE => by_tiles::<L, P, 2, 4>(x, w, y, shape),
+            3 if L::WIDE => by_tiles::<L, P, 3, 4>(x, w, y, shape),
+            4 if L::WIDE => by_tiles::<L, P, 4, 4>(x, w, y, shape),
+            1 => by_tiles::<L, P, 1, 2>(x, w, y, shape),
             _ => by_widening::<L, P>(x, w, y, shape),
+        }
+    }
+}
+
+/// See [`multiply`]: all rows, which are `R`, with `C` columns at a time.
+#[inline(always)]
+unsafe fn by_tiles<L: Lanes, P: Packed, const R: usize, const C: usize>(
+    x: *const f32,
+    w: Rows,
+    y: *mut f32,
+    shape: Shape,
+) {
+    let (mut column, end) = shape.columns;
+    unsafe {
+        while end - column >= C {
+            tile::<L, P, R, C>(x, w, y, shape, column);
+            column += C;
+        }
+        while column < end {
+            tile::<L, P, R, 1>(x, w, y, shape, column);
+            column += 1;
         }
     }
 }
