@@ -56,12 +56,12 @@ pub const MOE_FAMILIES: [&str; 16] = [
 ];
 
 /// Dense families that have cases.
-pub const DENSE_FAMILIES: [&str; 2] = ["llama", "qwen3"];
+pub const DENSE_FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 
 /// All cases whose folder's name begins with `family` and no longer family's name.
 #[must_use]
 pub fn cases_of(family: &str) -> Vec<Case> {
-    fixtures().iter().filter(|dir| family_of(dir) == family).map(|dir| fixture_case(dir)).collect()
+    fixtures().iter().chain(&dense()).filter(|dir| family_of(dir) == family).map(|dir| fixture_case(dir)).collect()
 }
 
 /// The cases of dense families, which are of use on a network once they are carved.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use hanse_router::{Client, RemoteExperts};
 use hanse_tests::cases::{Case, DENSE_FAMILIES, MOE_FAMILIES, cases_of, family_of, tiny_moe_case};
 use hanse_tests::net::{Net, greedy, model_config, runtime, tokens};
-use hanse_tests::reference::{Model, bits, fixtures, largest_difference};
+use hanse_tests::reference::{Model, bits, dense, fixtures, largest_difference};
 use tokio_util::sync::CancellationToken;
 
 /// The reference's own noise is below 2e-5 of the standard deviation; a mechanism done wrong moves logits by 1e-3 and more.
@@ -159,7 +159,7 @@ fn dense_families_in_one_process_are_the_reference() {
 
 #[test]
 fn every_family_has_reference_cases() {
-    let families: BTreeSet<&str> = fixtures().iter().map(|dir| family_of(dir)).collect();
+    let families: BTreeSet<&str> = fixtures().iter().chain(&dense()).map(|dir| family_of(dir)).collect();
     assert_eq!(families, MOE_FAMILIES.into_iter().chain(DENSE_FAMILIES).collect());
     assert_eq!(hanse_model::known_families().split(", ").collect::<BTreeSet<_>>(), families);
 }
