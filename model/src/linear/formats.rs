@@ -25,7 +25,8 @@ impl Packed for Q8_0 {
     unsafe fn group<L: Lanes>(block: &*const u8, _number: usize) -> [L::V; 2] {
         unsafe {
             let scale = L::splat(L::half_to_f32(block.cast::<u16>().read_unaligned()));
-            [2, 2 + LANES].map(|at| L::mul(L::from_i8(L::load_bytes(block.wrapping_add(at))), scale))
+            let (first, second) = (block.wrapping_add(2), block.wrapping_add(2 + LANES));
+            [L::mul(L::from_i8(L::load_bytes(first)), scale), L::mul(L::from_i8(L::load_bytes(second)), scale)]
         }
     }
 }
@@ -89,12 +90,14 @@ impl Packed for Q4K {
             let scale = L::splat(*block.scales.get_unchecked(number));
             let minimum = L::splat(*block.minima.get_unchecked(Self::GROUPS.wrapping_add(number)));
             let from = block.bits.wrapping_add((number / 2).wrapping_mul(GROUP));
-            [0, LANES].map(|at| {
-                let bytes = L::load_bytes(from.wrapping_add(at));
-                let bits = if number.is_multiple_of(2) { L::low_nibbles(bytes) } else { L::high_nibbles(bytes) };
-                // The product has few enough bits to be exact: one rounding, as where it is rounded by itself.
-                L::mul_add(L::from_i8(bits), scale, minimum)
-            })
+            let (first, second) = (L::load_bytes(from), L::load_bytes(from.wrapping_add(LANES)));
+            let (first, second) = if number.is_multiple_of(2) {
+                (L::low_nibbles(first), L::low_nibbles(second))
+            } else {
+                (L::high_nibbles(first), L::high_nibbles(second))
+            };
+            // The product has few enough bits to be exact: one rounding, as where it is rounded by itself.
+            [L::mul_add(L::from_i8(first), scale, minimum), L::mul_add(L::from_i8(second), scale, minimum)]
         }
     }
 }
@@ -122,7 +125,10 @@ impl Packed for Fp8 {
     #[inline(always)]
     unsafe fn group<L: Lanes>((values, scale): &(*const u8, L::V), number: usize) -> [L::V; 2] {
         let from = values.wrapping_add(number.wrapping_mul(GROUP));
-        [0, LANES].map(|at| unsafe { L::mul(L::from_e4m3(L::load_bytes(from.wrapping_add(at))), *scale) })
+        unsafe {
+            let (first, second) = (L::load_bytes(from), L::load_bytes(from.wrapping_add(LANES)));
+            [L::mul(L::from_e4m3(first), *scale), L::mul(L::from_e4m3(second), *scale)]
+        }
     }
 
     #[inline(always)]
@@ -171,7 +177,8 @@ impl Packed for Mxfp4 {
     unsafe fn group<L: Lanes>((codes, table): &(*const u8, L::V), _number: usize) -> [L::V; 2] {
         unsafe {
             let bytes = L::load_bytes(*codes);
-            L::in_turns(L::low_nibbles(bytes), L::high_nibbles(bytes)).map(|codes| L::look_up(*table, codes))
+            let [first, second] = L::in_turns(L::low_nibbles(bytes), L::high_nibbles(bytes));
+            [L::look_up(*table, first), L::look_up(*table, second)]
         }
     }
 }

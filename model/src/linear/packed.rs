@@ -92,6 +92,9 @@ unsafe fn multiply_with<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32
             3 if L::WIDE => by_tiles::<L, P, 3, 4>(x, w, y, shape),
             4 if L::WIDE => by_tiles::<L, P, 4, 4>(x, w, y, shape),
             1 => by_tiles::<L, P, 1, 2>(x, w, y, shape),
+            2 => by_tiles::<L, P, 2, 1>(x, w, y, shape),
+            3 => by_tiles::<L, P, 3, 1>(x, w, y, shape),
+            4 => by_tiles::<L, P, 4, 1>(x, w, y, shape),
             _ => by_widening::<L, P>(x, w, y, shape),
         }
     }
