@@ -79,8 +79,11 @@ instantiate! {
     pub(crate) fn widen<P: Packed>(row: Row, len: usize, to: *mut f32) = widen_with
 }
 
-/// Columns that are widened together for many rows: what the kernels for f32 take at a time.
-const COLUMNS: usize = 12;
+/// Columns that are widened together for many rows: what the kernels for f32 take at a time on machines with many registers.
+const COLUMNS: usize = 4;
+/// On others the kernels put rows in order for all columns of a call: as many of them as stay in the second cache, at least so many.
+const HALF_COLUMNS: usize = 12;
+const HALF_BYTES: usize = 512 << 10;
 
 #[inline(always)]
 unsafe fn multiply_with<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) {
@@ -126,8 +129,9 @@ unsafe fn by_tiles<L: Lanes, P: Packed, const R: usize, const C: usize>(
 unsafe fn by_widening<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) {
     let inputs = shape.inputs;
     let (mut column, end) = shape.columns;
-    let step = if L::WIDE { 4 } else { COLUMNS };
-    let mut wide = Vec::<f32>::with_capacity(step * inputs);
+    let fitting = HALF_BYTES / (inputs * size_of::<f32>()) / HALF_COLUMNS * HALF_COLUMNS;
+    let step = if L::WIDE { COLUMNS } else { fitting.max(HALF_COLUMNS) };
+    let mut wide = Vec::<f32>::with_capacity(step.min(end - column) * inputs);
     let to = wide.as_mut_ptr();
     while column < end {
         let columns = step.min(end - column);
