@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use libp2p::PeerId;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime};
+use quinn::{Endpoint, Incoming, ServerConfig, TokioRuntime};
 use socket2::SockRef;
 
 use crate::Identity;
@@ -142,7 +142,7 @@ impl DataEndpoint {
         let _ = SockRef::from(&socket).set_send_buffer_size(settings::SOCKET_BUFFER);
         let crowded = Arc::new(settings::crowded_server(crypto.clone()));
         let endpoint =
-            Endpoint::new(EndpointConfig::default(), Some(settings::server(crypto)), socket, Arc::new(TokioRuntime))
+            Endpoint::new(settings::endpoint(), Some(settings::server(crypto)), socket, Arc::new(TokioRuntime))
                 .map_err(socket_failed)?;
         Ok(Self { endpoint, tls: Arc::new(tls), crowded })
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{ClientConfig, IdleTimeout, ServerConfig, TransportConfig, VarInt};
+use quinn::{ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
 
 use super::congestion;
 
@@ -30,6 +30,10 @@ pub(super) const SOCKET_BUFFER: usize = 4 << 20;
 /// Bytes sent before the first acknowledgement. With QUIC's usual 14 KiB a call of 64 KiB over 40 ms takes three round trips, and
 /// request and response traffic never grows the window; with this it takes one. Not larger: a burst of 1 MiB drowns a thin uplink.
 const INITIAL_WINDOW: u64 = 256 << 10;
+/// Bytes of a datagram at most, where the path takes so many: loopback, and Ethernet with jumbo frames. quinn hands ten of them to the system at
+/// once (`MAX_TRANSMIT_SEGMENTS`), which takes 65,507 bytes at most and says so in a way that quinn holds for a probe of the path: anything more
+/// is never sent, and comes 100 ms late.
+const DATAGRAM: u16 = 65_507 / 10;
 /// Shorter than the 15 to 30 s after which home routers forget an idle UDP mapping, and less than half of [`IDLE`].
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// A peer not heard of for so long is gone: two keep-alives may be lost.
@@ -39,6 +43,13 @@ const MAX_INCOMING: usize = 256;
 /// Bytes buffered for each of them, and for all together.
 const INCOMING_BUFFER: u64 = 64 << 10;
 const INCOMING_BUFFER_TOTAL: u64 = 8 << 20;
+
+/// Of every endpoint.
+pub(super) fn endpoint() -> EndpointConfig {
+    let mut config = EndpointConfig::default();
+    config.max_udp_payload_size(DATAGRAM).expect("a valid size");
+    config
+}
 
 /// For connections we dial.
 pub(super) fn client(crypto: Arc<dyn quinn::crypto::ClientConfig>) -> ClientConfig {
@@ -73,6 +84,8 @@ fn transport() -> TransportConfig {
     // On top of Cubic rather than BBR: quinn's BBR is experimental and lost many packets on this traffic.
     let mut cubic = CubicConfig::default();
     cubic.initial_window(INITIAL_WINDOW);
+    let mut mtu = MtuDiscoveryConfig::default();
+    mtu.upper_bound(DATAGRAM);
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(STREAMS.into())
@@ -83,6 +96,7 @@ fn transport() -> TransportConfig {
         .receive_window(CONNECTION_WINDOW.into())
         .send_window(CONNECTION_WINDOW.into())
         .congestion_controller_factory(Arc::new(congestion::Factory(Arc::new(cubic))))
+        .mtu_discovery_config(Some(mtu))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_idle_timeout(Some(IdleTimeout::from(IDLE)))
         // Many packets to one system call: 2.6 to 3.4 times the throughput on loopback. The default, but too important to be left to it.
