@@ -4,6 +4,7 @@ mod attending;
 mod error;
 mod feed_forward;
 mod grouped;
+mod indexer;
 mod latent;
 mod layer;
 
@@ -96,7 +97,10 @@ impl Trunk {
             .iter()
             .map(|layer| match &layer.attention {
                 AttentionSpec::GroupedQuery(attention) => LayerCache::new(attention.kv_heads, attention.head_dim),
-                AttentionSpec::Latent(attention) => LayerCache::latent(attention.cached_values()),
+                AttentionSpec::Latent(attention) => {
+                    let index_dim = attention.indexer.as_ref().map_or(0, |indexer| indexer.head_dim);
+                    LayerCache::latent(attention.cached_values(), index_dim)
+                }
             })
             .collect()
     }
