@@ -238,6 +238,7 @@ fn side_by_side(values: &[u8]) -> impl Iterator<Item = u8> + use<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::blocks::BlockType;
     use super::*;
 
     #[test]
@@ -245,6 +246,34 @@ mod tests {
         // Two heads of four rows: the file has a0 b0 a1 b1, the folder a0 a1 b0 b1.
         let order: Vec<usize> = (0..8).map(|row| beside(row, 4)).collect();
         assert_eq!(order, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+
+    /// More rows than there may be values of a block of columns at a time, in blocks that strips begin in the middle of.
+    #[test]
+    fn columns_become_rows_however_many_there_are() {
+        let (rows, columns) = (STEP / 32 + 7000, 64);
+        let kind = BlockType::of(8).unwrap();
+        let data: Vec<u8> = (0..rows * columns / 32)
+            .flat_map(|block| [&[0, 0x20][..], &[0; 32].map(|_: u8| (block % 251) as u8)].concat())
+            .collect();
+        let entry = Entry { kind, shape: vec![rows, columns], data: &data };
+        let (expected, mut found) = (kind.widen(&data).unwrap(), Vec::new());
+        let piece = Piece { turns: vec![&entry; 2], first: 0, rows, columns, order: Order::Transposed };
+        let mut strips = 0;
+        piece
+            .transposed(&mut |values| {
+                assert!(values.len() <= STEP);
+                strips += 1;
+                found.extend_from_slice(values);
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(strips, 5);
+        assert_eq!(found.len(), 2 * rows * columns);
+        for (number, both) in found.chunks_exact(2).enumerate() {
+            let (column, row) = (number / rows, number % rows);
+            assert_eq!(both, [expected[row * columns + column]; 2]);
+        }
     }
 
     #[test]

@@ -79,3 +79,82 @@ pub(super) fn find(name: Option<&str>) -> Result<&'static Pre, GgufError> {
         GgufError::Vocabulary { key: "tokenizer.ggml.pre", found, known: known.join(", ") }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
+
+    use super::*;
+
+    fn cut(name: &str, text: &str) -> Vec<String> {
+        let mut pieces = PreTokenizedString::from(text);
+        for regex in find(Some(name)).unwrap().regexes {
+            let pattern = SplitPattern::Regex((*regex).to_owned());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+            split.pre_tokenize(&mut pieces).unwrap();
+        }
+        let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        pieces.into_iter().map(|(piece, ..)| piece.to_owned()).collect()
+    }
+
+    #[test]
+    fn every_way_is_understood_and_loses_nothing() {
+        let text = "It's 漢字かなWord漢x 12345 THEY'RE\n\n go! ...ß naïve  end ";
+        for name in PRES.iter().flat_map(|pre| pre.names) {
+            assert_eq!(cut(name, text).concat(), text, "{name}");
+        }
+        // As the libraries `regex` and `tokenizers` of Python cut it with these expressions.
+        let kimi = [
+            "It's",
+            " ",
+            "漢字",
+            "かなWord",
+            "漢",
+            "x",
+            " ",
+            "123",
+            "45",
+            " THEY'RE",
+            "\n\n",
+            " go",
+            "!",
+            " ...",
+            "ß",
+            " naïve",
+            " ",
+            " end",
+            " ",
+        ];
+        assert_eq!(cut("kimi-k2", text), kimi);
+        // What is taken for punctuation has the letters of ASCII, so that ï is by itself.
+        let deepseek = [
+            "It",
+            "'",
+            "s",
+            " ",
+            "漢字かな",
+            "Word",
+            "漢",
+            "x",
+            " ",
+            "12345",
+            " THEY",
+            "'",
+            "RE",
+            "\n",
+            "\n",
+            " go",
+            "!",
+            " ...",
+            "ß",
+            " na",
+            "ï",
+            "ve",
+            " ",
+            " end",
+            " ",
+        ];
+        assert_eq!(cut("deepseek-llm", text), deepseek);
+    }
+}
