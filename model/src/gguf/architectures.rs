@@ -161,9 +161,11 @@ fn layers(keys: &Keys<'_, '_>, config: &mut Config) -> Result<Range<u64>, GgufEr
         return Err(keys.invalid("nextn_predict_layers", format!("there are {all} layers")));
     };
     // Their number is bounded by what is there, before anything is made for each of them.
-    let last = format!("blk.{}.attn_norm.weight", layers.saturating_sub(1));
-    if !keys.has(&last) {
-        return Err(GgufError::MissingTensor { tensor: last });
+    let norm = |layer: u64| format!("blk.{layer}.attn_norm.weight");
+    if let Some(missing) =
+        [layers.saturating_sub(1)].into_iter().chain(0..layers).map(norm).find(|name| !keys.has(name))
+    {
+        return Err(GgufError::MissingTensor { tensor: missing });
     }
     config.insert("num_hidden_layers".to_owned(), layers.into());
     Ok(layers..all)

@@ -161,6 +161,11 @@ fn keys_that_make_another_model_are_refused() {
     assert!(set("expert_gating_func", number(1)).ends_with("weights experts by softmax of the chosen (3)"));
     assert!(set("attention.sliding_window_pattern", number(4)).contains("is not understood"));
     assert!(set("rope.scaling.yarn_log_multiplier", float(0.1)).contains("is not understood"));
+    let many = refusal_of(|writer| {
+        writer.set("gpt-oss.block_count", number(1 << 30));
+        writer.tensor("blk.1073741823.attn_norm.weight", &[32]);
+    });
+    assert_eq!(many, "tensor `blk.1.attn_norm.weight` is missing");
     assert!(set("expert_used_count", number(3)).contains("`num_experts_per_tok` is 3"));
     assert!(set("attention.sliding_window", number(0)).contains("`sliding_window` is 0"));
 }
