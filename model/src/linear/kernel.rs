@@ -35,6 +35,11 @@ instantiate! {
 pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
     let (mut column, end) = shape.columns;
     unsafe {
+        // What a tile reads, each value once, comes from the second cache: with four columns of weights in f32 that and not multiplying would be the limit.
+        while L::WIDE && size_of::<W>() == 4 && shape.rows >= 4 && end - column >= 6 {
+            rows::<L, W, 6>(x, w, y, shape, column);
+            column += 6;
+        }
         while L::WIDE && end - column >= 4 {
             rows::<L, W, 4>(x, w, y, shape, column);
             column += 4;
@@ -62,6 +67,8 @@ const LINE: usize = 64;
 /// guesses at most to the end of a page, which often is the end of a column.
 const AHEAD: usize = 16 << 10;
 
+/// All rows of `C` columns. The weights of the columns after them are asked for meanwhile: by the first tile, which itself reads its weights from memory; or, where
+/// there are so many rows that computing takes longer than reading, by the first tiles in equal shares, so that memory is read while all of them compute.
 #[inline(always)]
 unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
     x: *const f32,
@@ -71,41 +78,55 @@ unsafe fn rows<L: Lanes, W: Stored, const C: usize>(
     column: usize,
 ) {
     let mut row = 0;
+    let next = w.wrapping_add(column.wrapping_add(C).wrapping_mul(shape.inputs)).cast::<u8>();
+    let share = |part: usize| next.wrapping_add(part.wrapping_mul(C * size_of::<W>()).wrapping_mul(shape.inputs) / 4);
     unsafe {
-        if L::WIDE && shape.rows >= 4 {
-            tile::<L, W, 4, C, true>(x, w, y, shape, row, column);
-            row = 4;
-        } else if shape.rows >= 2 {
-            tile::<L, W, 2, C, true>(x, w, y, shape, row, column);
-            row = 2;
-        } else if shape.rows == 1 {
-            tile::<L, W, 1, C, true>(x, w, y, shape, row, column);
-            row = 1;
+        if L::WIDE && shape.rows >= 16 {
+            for part in 0..4 {
+                tile::<L, W, 4, C, 4>(x, w, y, shape, (row, column), share(part));
+                row += 4;
+            }
+        } else if L::WIDE && shape.rows >= 8 {
+            for part in 0..2 {
+                tile::<L, W, 4, C, 2>(x, w, y, shape, (row, column), share(2 * part));
+                row += 4;
+            }
+        } else {
+            let ahead = w.wrapping_add(column.wrapping_mul(shape.inputs)).cast::<u8>().wrapping_add(AHEAD);
+            if L::WIDE && shape.rows >= 4 {
+                tile::<L, W, 4, C, 1>(x, w, y, shape, (row, column), ahead);
+                row = 4;
+            } else if shape.rows >= 2 {
+                tile::<L, W, 2, C, 1>(x, w, y, shape, (row, column), ahead);
+                row = 2;
+            } else if shape.rows == 1 {
+                tile::<L, W, 1, C, 1>(x, w, y, shape, (row, column), ahead);
+                row = 1;
+            }
         }
         while L::WIDE && shape.rows - row >= 4 {
-            tile::<L, W, 4, C, false>(x, w, y, shape, row, column);
+            tile::<L, W, 4, C, 0>(x, w, y, shape, (row, column), next);
             row += 4;
         }
         while shape.rows - row >= 2 {
-            tile::<L, W, 2, C, false>(x, w, y, shape, row, column);
+            tile::<L, W, 2, C, 0>(x, w, y, shape, (row, column), next);
             row += 2;
         }
         if row < shape.rows {
-            tile::<L, W, 1, C, false>(x, w, y, shape, row, column);
+            tile::<L, W, 1, C, 0>(x, w, y, shape, (row, column), next);
         }
     }
 }
 
-/// `R` rows and `C` columns. The `FIRST` tile of some columns, which reads their weights from memory, asks for those that
-/// come after them.
+/// `R` rows and `C` columns. Asks for as many weights from `ahead` on as it reads, or one in `SHARE` of them; for none where that is 0.
 #[inline(always)]
-unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST: bool>(
+unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const SHARE: usize>(
     x: *const f32,
     w: *const W,
     y: *mut f32,
     shape: Shape,
-    row: usize,
-    column: usize,
+    (row, column): (usize, usize),
+    mut ahead: *const u8,
 ) {
     let inputs = shape.inputs;
     let tail = inputs % LANES;
@@ -118,7 +139,6 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST:
     for c in 0..C {
         ws[c] = w.wrapping_add(column.wrapping_add(c).wrapping_mul(inputs));
     }
-    let mut ahead = ws[0].cast::<u8>().wrapping_add(AHEAD);
     unsafe {
         let mut sums = [[L::splat(0.0); C]; R];
         let mut at = 0usize;
@@ -127,11 +147,12 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST:
             for c in 0..C {
                 weights[c] = W::load::<L>(ws[c].wrapping_add(at));
             }
-            if FIRST {
-                for line in 0..(C * LANES * size_of::<W>()).div_ceil(LINE) {
+            if SHARE > 0 {
+                let bytes = C * LANES * size_of::<W>() / SHARE;
+                for line in 0..bytes.div_ceil(LINE) {
                     L::prefetch(ahead.wrapping_add(line * LINE));
                 }
-                ahead = ahead.wrapping_add(C * LANES * size_of::<W>());
+                ahead = ahead.wrapping_add(bytes);
             }
             for r in 0..R {
                 let values = L::load(xs[r].wrapping_add(at));
@@ -155,8 +176,11 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const FIRST:
         }
         for r in 0..R {
             let y = y.wrapping_add(row.wrapping_add(r).wrapping_mul(shape.outputs).wrapping_add(column));
-            if let Some(four) = sums[r].first_chunk::<4>() {
-                y.cast::<[f32; 4]>().write_unaligned(L::sum4(*four));
+            if let (Some(first), Some(last)) = (sums[r].first_chunk::<4>(), sums[r].last_chunk::<4>()) {
+                y.cast::<[f32; 4]>().write_unaligned(L::sum4(*first));
+                if C > 4 {
+                    y.wrapping_add(C - 4).cast::<[f32; 4]>().write_unaligned(L::sum4(*last));
+                }
             } else {
                 for c in 0..C {
                     y.wrapping_add(c).write(L::sum(sums[r][c]));
