@@ -147,8 +147,7 @@ unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize, const SHARE:
             for c in 0..C {
                 weights[c] = W::load::<L>(ws[c].wrapping_add(at));
             }
-            if SHARE > 0 {
-                let bytes = C * LANES * size_of::<W>() / SHARE;
+            if let Some(bytes) = (C * LANES * size_of::<W>()).checked_div(SHARE) {
                 for line in 0..bytes.div_ceil(LINE) {
                     L::prefetch(ahead.wrapping_add(line * LINE));
                 }
