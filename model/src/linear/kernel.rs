@@ -36,7 +36,7 @@ pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const
     let (mut column, end) = shape.columns;
     unsafe {
         // What a tile reads, each value once, comes from the second cache: with four columns of weights in f32 that and not multiplying would be the limit.
-        while L::WIDE && size_of::<W>() == 4 && shape.rows >= 4 && end - column >= 6 {
+        while L::WIDE && size_of::<W>() == 4 && shape.rows >= 4 && end - column >= 6 && end - column != 8 {
             rows::<L, W, 6>(x, w, y, shape, column);
             column += 6;
         }
