@@ -10,8 +10,9 @@
 //! a draft is drawn with random numbers of its own; a drafter that has logits therefore draws with a copy of the sequence's sampler, and
 //! the same random number chooses among two similar distributions.
 //!
-//! Inside: `lookup` and `model` draft, `window` decides how much of it is verified.
+//! Inside: `lookup`, `model` and `head` draft, `window` decides how much of it is verified.
 
+mod head;
 mod lookup;
 mod model;
 #[cfg(test)]
@@ -24,8 +25,9 @@ use hanse_model::{KvCache, Sampler};
 
 use super::sequence::Sequence;
 use crate::client::Core;
+pub(crate) use head::HeadDrafter;
 use lookup::{Index, Lookup};
-pub(super) use model::ModelCache;
+use model::ModelCache;
 pub(crate) use model::{DraftModel, ModelDrafter};
 use window::{CLASSES, Ledger, Rates, StepTimes, choose, outlook};
 
@@ -52,6 +54,11 @@ const FIRST_MEAN: f64 = 0.5;
 pub(crate) trait Drafter: Send + std::fmt::Debug {
     /// Whether a proposal takes no time worth counting.
     fn is_free(&self) -> bool;
+
+    /// Whether it reads the last hidden states of a sequence's positions, which caches then keep.
+    fn reads_hidden(&self) -> bool {
+        false
+    }
 
     /// How likely a token of each class is right before anything is known.
     fn guesses(&self) -> [f64; CLASSES];
@@ -105,7 +112,21 @@ pub(super) struct Memory {
     /// How often each drafter was right about this sequence.
     rates: Vec<Rates>,
     /// Keys and values of a draft model.
-    pub(super) model: Option<ModelCache>,
+    model: Option<ModelCache>,
+    /// Keys and values of the model's own head for drafts, one position less than the model has.
+    head: Option<KvCache>,
+}
+
+impl Memory {
+    /// Bytes of keys and values.
+    pub(super) fn bytes(&self) -> usize {
+        self.model.as_ref().map_or(0, ModelCache::bytes) + self.head.as_ref().map_or(0, KvCache::bytes)
+    }
+
+    /// Gives up keys and values, which are computed again if they are wanted.
+    pub(super) fn forget(&mut self) {
+        (self.model, self.head) = (None, None);
+    }
 }
 
 /// Whether it pays to draft on.
@@ -206,6 +227,11 @@ impl Drafting {
     /// Adds a drafter. Those that are free come first.
     pub(super) fn add(&mut self, drafter: Box<dyn Drafter>) {
         self.drafters.push(Judged { drafter, rates: Rates::new(SEEN), cost: None, unasked: f64::INFINITY });
+    }
+
+    /// Whether any drafter reads the last hidden states of positions.
+    pub(super) fn reads_hidden(&self) -> bool {
+        self.drafters.iter().any(|judged| judged.drafter.reads_hidden())
     }
 
     /// Gives each of `sequences`, which are decoding, a draft, and says how much of it is verified, in a step in which
