@@ -222,10 +222,12 @@ fn a_multi_token_prediction_head_drafts_over_a_network_and_no_token_changes() {
             let config = EngineConfig { drafts: false, ..EngineConfig::default() };
             let plain = Client::local(&model_config(&dir)).unwrap().with_engine(config);
             assert!(client.context() <= plain.context());
-            // A temperature at which text repeats nothing, so that nothing else drafts.
+            // What is kept of an earlier one has hidden states too.
+            let beginning: Vec<u32> = (40..70).collect();
+            // Mostly temperatures at which text repeats nothing, so that nothing else drafts.
             let request = |seed: u64| GenerateRequest {
                 sampling: SamplingParams { temperature: (seed % 3) as f32 / 2.0, seed, ..SamplingParams::default() },
-                ..greedy(&[2 + seed as u32 % 50, 3, 2 + seed as u32 % 50], 60)
+                ..greedy(&[&beginning[..], &[2 + seed as u32 % 50, 3]].concat(), 60)
             };
             let (mut drafted, mut accepted) = (0, 0);
             for seed in 0..40 {
@@ -242,8 +244,10 @@ fn a_multi_token_prediction_head_drafts_over_a_network_and_no_token_changes() {
                 }
             }
             println!("{name}: {accepted} of {drafted}, {:?}", client.engine());
+            assert!(client.engine().reused_tokens > 0);
             if name == "agreeing" {
-                assert!(accepted > 200 && accepted * 10 > drafted * 9, "{accepted} of {drafted}");
+                // Some were guessed by what the text repeats.
+                assert!(accepted > 200 && accepted * 4 > drafted * 3, "{accepted} of {drafted}");
             }
             client.close().await;
         }

@@ -1,12 +1,13 @@
 //! Drafts by the multi-token-prediction head that the model's checkpoint carries.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hanse_model::{DraftHead, KvCache, LogitsWanted, Segment};
 
 use super::model::{CATCH_UP, Course, GUESSES};
 use super::window::CLASSES;
-use super::{Asked, Drafter, Worth};
+use super::{Asked, Drafter, MOST, Worth};
 use crate::client::Core;
 
 /// Drafts with the head: one token of what the model knows of the last position, and more of what the head itself makes of it.
@@ -28,28 +29,39 @@ impl HeadDrafter {
         Self { head }
     }
 
-    /// Brings the head's cache so near to the last token that one pass reads the rest, and gives the rest. A sequence of which it cannot
-    /// be had gets no draft.
-    fn catch_up(&self, asked: &mut Asked<'_>) -> Pairs {
+    /// Reads a prompt but for its last pair, and gives the pairs that are left to read. A sequence of which they cannot be had gets no
+    /// draft.
+    fn catch_up(&self, asked: &mut Asked<'_>, read: &mut Duration) -> Pairs {
         let Asked { tokens, cache, memory, .. } = asked;
         let own = memory.head.get_or_insert_with(|| self.head.new_cache());
         let end = tokens.len().saturating_sub(1);
         // The last pair's logits are wanted in any case.
         own.truncate(end.saturating_sub(1));
-        while own.len() < end {
-            let (first, last) = (own.len(), end.min(own.len() + CATCH_UP));
-            // Of each position with the token after it.
-            let (Some(hidden), tokens) = (cache.hidden(first..last), &tokens[first + 1..=last]) else { break };
-            if last == end {
-                return Pairs { tokens: tokens.to_vec(), hidden: hidden.to_vec() };
+        // Of each position with the token after it.
+        let pairs = |first: usize, last: usize| Some((&tokens[first + 1..=last], cache.hidden(first..last)?));
+        if end - own.len() > MOST + 1 {
+            let started = Instant::now();
+            while own.len() + 1 < end {
+                let chunk = pairs(own.len(), (end - 1).min(own.len() + CATCH_UP));
+                let passed = chunk.is_some_and(|(tokens, hidden)| {
+                    let segment = Segment { tokens, cache: own, logits: LogitsWanted::None };
+                    self.head.forward(&mut [segment], hidden).is_ok()
+                });
+                if !passed {
+                    break;
+                }
             }
-            let segment = Segment { tokens, cache: own, logits: LogitsWanted::None };
-            if self.head.forward(&mut [segment], hidden).is_err() {
-                break;
+            *read += started.elapsed();
+        }
+        match pairs(own.len(), end) {
+            Some((tokens, hidden)) if (1..=MOST + 1).contains(&tokens.len()) => {
+                Pairs { tokens: tokens.to_vec(), hidden: hidden.to_vec() }
+            }
+            _ => {
+                asked.most = 0;
+                Pairs::default()
             }
         }
-        asked.most = 0;
-        Pairs::default()
     }
 }
 
@@ -66,13 +78,14 @@ impl Drafter for HeadDrafter {
         GUESSES
     }
 
-    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) {
+    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) -> Duration {
         let max = core.trunk.spec().max_positions;
         // Where the last token is at the latest when nothing has been drafted.
         asked.iter_mut().for_each(|asked| asked.most = asked.most.min(max.saturating_sub(asked.tokens.len())));
+        let mut read = Duration::ZERO;
         let mut pairs: Vec<Pairs> = asked
             .iter_mut()
-            .map(|asked| if asked.most > 0 { self.catch_up(asked) } else { Pairs::default() })
+            .map(|asked| if asked.most > 0 { self.catch_up(asked, &mut read) } else { Pairs::default() })
             .collect();
         let mut courses: Vec<Course> = asked.iter().map(Course::new).collect();
         while courses.iter().any(|course| !course.ends) {
@@ -98,5 +111,7 @@ impl Drafter for HeadDrafter {
             let known = asked.tokens.len().saturating_sub(1);
             asked.memory.head.iter_mut().for_each(|cache: &mut KvCache| cache.truncate(known));
         }
+        // One layer of many: a small part of what the prompt itself took, once.
+        read
     }
 }

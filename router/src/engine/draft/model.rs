@@ -1,6 +1,7 @@
 //! Drafts by a model: a smaller one of the same vocabulary, or the model itself with a part of its experts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_model::{Experts, KvCache, LocalExperts, LogitsWanted, Sampler, Segment, Trunk, log_softmax_at};
 
@@ -101,7 +102,7 @@ impl Drafter for ModelDrafter {
         GUESSES
     }
 
-    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) {
+    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) -> Duration {
         let own = self.model.is_some();
         let trunk = self.model.as_ref().map_or(&core.trunk, |model| &model.trunk);
         let max = trunk.spec().max_positions;
@@ -136,6 +137,8 @@ impl Drafter for ModelDrafter {
             }
         }
         asked.iter_mut().zip(before).for_each(|(asked, before)| asked.cache.truncate(before));
+        // A model may take long to read a prompt, which must not be done over and over for drafts that bring nothing.
+        Duration::ZERO
     }
 }
 
