@@ -56,6 +56,8 @@ struct Inner {
     tensors: Arc<TensorFiles>,
     /// Where routed experts come from that lie in no file.
     experts: Option<Experts>,
+    /// The last layer of `spec`, where it is that of a multi-token-prediction head.
+    head: Option<usize>,
 }
 
 /// Routed experts that are had one by one.
@@ -98,7 +100,7 @@ impl Checkpoint {
         let config_text = read_text(&dir.join("config.json"), MAX_CONFIG_BYTES)?;
         let (family, spec) = read_config(&config_text)?;
         let tensors = Arc::new(TensorFiles::open(dir)?);
-        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None, head: None };
         inner.check()?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -134,7 +136,7 @@ impl Checkpoint {
         let dtypes = |layer: &ExpertParts| layer.runs.iter().map(|run| run.dtype).collect();
         let layers = parts.experts.iter().map(|layer| (layer.layer, dtypes(layer))).collect();
         let experts = Some(Experts { source, layers });
-        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts };
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts, head: None };
         inner.check()?;
         let wanted = inner.spec.moe_layers().map(|(layer, moe)| {
             let runs = inner.expert_runs(layer, 0, moe).iter().map(|run| run.values() as u64).collect::<Vec<_>>();
@@ -291,8 +293,16 @@ fn read_config(text: &str) -> Result<(&'static Family, ModelSpec), ConfigError> 
 pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, ConfigError> {
     let (family, spec) = read_config(config_text)?;
     let tensors = Arc::new(TensorFiles::none());
-    Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
-        .shapes())
+    Ok(Inner {
+        dir: PathBuf::new(),
+        config_text: config_text.to_owned(),
+        spec,
+        family,
+        tensors,
+        experts: None,
+        head: None,
+    }
+    .shapes())
 }
 
 /// Opens a regular file.

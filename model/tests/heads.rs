@@ -6,7 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use common::{Golden, Local, argmax, bits, fixture, json, largest_difference};
-use hanse_model::{Checkpoint, CheckpointError, DraftHead, ForwardError, KvCache, LogitsWanted, Segment, compute_pool};
+use hanse_model::{
+    Checkpoint, CheckpointError, DraftHead, ForwardError, KvCache, LogitsWanted, Mapping, Part, PartSource, Precision,
+    Segment, StoredDtype, compute_pool, quantise_folder,
+};
 
 fn cases() -> [PathBuf; 2] {
     ["mtp/deepseek_v3", "mtp/glm4_moe"].map(fixture)
@@ -189,4 +192,42 @@ fn a_head_is_no_part_of_the_model() {
         assert_eq!(parts.experts.iter().map(|layer| layer.layer).collect::<Vec<_>>(), [1]);
         assert_eq!(checkpoint.sizes().bytes_per_expert.len(), 2);
     }
+}
+
+#[test]
+fn a_folder_that_is_written_again_keeps_its_head() {
+    for dir in cases() {
+        let out = tempfile::tempdir().unwrap();
+        let to = out.path().join("again");
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let precision = Precision { experts: StoredDtype::F32, trunk: Some(StoredDtype::F32) };
+        quantise_folder(&checkpoint, precision, &[], &to, &mut |_, _| ()).unwrap();
+        assert_eq!(Checkpoint::open(&to).unwrap().spec(), checkpoint.spec());
+        let prompt: Vec<u32> = (2..20).collect();
+        let [logits, again] = [&dir, &to].map(|dir| {
+            let mut model = Local::open(dir);
+            let (head, states) = (model.trunk.draft_head().unwrap(), states(&mut model, &prompt));
+            run(&head, &mut head.new_cache(), &prompt[1..], &states, LogitsWanted::All).0
+        });
+        assert_eq!(bits(&again), bits(&logits));
+    }
+}
+
+/// Gives nothing.
+#[derive(Debug)]
+struct Nowhere;
+
+impl PartSource for Nowhere {
+    fn open(&self, part: Part<'_>) -> Result<Arc<Mapping>, Box<dyn std::error::Error + Send + Sync>> {
+        Err(format!("{part} is wanted").into())
+    }
+}
+
+#[test]
+fn what_is_had_part_by_part_has_no_head_and_says_so_before_anything_is_fetched() {
+    let checkpoint = Checkpoint::open(&cases()[0]).unwrap();
+    let (text, parts) = (checkpoint.config_text().to_owned(), checkpoint.weight_map().unwrap().parts);
+    let in_parts = Checkpoint::from_parts(&cases()[0], text, parts, Arc::new(Nowhere)).unwrap();
+    let error = in_parts.check_draft_head().unwrap_err().to_string();
+    assert!(error.contains("give a model folder that has it"), "{error}");
 }

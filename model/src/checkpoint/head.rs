@@ -47,12 +47,16 @@ impl Checkpoint {
             family: inner.family,
             tensors: inner.tensors.clone(),
             experts: None,
+            head: Some(layer),
         };
-        inner.check_draft_head(layer).map_err(|error| match error {
-            CheckpointError::MissingTensor { tensor } => {
-                none(format!("tensor `{tensor}` is missing, as in folders that were written without it"))
+        let mut tensors = inner.layer_tensors(layer);
+        tensors.extend(inner.head_tensors(layer));
+        tensors.extend(inner.spec.moe(layer).map(|moe| inner.layer_expert_shapes(layer, moe)).into_iter().flatten());
+        tensors.iter().try_for_each(|(name, shape)| match inner.tensors.expect(name, shape) {
+            Err(CheckpointError::MissingTensor { tensor }) => {
+                Err(none(format!("tensor `{tensor}` is missing, as in folders that were written without it")))
             }
-            other => other,
+            other => other.map(|_| ()),
         })?;
         Ok((Self { inner: Arc::new(inner) }, layer))
     }
@@ -69,19 +73,18 @@ impl Checkpoint {
 }
 
 impl Inner {
-    fn check_draft_head(&self, layer: usize) -> Result<(), CheckpointError> {
+    /// Names and shapes of what stands around the head's layer, those of them that a head may share with the model only if it has them.
+    pub(super) fn head_tensors(&self, layer: usize) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.spec.hidden_size, self.spec.vocab_size);
-        let mut tensors = self.layer_tensors(layer);
-        tensors.extend(self.spec.moe(layer).map(|moe| self.layer_expert_shapes(layer, moe)).into_iter().flatten());
         let own = |name: &str, shape: Vec<usize>| (Self::path(layer, &format!("{name}.weight")), shape);
-        tensors.extend([
+        let mut tensors = vec![
             own("enorm", vec![hidden]),
             own("hnorm", vec![hidden]),
             own("eh_proj", vec![hidden, 2 * hidden]),
             own("shared_head.norm", vec![hidden]),
-        ]);
+        ];
         let optional = [own("embed_tokens", vec![vocab, hidden]), own("shared_head.head", vec![vocab, hidden])];
         tensors.extend(optional.into_iter().filter(|(name, _)| self.tensors.get(name).is_some()));
-        tensors.iter().try_for_each(|(name, shape)| self.tensors.expect(name, shape).map(|_| ()))
+        tensors
     }
 }

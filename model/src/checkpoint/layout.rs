@@ -81,6 +81,7 @@ impl Inner {
             tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
         }
         (0..spec.layers.len()).for_each(|layer| tensors.extend(self.layer_tensors(layer)));
+        tensors.extend(self.head.map(|layer| self.head_tensors(layer)).into_iter().flatten());
         let scales: Vec<_> = tensors.iter().filter_map(|(name, shape)| self.tensors.scales_of(name, shape)).collect();
         tensors.extend(scales);
         tensors

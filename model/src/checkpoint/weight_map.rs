@@ -27,7 +27,7 @@ pub fn weight_map_of_headers(config_text: &str, headers: Vec<(String, Vec<u8>)>)
     let (family, spec) = read_config(config_text)?;
     let tensors = Arc::new(TensorFiles::of_headers(headers)?);
     let config_text = config_text.to_owned();
-    let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None };
+    let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None, head: None };
     inner.check()?;
     inner.weight_map()
 }

@@ -88,7 +88,8 @@ impl DraftHead {
     /// rows of all segments. A cache has one position for each pair, from the model's first position on.
     ///
     /// # Errors
-    /// As [`Trunk::forward`](super::Trunk::forward), and `HiddenStates` if they are not as many as tokens. Every cache is then as long as it was before.
+    /// As [`Trunk::forward`](super::Trunk::forward), and `HiddenStates` if they are not as many as tokens. Every cache is then as long
+    /// as it was before.
     pub fn forward(&self, segments: &mut [Segment<'_>], hidden: &[f32]) -> Result<HeadOutput, ForwardError> {
         let layer = self.spec.layers.last().map(|layer| cache_of(&layer.attention));
         check(&self.spec, layer.as_slice(), segments)?;
