@@ -18,54 +18,63 @@ pub struct KvCache {
 /// growing a head copies nothing but, now and then, that head.
 #[derive(Debug, Clone)]
 pub(crate) struct LayerCache {
-    head_dim: usize,
-    /// By key/value head: `[positions, head_dim]`
+    key_dim: usize,
+    value_dim: usize,
+    /// By key/value head: `[positions, key_dim]`
     keys: Vec<Vec<f32>>,
-    /// The same; none where values are a part of the keys.
+    /// `[positions, value_dim]`; none where values are a part of the keys.
     values: Vec<Vec<f32>>,
 }
 
 impl LayerCache {
     pub(crate) fn new(kv_heads: usize, head_dim: usize) -> Self {
-        Self { head_dim, keys: vec![Vec::new(); kv_heads], values: vec![Vec::new(); kv_heads] }
+        let heads = vec![Vec::new(); kv_heads];
+        Self { key_dim: head_dim, value_dim: head_dim, keys: heads.clone(), values: heads }
     }
 
-    /// Of latent attention: one vector of `width` a position, which is key and value of all heads.
-    pub(crate) fn latent(width: usize) -> Self {
-        Self { head_dim: width, keys: vec![Vec::new()], values: Vec::new() }
+    /// Of latent attention: one vector of `width` a position, which is key and value of all heads; and where an indexer chooses positions its
+    /// key, of `index_dim` values, in the place of the value.
+    pub(crate) fn latent(width: usize, index_dim: usize) -> Self {
+        let values = vec![Vec::new(); usize::from(index_dim > 0)];
+        Self { key_dim: width, value_dim: index_dim, keys: vec![Vec::new()], values }
     }
 
-    /// Appends one position; `key` and `value` are `[kv_heads, head_dim]`, the value empty where it is a part of the key.
+    /// Appends one position; `key` is `[kv_heads, key_dim]` and `value` `[kv_heads, value_dim]`, empty where it is a part of the key.
     pub(crate) fn push(&mut self, key: &[f32], value: &[f32]) {
-        let (keys, values) = (key.chunks_exact(self.head_dim), value.chunks_exact(self.head_dim));
+        let (keys, values) = (key.chunks_exact(self.key_dim), value.chunks_exact(self.value_dim.max(1)));
         for (head, part) in self.keys.iter_mut().zip(keys).chain(self.values.iter_mut().zip(values)) {
             if head.len() + part.len() > head.capacity() {
                 // Doubling would take up to twice the memory that the positions need.
-                head.reserve_exact(part.len().max(head.len() / 8).max(GROWTH * self.head_dim));
+                head.reserve_exact(part.len().max(head.len() / 8).max(GROWTH * part.len()));
             }
             head.extend_from_slice(part);
         }
     }
 
-    fn shape(&self) -> (usize, usize, usize) {
-        (self.head_dim, self.keys.len(), self.values.len())
+    fn shape(&self) -> [(usize, usize); 2] {
+        [(self.key_dim, self.keys.len()), (self.value_dim, self.values.len())]
     }
 
     fn heads(&self) -> impl Iterator<Item = &Vec<f32>> {
         self.keys.iter().chain(&self.values)
     }
 
-    /// A copy of the first positions.
-    fn prefix(&self, positions: usize) -> Self {
-        let first = |heads: &Vec<Vec<f32>>| -> Vec<Vec<f32>> {
-            heads.iter().map(|head| head[..head.len().min(positions * self.head_dim)].to_vec()).collect()
-        };
-        Self { head_dim: self.head_dim, keys: first(&self.keys), values: first(&self.values) }
+    /// Of one position.
+    fn stored_values(&self) -> usize {
+        self.key_dim * self.keys.len() + self.value_dim * self.values.len()
     }
 
-    /// Keys and values of one head, `[positions, head_dim]`; the keys twice where values are a part of them.
+    /// A copy of the first positions.
+    fn prefix(&self, positions: usize) -> Self {
+        let first = |heads: &Vec<Vec<f32>>, dim: usize| -> Vec<Vec<f32>> {
+            heads.iter().map(|head| head[..head.len().min(positions * dim)].to_vec()).collect()
+        };
+        Self { keys: first(&self.keys, self.key_dim), values: first(&self.values, self.value_dim), ..*self }
+    }
+
+    /// Keys and values of one head, `[positions, key_dim]` and `[positions, value_dim]`; no values where they are a part of the keys.
     pub(crate) fn head(&self, head: usize) -> (&[f32], &[f32]) {
-        (&self.keys[head], self.values.get(head).unwrap_or(&self.keys[head]))
+        (&self.keys[head], self.values.get(head).map(Vec::as_slice).unwrap_or_default())
     }
 }
 
@@ -76,13 +85,13 @@ impl KvCache {
 
     /// It also keeps each position's last hidden state, of `hidden_size` values.
     pub(crate) fn keeping_hidden(self, hidden_size: usize) -> Self {
-        Self { hidden: Some(LayerCache::latent(hidden_size)), ..self }
+        Self { hidden: Some(LayerCache::latent(hidden_size, 0)), ..self }
     }
 
     /// The last hidden states of some positions, `[positions, hidden_size]`; `None` if they are not kept.
     pub fn hidden(&self, positions: Range<usize>) -> Option<&[f32]> {
         let hidden = self.hidden.as_ref()?;
-        hidden.head(0).0.get(positions.start * hidden.head_dim..positions.end * hidden.head_dim)
+        hidden.head(0).0.get(positions.start * hidden.key_dim..positions.end * hidden.key_dim)
     }
 
     pub(crate) fn keeps_hidden(&self) -> bool {
@@ -118,7 +127,7 @@ impl KvCache {
 
     /// Bytes that one more position takes.
     pub fn bytes_per_position(&self) -> usize {
-        let values: usize = self.all().map(|layer| layer.heads().count() * layer.head_dim).sum();
+        let values: usize = self.all().map(LayerCache::stored_values).sum();
         values * size_of::<f32>()
     }
 
@@ -135,8 +144,8 @@ impl KvCache {
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
         for layer in self.layers.iter_mut().chain(&mut self.hidden) {
-            let values = self.len * layer.head_dim;
-            layer.keys.iter_mut().chain(&mut layer.values).for_each(|head| head.truncate(values));
+            layer.keys.iter_mut().for_each(|head| head.truncate(self.len * layer.key_dim));
+            layer.values.iter_mut().for_each(|head| head.truncate(self.len * layer.value_dim));
         }
     }
 
@@ -199,7 +208,7 @@ mod tests {
 
     #[test]
     fn hidden_states_come_and_go_with_their_positions() {
-        let mut cache = KvCache::new(vec![LayerCache::latent(2)]).keeping_hidden(3);
+        let mut cache = KvCache::new(vec![LayerCache::latent(2, 0)]).keeping_hidden(3);
         assert_eq!(cache.bytes_per_position(), (2 + 3) * 4);
         for position in 0..5 {
             cache.layer_mut(0).push(&[0.0; 2], &[]);
@@ -210,26 +219,30 @@ mod tests {
         cache.truncate(4);
         assert_eq!((cache.hidden(3..4), cache.hidden(3..5)), (Some(&[3.0; 3][..]), None));
         assert_eq!(cache.prefix(2).hidden(0..2), Some(&[0.0, 0.0, 0.0, 1.0, 1.0, 1.0][..]));
-        let mut plain = KvCache::new(vec![LayerCache::latent(2)]);
+        let mut plain = KvCache::new(vec![LayerCache::latent(2, 0)]);
         plain.push_hidden(&[1.0; 3]);
         assert_eq!((plain.hidden(0..0), plain.bytes()), (None, 0));
-        assert!(plain.fits(&[LayerCache::latent(2)]) && cache.fits(&[LayerCache::latent(2)]));
+        assert!(plain.fits(&[LayerCache::latent(2, 0)]) && cache.fits(&[LayerCache::latent(2, 0)]));
     }
 
     #[test]
-    fn a_latent_position_is_kept_once_and_is_key_and_value() {
-        let mut cache = KvCache::new(vec![LayerCache::latent(6)]);
+    fn a_latent_position_is_kept_once_with_the_key_of_its_indexer() {
+        let mut cache = KvCache::new(vec![LayerCache::latent(6, 0), LayerCache::latent(6, 2)]);
         for position in 0..5 {
             cache.layer_mut(0).push(&[position as f32; 6], &[]);
+            cache.layer_mut(1).push(&[position as f32; 6], &[10.0 + position as f32; 2]);
             cache.advance(1);
         }
-        assert_eq!(cache.bytes_per_position(), 6 * 4);
+        assert_eq!(cache.bytes_per_position(), (6 + 6 + 2) * 4);
         let prefix = cache.prefix(3);
         let (keys, values) = prefix.layer(0).head(0);
-        assert_eq!((keys, keys.len(), keys[17]), (values, 18, 2.0));
-        assert!(!cache.fits(&[LayerCache::new(1, 6)]) && cache.fits(&[LayerCache::latent(6)]));
+        assert_eq!((keys.len(), keys[17], values.len()), (18, 2.0, 0));
+        assert_eq!(prefix.layer(1).head(0).1, [10.0, 10.0, 11.0, 11.0, 12.0, 12.0]);
+        let like = |index_dim| [LayerCache::latent(6, 0), LayerCache::latent(6, index_dim)];
+        assert!(!cache.fits(&like(0)) && !cache.fits(&like(3)) && cache.fits(&like(2)));
         cache.truncate(1);
-        assert_eq!(cache.layer(0).head(0).1, [0.0; 6]);
+        assert_eq!(cache.layer(0).head(0).0, [0.0; 6]);
+        assert_eq!(cache.layer(1).head(0).1, [10.0; 2]);
     }
 
     #[test]

@@ -238,6 +238,13 @@ impl Checkpoint {
         self.inner.expert_dtypes(layer)
     }
 
+    /// The model id, in hexadecimal digits, of the published model of which `hanse quantize` made this one.
+    pub fn original(&self) -> Option<String> {
+        let map = self.config_map();
+        // What is wrong with the text has been said when the checkpoint was opened.
+        quantization::original(&config::Config::new(&map)).ok().flatten()
+    }
+
     /// The trunk's tensors, as they are stored.
     pub(crate) fn trunk_parts(&self) -> Vec<StoredTensor> {
         let inner = &self.inner;

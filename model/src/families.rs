@@ -5,6 +5,7 @@ pub(crate) mod carved;
 mod decoder;
 mod deepseek_v2;
 mod deepseek_v3;
+mod deepseek_v32;
 mod dots1;
 mod ernie4_5_moe;
 mod glm4_moe;
@@ -34,6 +35,7 @@ const FAMILIES: &[Family] = &[
     deepseek_v2::FAMILY,
     deepseek_v3::FAMILY,
     deepseek_v3::KIMI_K2,
+    deepseek_v32::FAMILY,
     dots1::FAMILY,
     ernie4_5_moe::FAMILY,
     glm4_moe::FAMILY,
@@ -60,8 +62,7 @@ const LEFT_OUT: &[(&str, &str)] = &[
         "dbrx",
         "layer norms that subtract the mean, queries, keys and values in one tensor, and experts in tensors of other names",
     ),
-    ("deepseek_v32", SPARSE),
-    ("glm_moe_dsa", SPARSE),
+    ("glm_moe_dsa", SHARED_INDEXERS),
     ("granitemoehybrid", RECURRENT),
     ("jamba", RECURRENT),
     ("jetmoe", "attention whose heads are experts themselves"),
@@ -84,7 +85,7 @@ const LEFT_OUT: &[(&str, &str)] = &[
 
 const RECURRENT: &str =
     "layers with a recurrent state, which cannot go back to an earlier position as drafts and shared beginnings need";
-const SPARSE: &str = "sparse attention, whose positions an indexer chooses";
+const SHARED_INDEXERS: &str = "sparse attention whose layers share the positions that an indexer chooses";
 const WITH_PICTURES: &str = "a model of pictures around its model of text";
 
 /// A model architecture.

@@ -85,8 +85,8 @@ pub use gguf::{GgufError, Imported, import_gguf};
 pub use quantise::{FolderError, Precision, QuantiseError, Written, quantise, quantise_folder};
 pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{
-    Activation, AttentionSpec, FeedForwardSpec, GateSpec, GroupSpec, GroupedQuerySpec, LatentSpec, LayerSpec,
-    ModelSpec, MoeSpec, QkNorm, RopePairs, RopeScaling, RopeSpec, Scoring, SharedExpertSpec,
+    Activation, AttentionSpec, FeedForwardSpec, GateSpec, GroupSpec, GroupedQuerySpec, IndexerSpec, LatentSpec,
+    LayerSpec, ModelSpec, MoeSpec, QkNorm, RopePairs, RopeScaling, RopeSpec, Scoring, SharedExpertSpec,
 };
 pub use stop::{StopOutput, StopStrings, overlap};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};

@@ -100,11 +100,22 @@ impl Rope {
 impl Angles {
     /// Rotates values of each head, from `first` on; `x` is `[rows, heads, head_dim]`.
     pub(crate) fn rotate(&self, x: &mut [f32], heads: usize, head_dim: usize, first: usize) {
+        self.rotate_pairs(x, (heads, head_dim), first, self.pairs);
+    }
+
+    /// The same with values that are paired so.
+    pub(crate) fn rotate_pairs(
+        &self,
+        x: &mut [f32],
+        (heads, head_dim): (usize, usize),
+        first: usize,
+        pairs: RopePairs,
+    ) {
         let rows = x.chunks_exact_mut(heads * head_dim);
         for ((row, cos), sin) in rows.zip(self.cos.chunks_exact(self.half)).zip(self.sin.chunks_exact(self.half)) {
             for head in row.chunks_exact_mut(head_dim) {
                 let head = &mut head[first..first + 2 * self.half];
-                match self.pairs {
+                match pairs {
                     RopePairs::Halves => {
                         let (left, right) = head.split_at_mut(self.half);
                         for (((a, b), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {

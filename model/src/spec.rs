@@ -117,10 +117,25 @@ pub struct LatentSpec {
     pub scale: f32,
     /// `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
     pub bias: bool,
+    /// What chooses the positions that a token sees, where it does not see all.
+    pub indexer: Option<IndexerSpec>,
+}
+
+/// Sparse attention: scores of a kind of attention of its own choose the positions that a token sees. Source: DeepSeek-V3.2,
+/// arXiv:2512.02556, section 2.1.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IndexerSpec {
+    /// Heads.
+    pub heads: usize,
+    /// Values of a head, the first `qk_rope_head_dim` of which rotate.
+    pub head_dim: usize,
+    /// Positions that a token sees at most, itself among those to choose from.
+    pub top_k: usize,
 }
 
 impl LatentSpec {
-    /// Values that the cache keeps of a token: the short vector, and the part of the keys that rotates.
+    /// Values of what all heads share as key and value: the short vector, and the part of the keys that rotates. The cache keeps them of a token, and
+    /// the key of an indexer.
     #[must_use]
     pub fn cached_values(&self) -> usize {
         self.kv_lora_rank + self.qk_rope_head_dim

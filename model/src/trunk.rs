@@ -5,6 +5,7 @@ mod error;
 mod feed_forward;
 mod grouped;
 mod head;
+mod indexer;
 mod latent;
 mod layer;
 
@@ -195,7 +196,10 @@ impl LogitsWanted {
 fn cache_of(attention: &AttentionSpec) -> LayerCache {
     match attention {
         AttentionSpec::GroupedQuery(attention) => LayerCache::new(attention.kv_heads, attention.head_dim),
-        AttentionSpec::Latent(attention) => LayerCache::latent(attention.cached_values()),
+        AttentionSpec::Latent(attention) => {
+            let index_dim = attention.indexer.as_ref().map_or(0, |indexer| indexer.head_dim);
+            LayerCache::latent(attention.cached_values(), index_dim)
+        }
     }
 }
 

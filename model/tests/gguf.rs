@@ -5,7 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Golden, Local, fixture, json, largest_difference};
-use hanse_model::{Checkpoint, GenerationDefaults, Imported, StoredDtype, Tokenizer, carve, import_gguf};
+use hanse_model::{ChatMessage, Checkpoint, GenerationDefaults, Imported, StoredDtype, Tokenizer, carve, import_gguf};
+use safetensors::SafeTensors;
 use tempfile::TempDir;
 
 fn imported(path: &Path, to: Option<StoredDtype>) -> (TempDir, PathBuf, Imported) {
@@ -24,7 +25,13 @@ fn file(name: &str) -> PathBuf {
 /// Logits and greedy tokens that transformers computes for the weights in the file.
 #[test]
 fn every_architecture_gives_the_reference_logits_and_greedy_tokens() {
+    // Also as the file has it, and wider than need be.
+    let gpt_oss = [None, Some(StoredDtype::F32)].map(|to| ("gpt_oss", "gpt_oss", to));
     let families = [
+        ("deepseek2_v2", "deepseek_v2"),
+        ("deepseek2_v3", "deepseek_v3"),
+        ("deepseek2_whole", "deepseek_v2"),
+        ("gpt_oss", "gpt_oss"),
         ("llama", "llama"),
         ("mixtral", "mixtral"),
         ("olmoe", "olmoe"),
@@ -33,20 +40,90 @@ fn every_architecture_gives_the_reference_logits_and_greedy_tokens() {
         ("qwen3", "qwen3"),
         ("qwen3moe", "qwen3_moe"),
     ];
-    for (name, family) in families {
-        let (_folder, out, found) = imported(&file(name), Some(StoredDtype::F16));
-        let golden = Golden::read(&fixture("gguf").join(format!("{name}.safetensors")));
+    let rounded = families.map(|(name, family)| (name, family, Some(StoredDtype::F16)));
+    for (name, family, to) in rounded.into_iter().chain(gpt_oss) {
+        let (_folder, out, found) = imported(&file(name), to);
+        // One golden for both forms of the same weights.
+        let golden = name.replace("_whole", "_v2");
+        let golden = Golden::read(&fixture("gguf").join(format!("{golden}.safetensors")));
         let (prompt, expected) = (golden.ids("input_ids").unwrap(), golden.f32("logits").unwrap());
         let mut model = Local::open(&out);
         assert_eq!(model.trunk.spec().family, family);
         let mean = expected.iter().sum::<f32>() / expected.len() as f32;
         let std = (expected.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / expected.len() as f32).sqrt();
         let difference = largest_difference(&model.prefill(&prompt), &expected) / std;
-        println!("{name:10} {} tensors, logits {difference:.2e} std", found.tensors);
+        println!("{name:15} {to:?}, {} tensors, logits {difference:.2e} std", found.tensors);
         assert!(difference <= 1e-4, "{name}: {difference}");
         let greedy = golden.ids("greedy_ids").unwrap();
         assert_eq!(model.greedy(&prompt, greedy.len()), greedy, "{name}");
     }
+}
+
+/// All tensors of a folder's file.
+fn weights(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+/// Bytes of tensors by name, of which there must be some.
+fn named(bytes: &[u8], wanted: impl Fn(&str) -> bool) -> Vec<(String, Vec<usize>, Vec<u8>)> {
+    let tensors = SafeTensors::deserialize(bytes).unwrap();
+    let mut found: Vec<_> = tensors
+        .iter()
+        .filter(|(name, _)| wanted(name))
+        .map(|(name, view)| (name.to_owned(), view.shape().to_vec(), view.data().to_vec()))
+        .collect();
+    found.sort();
+    assert!(!found.is_empty());
+    found
+}
+
+/// What the converter cuts in two is as it was, whichever form the file has.
+#[test]
+fn what_makes_keys_and_values_of_latents_is_joined_bit_for_bit() {
+    let is_joined = |name: &str| name.ends_with("kv_b_proj.weight");
+    for name in ["deepseek2_v2", "deepseek2_v3"] {
+        let (_folder, out, _) = imported(&file(name), None);
+        let golden = std::fs::read(fixture("gguf").join(format!("{name}.safetensors"))).unwrap();
+        let bytes = |(name, _, data)| (name, data);
+        let (ours, theirs) = (named(&weights(&out), is_joined), named(&golden, is_joined));
+        assert_eq!(ours.len(), 2, "{name}: one for each layer");
+        assert!(ours.into_iter().map(bytes).eq(theirs.into_iter().map(bytes)), "{name}");
+    }
+    let (_newer, newer, _) = imported(&file("deepseek2_v2"), None);
+    let (_older, older, _) = imported(&file("deepseek2_whole"), None);
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        assert!(std::fs::read(newer.join(name)).unwrap() == std::fs::read(older.join(name)).unwrap(), "{name}");
+    }
+}
+
+/// The config says what the one said that the file was made of.
+#[test]
+fn models_are_what_they_were_before_they_were_converted() {
+    for (name, source) in [("deepseek2_v2", "deepseek_v2"), ("deepseek2_v3", "deepseek_v3")] {
+        let (_folder, out, _) = imported(&file(name), None);
+        let (ours, theirs) = (Checkpoint::open(&out).unwrap(), Checkpoint::open(&fixture(source)).unwrap());
+        // The file has the first layers only.
+        let mut theirs = theirs.spec().clone();
+        theirs.layers.truncate(2);
+        assert_eq!(*ours.spec(), theirs, "{name}");
+    }
+}
+
+/// Experts of gpt-oss are in the file in another order, and in the folder in that of the hub.
+#[test]
+fn microscaled_blocks_are_kept_bit_for_bit() {
+    let (_folder, out, found) = imported(&file("gpt_oss"), None);
+    assert_eq!(found.types["MXFP4"], 6, "{:?}", found.types);
+    let golden = std::fs::read(fixture("gguf/gpt_oss.safetensors")).unwrap();
+    let is_microscaled = |name: &str| name.ends_with("_blocks") || name.ends_with("_scales");
+    let (ours, theirs) = (named(&weights(&out), is_microscaled), named(&golden, is_microscaled));
+    assert_eq!(ours.len(), 8);
+    assert!(ours == theirs);
+    assert_eq!(json(&out.join("config.json"))["quantization_config"]["quant_method"], "mxfp4");
+    // Nothing of it is left where it was asked for something else.
+    let (_folder, out, _) = imported(&file("gpt_oss"), Some(StoredDtype::Bf16));
+    assert!(SafeTensors::deserialize(&weights(&out)).unwrap().names().iter().all(|name| !is_microscaled(name)));
+    assert!(json(&out.join("config.json")).get("quantization_config").is_none());
 }
 
 /// Matrices in Q8_0 are computed as they lie.
@@ -76,7 +153,6 @@ fn blocks_become_the_values_that_they_stand_for() {
     let (_folder, blocks, found) = imported(&file("qwen2_blocks"), Some(StoredDtype::F32));
     let (_other, widened, _) = imported(&file("qwen2_widened"), Some(StoredDtype::F32));
     assert!(["Q8_0", "Q4_1", "Q4_0", "Q5_0", "Q5_1"].iter().all(|kind| found.types[kind] > 0), "{:?}", found.types);
-    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
     assert!(weights(&blocks) == weights(&widened));
     for (to, bytes) in [(StoredDtype::F16, 2), (StoredDtype::Bf16, 2), (StoredDtype::F32, 4)] {
         let (_folder, out, _) = imported(&file("qwen2_blocks"), Some(to));
@@ -123,7 +199,7 @@ fn tokenizers_are_those_that_the_file_was_made_with() {
         }
         let template = tokenizer.chat_template().unwrap().unwrap();
         for case in golden["chat"].as_array().unwrap() {
-            let messages: Vec<hanse_model::ChatMessage> = serde_json::from_value(case["messages"].clone()).unwrap();
+            let messages: Vec<ChatMessage> = serde_json::from_value(case["messages"].clone()).unwrap();
             let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap()).unwrap();
             assert_eq!(rendered, text(&case["rendered"]), "{name}");
             assert_eq!(tokenizer.encode(&rendered, false).unwrap(), ids(&case["ids"]), "{name}");
@@ -132,6 +208,29 @@ fn tokenizers_are_those_that_the_file_was_made_with() {
             (GenerationDefaults::load(&out).unwrap(), GenerationDefaults::load(&fixture(source)).unwrap());
         assert!(theirs.eos_token_ids.iter().all(|id| ours.eos_token_ids.contains(id)), "{name}: {ours:?} {theirs:?}");
     }
+}
+
+/// What the tokenizer made of texts that the file was made with, in the way of o200k.
+#[test]
+fn the_tokenizer_of_gpt_oss_cuts_texts_as_the_one_it_was_made_of() {
+    let (_folder, out, found) = imported(&file("gpt_oss"), None);
+    assert!(found.tokenizer == "gpt2, gpt-4o" && found.chat_template, "{found:?}");
+    let tokenizer = Tokenizer::load(&out).unwrap();
+    for case in json(&fixture("gguf/gpt_oss.json")).as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), case["decoded"].as_str().unwrap(), "{text:?}");
+    }
+    let message = ChatMessage { role: "user".to_owned(), content: "Hi.".to_owned() };
+    let rendered = tokenizer.chat_template().unwrap().unwrap().render(&[message], true).unwrap();
+    assert_eq!(rendered, "<|start|>user<|message|>Hi.<|end|><|start|>assistant");
+    // An answer ends where the model returns or calls, and not at the end of a message.
+    let token =
+        |text: &str| tokenizer.encode(text, false).unwrap()[..].try_into().map(|[token]: [u32; 1]| token).unwrap();
+    let mut ends = GenerationDefaults::load(&out).unwrap().eos_token_ids;
+    ends.sort_unstable();
+    assert_eq!(ends, ["<|endoftext|>", "<|return|>", "<|call|>"].map(token));
 }
 
 /// What SentencePiece itself makes of texts.

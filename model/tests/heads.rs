@@ -201,7 +201,7 @@ fn a_folder_that_is_written_again_keeps_its_head() {
         let to = out.path().join("again");
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let precision = Precision { experts: StoredDtype::F32, trunk: Some(StoredDtype::F32) };
-        quantise_folder(&checkpoint, precision, &[], &to, &mut |_, _| ()).unwrap();
+        quantise_folder(&checkpoint, precision, &"0".repeat(64), &[], &to, &mut |_, _| ()).unwrap();
         assert_eq!(Checkpoint::open(&to).unwrap().spec(), checkpoint.spec());
         let prompt: Vec<u32> = (2..20).collect();
         let [logits, again] = [&dir, &to].map(|dir| {

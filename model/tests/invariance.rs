@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use common::{Golden, Local, WITH_EXPERTS, bits, fixture, fixtures, largest_difference, tiny_moe};
 use hanse_model::{
-    AttentionSpec, Checkpoint, Expert, ExpertJob, Experts, ExpertsError, ForwardError, LocalExperts, LogitsWanted,
-    Routing, Segment, Trunk, add_weighted, compute_pool, run_experts,
+    AttentionSpec, Checkpoint, Expert, ExpertJob, Experts, ExpertsError, ForwardError, KvCache, LocalExperts,
+    LogitsWanted, Routing, Segment, Trunk, add_weighted, compute_pool, run_experts,
 };
 
 fn noise(len: usize, mut state: u32) -> Vec<f32> {
@@ -116,19 +116,23 @@ fn logits_come_for_the_positions_asked_for() {
 
 #[test]
 fn a_truncated_cache_goes_on_as_if_the_rest_had_never_been() {
-    for name in ["qwen3_moe", "deepseek_v3", "gpt_oss"] {
+    for name in ["qwen3_moe", "deepseek_v3", "extra/deepseek_v32", "gpt_oss"] {
         let mut model = Local::open(&fixture(name));
         let mut cache = model.trunk.new_cache();
-        model.forward(&[1, 2, 3, 4, 5], &mut cache, LogitsWanted::None);
+        let tokens: Vec<u32> = (1..=12).collect();
+        model.forward(&tokens, &mut cache, LogitsWanted::None);
+        cache.truncate(20);
+        assert_eq!(cache.len(), 12);
+        let beginning = cache.prefix(10);
         cache.truncate(9);
-        assert_eq!(cache.len(), 5);
-        let beginning = cache.prefix(3);
-        cache.truncate(2);
-        let logits = model.forward(&[9, 8], &mut cache, LogitsWanted::All);
         let vocab = model.trunk.spec().vocab_size;
-        assert_eq!(bits(&logits), bits(&model.prefill(&[1, 2, 9, 8])[2 * vocab..]), "{name}");
-        let logits = model.forward(&[7], &mut { beginning }, LogitsWanted::All);
-        assert_eq!(bits(&logits), bits(&model.prefill(&[1, 2, 3, 7])[3 * vocab..]), "{name}");
+        let mut after = |kept: usize, new: &[u32], cache: &mut KvCache| {
+            let logits = model.forward(new, cache, LogitsWanted::All);
+            let all = model.prefill(&[&tokens[..kept], new].concat());
+            assert_eq!(bits(&logits), bits(&all[kept * vocab..]), "{name}");
+        };
+        after(9, &[99, 98], &mut cache);
+        after(10, &[77], &mut { beginning });
     }
 }
 

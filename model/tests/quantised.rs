@@ -240,6 +240,9 @@ fn configs() -> Vec<Value> {
         .into()
 }
 
+/// The id of the model that is quantised, as far as these tests care.
+const ORIGINAL: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
 #[test]
 fn a_quantised_folder_gives_the_bits_of_its_weights_in_f32() {
     for config in configs() {
@@ -254,7 +257,8 @@ fn a_quantised_folder_gives_the_bits_of_its_weights_in_f32() {
             let mut last = (0, 0);
             let precision = Precision { experts, trunk };
             let written =
-                quantise_folder(&checkpoint, precision, &[], out.path(), &mut |done, all| last = (done, all)).unwrap();
+                quantise_folder(&checkpoint, precision, ORIGINAL, &[], out.path(), &mut |done, all| last = (done, all))
+                    .unwrap();
             assert_eq!((last.0, last.1, written.kept), (written.bytes, written.bytes, 0));
             let granite = config["model_type"] == "granitemoe";
             assert_eq!(written.fell_back > 0, granite && experts == StoredDtype::Q4K, "288 is no multiple of 256");
@@ -262,6 +266,7 @@ fn a_quantised_folder_gives_the_bits_of_its_weights_in_f32() {
             assert!(found.keys().any(|name| experts.suffix().is_none_or(|suffix| name.ends_with(suffix))));
             let says = common::json(&out.path().join("config.json"));
             assert_eq!(says["quantization_config"]["quant_method"], "hanse");
+            assert_eq!(Checkpoint::open(out.path()).unwrap().original().as_deref(), Some(ORIGINAL));
             if experts == StoredDtype::Bf16 {
                 logits(out.path());
                 continue;
@@ -276,7 +281,7 @@ fn a_quantised_folder_gives_the_bits_of_its_weights_in_f32() {
             let again = tempfile::tempdir().unwrap();
             let checkpoint = Checkpoint::open(out.path()).unwrap();
             let precision = Precision { experts: StoredDtype::F16, trunk: None };
-            quantise_folder(&checkpoint, precision, &[], again.path(), &mut |_, _| {}).unwrap();
+            quantise_folder(&checkpoint, precision, ORIGINAL, &[], again.path(), &mut |_, _| {}).unwrap();
             logits(again.path());
         }
     }
@@ -291,7 +296,8 @@ fn an_interrupted_call_is_continued_and_nothing_else_is_overwritten() {
     let precision = Precision { experts: StoredDtype::Q8_0, trunk: None };
     let quantise = |to: &Path, precision, stop: f64| {
         let mut progress = |done: u64, all: u64| assert!(done as f64 <= stop * all as f64, "stopped");
-        let call = || quantise_folder(&checkpoint, precision, &["tokenizer.json", "other.json"], to, &mut progress);
+        let call =
+            || quantise_folder(&checkpoint, precision, ORIGINAL, &["tokenizer.json", "other.json"], to, &mut progress);
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(call))
     };
     let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -324,7 +330,8 @@ fn what_cannot_be_quantised_is_refused_by_name() {
     let quantise = |source: &Path, experts| {
         let out = tempfile::tempdir().unwrap();
         let precision = Precision { experts, trunk: None };
-        quantise_folder(&Checkpoint::open(source).unwrap(), precision, &[], out.path(), &mut |_, _| {}).unwrap_err()
+        quantise_folder(&Checkpoint::open(source).unwrap(), precision, ORIGINAL, &[], out.path(), &mut |_, _| {})
+            .unwrap_err()
     };
     let error = quantise(source.path(), StoredDtype::Q8_0);
     assert!(matches!(error, FolderError::Family { family: "gpt_oss" }), "{error}");
@@ -446,7 +453,8 @@ fn wrong_numbers_of_blocks_are_named() {
     let source = folder(config, &random(config));
     let out = tempfile::tempdir().unwrap();
     let precision = Precision { experts: StoredDtype::Q8_0, trunk: None };
-    quantise_folder(&Checkpoint::open(source.path()).unwrap(), precision, &[], out.path(), &mut |_, _| {}).unwrap();
+    quantise_folder(&Checkpoint::open(source.path()).unwrap(), precision, ORIGINAL, &[], out.path(), &mut |_, _| {})
+        .unwrap();
     let (config, quantised) = (common::json(&out.path().join("config.json")), tensors(out.path()));
     let name = "model.layers.1.block_sparse_moe.experts.3.w3.weight";
     let written = format!("{name}.q8_0");

@@ -25,8 +25,8 @@ use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
-use hanse_router::NetworkConfig;
 use hanse_router::weights::Repository;
+use hanse_router::{NetworkConfig, PrecisionPolicy};
 pub(crate) use quantize::QuantizeArgs;
 #[cfg(unix)]
 pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
@@ -114,6 +114,11 @@ pub(crate) struct ClientArgs {
     /// Encoding of hidden states on the wire: f32 (exact), f16 or bf16 (half the bytes), int8 (a bit more than a quarter).
     #[arg(long, default_value = "f32", value_name = "DTYPE")]
     pub(crate) wire: WireDtype,
+    /// Which experts are accepted beside those of the model itself, of peers that host a variant which `hanse quantize` made of it: `exact` for
+    /// none, `q8` for weights of eight bits or more, `any`. Each expert is asked for in one precision as long as somebody hosts it so; the
+    /// summary says which were used, and whether one changed.
+    #[arg(long, value_enum, default_value_t = PrecisionKind::Exact, value_name = "WHICH")]
+    pub(crate) precision: PrecisionKind,
     /// Who adds the experts' rows up: `client` (the same bits whoever computes) or `peer` (fewest bytes). By default
     /// client with f32, peer with the others.
     #[arg(long, value_name = "WHO", value_parser = parse_combine)]
@@ -132,6 +137,24 @@ pub(crate) struct ClientArgs {
     /// Seconds that joining the network may take.
     #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) join_timeout: u64,
+}
+
+/// Which variants of a model are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PrecisionKind {
+    Exact,
+    Q8,
+    Any,
+}
+
+impl From<PrecisionKind> for PrecisionPolicy {
+    fn from(kind: PrecisionKind) -> Self {
+        match kind {
+            PrecisionKind::Exact => Self::Exact,
+            PrecisionKind::Q8 => Self::EightBits,
+            PrecisionKind::Any => Self::Any,
+        }
+    }
 }
 
 /// Who computes an expert that no peer hosts.
@@ -179,6 +202,7 @@ impl ClientArgs {
             mdns: self.join.mdns,
             wire: self.wire,
             combine: self.combine,
+            precision: self.precision.into(),
             join_timeout: Duration::from_secs(self.join_timeout),
             replica_patience: Duration::from_secs(self.patience),
             ..NetworkConfig::default()

@@ -17,7 +17,6 @@ use hanse_model::{
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
-use hanse_router::client::layout_of;
 use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +30,7 @@ use crate::owner::Bandwidth;
 use crate::placement::Pace;
 use crate::server::Server;
 use crate::store::ExpertStore;
-use announcer::{Announcer, DataAddresses};
+use announcer::{Announcer, DataAddresses, Stored};
 use host::{Host, MoveCounts};
 use neighbours::Neighbours;
 use shard::Shard;
@@ -274,10 +273,15 @@ impl Volunteer {
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
             giving: config.shelf.clone().map(|shelf| Giving::new(shelf, config.give_bytes_per_second)),
         });
-        let layers = layout_of(checkpoint.spec()).layers;
         let data = DataAddresses { bound, advertised: config.advertise.clone() };
-        let announcer =
-            Arc::new(Announcer::new(identity.clone(), discovery.clone(), server.clone(), shard, layers, data));
+        let announcer = Arc::new(Announcer::new(
+            identity.clone(),
+            discovery.clone(),
+            server.clone(),
+            shard,
+            Stored::of(checkpoint),
+            data,
+        ));
         let (serving, announcing) = (CancellationToken::new(), CancellationToken::new());
         let serve = server.clone().run(endpoint.clone(), discovery.clone(), serving.clone());
         let announce = announcer.clone().run(announcing.clone());

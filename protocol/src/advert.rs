@@ -13,7 +13,7 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::discovery::Reachability;
 use crate::relayed::is_circuit;
-use crate::{Identity, ModelId, WireDtype, verify_signature};
+use crate::{Identity, ModelId, Precision, WireDtype, verify_signature};
 
 pub use hosted::{HostedError, HostedExperts, MAX_EXPERTS, MAX_LAYERS};
 pub use popularity::{MAX_POPULARITY, popularity, rows_per_minute};
@@ -69,6 +69,18 @@ pub struct Advert {
     pub reachability: Reachability,
     /// Where it is reached through relays: circuit addresses, at most [`MAX_CIRCUITS`] of at most [`MAX_CIRCUIT_BYTES`] each.
     pub circuits: Vec<Multiaddr>,
+    /// How it stores the experts: the least of them, where they differ.
+    pub precision: Precision,
+    /// The published model whose experts these are in fewer bits, if `model` is a quantised one: clients of that model may accept them.
+    pub variant_of: Option<ModelId>,
+}
+
+impl Advert {
+    /// Whether it hosts experts of `model`, as published or as a variant in fewer bits.
+    #[must_use]
+    pub fn serves(&self, model: ModelId) -> bool {
+        self.model == model || self.variant_of == Some(model)
+    }
 }
 
 /// An advert with its author's signature, not yet verified after decoding.
@@ -246,6 +258,9 @@ impl Advert {
         }
         if self.load_permille > 1000 {
             return Err(AdvertError::OutOfRange("load"));
+        }
+        if self.variant_of == Some(self.model) {
+            return Err(AdvertError::OutOfRange("model of which it is a variant"));
         }
         Ok(())
     }

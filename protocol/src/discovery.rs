@@ -170,7 +170,7 @@ pub(crate) struct Reports {
 /// What handles ask of the swarm task.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Announce { adverts: Vec<(ModelId, Vec<u8>)>, keys: Vec<ProviderKey> },
+    Announce { adverts: Vec<(Vec<ModelId>, Vec<u8>)>, keys: Vec<ProviderKey> },
     Providers { key: ProviderKey, found: mpsc::Sender<PeerId> },
     Adverts { peer: PeerId, model: Option<ModelId>, answer: oneshot::Sender<Result<Vec<Vec<u8>>, LookupError>> },
     Lane { peer: PeerId, addresses: Vec<Multiaddr>, answer: oneshot::Sender<Result<Lane, LookupError>> },
@@ -252,7 +252,7 @@ impl Discovery {
         }
     }
 
-    /// Sets what this member hosts: the adverts it answers with and the provider records it publishes, in place of
+    /// Sets what this member hosts: the adverts it answers with, each to questions about some models, and the provider records it publishes, in place of
     /// all earlier ones. Records are published again by themselves when new peers appear and every two minutes.
     /// An empty list withdraws: the member then answers that it hosts nothing.
     ///
@@ -260,10 +260,10 @@ impl Discovery {
     /// [`LookupError::Stopped`].
     pub async fn announce(
         &self,
-        adverts: Vec<(ModelId, SignedAdvert)>,
+        adverts: Vec<(Vec<ModelId>, SignedAdvert)>,
         keys: Vec<ProviderKey>,
     ) -> Result<(), LookupError> {
-        let adverts = adverts.into_iter().map(|(model, advert)| (model, advert.encode())).collect();
+        let adverts = adverts.into_iter().map(|(models, advert)| (models, advert.encode())).collect();
         self.send(Command::Announce { adverts, keys }).await
     }
 
@@ -285,7 +285,7 @@ impl Discovery {
         Ok(receiver)
     }
 
-    /// Asks `peer` for its advert of `model`, or of every model it hosts. Adverts that are not the peer's own or break a rule are
+    /// Asks `peer` for its advert of `model` or a variant of it, or of every model it hosts. Adverts that are not the peer's own or break a rule are
     /// left out. One whose times are wrong counts all the same, since it comes from its author just now; that a clock is wrong is
     /// logged.
     ///
@@ -319,7 +319,7 @@ impl Discovery {
         let mut adverts = Vec::new();
         for bytes in &encoded {
             match read(bytes) {
-                Ok(advert) if model.is_none_or(|model| model == advert.0.model) => adverts.push(advert),
+                Ok(advert) if model.is_none_or(|model| advert.0.serves(model)) => adverts.push(advert),
                 Ok((advert, _)) => tracing::debug!(%peer, model = %advert.model, "an advert that was not asked for"),
                 Err(reason) => tracing::debug!(%peer, %reason, "advert not believed"),
             }

@@ -32,6 +32,7 @@ mod frame;
 mod identity;
 mod manifest;
 mod model_id;
+mod precision;
 mod relayed;
 mod transport;
 mod tree;
@@ -54,6 +55,7 @@ pub use manifest::{
     TrunkTensor,
 };
 pub use model_id::{ModelId, ParseModelIdError};
+pub use precision::Precision;
 pub use transport::{
     ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream, Path,
     PendingConnection,

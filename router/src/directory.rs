@@ -2,15 +2,16 @@
 
 mod departed;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, Path, PeerId, Welcome};
+use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, ModelId, Path, PeerId, Precision, Welcome};
 use tokio::sync::watch;
 
 use crate::plan::Candidate;
+use crate::precision::{Forms, Offer};
 use crate::stats::{AnsweredCall, Expectation, PeerStats};
 use departed::Departed;
 
@@ -184,6 +185,10 @@ pub struct Directory {
     /// How many look on, and want to be told of a peer that dies although nobody calls it.
     watchers: Arc<AtomicUsize>,
     departed: Departed,
+    /// Which stored form of each expert is used; `None` where only the published one is accepted.
+    forms: Option<Forms>,
+    /// How experts are stored by peers that the client does not accept.
+    unwanted: Mutex<BTreeSet<Precision>>,
     changes: watch::Sender<u64>,
 }
 
@@ -198,13 +203,15 @@ impl Drop for Watching {
 }
 
 impl Directory {
-    pub(crate) fn new(layout: ExpertLayout) -> Self {
+    pub(crate) fn new(layout: ExpertLayout, forms: Option<Forms>) -> Self {
         Self {
             layout,
             members: RwLock::default(),
             last_call: Mutex::default(),
             watchers: Arc::default(),
             departed: Departed::default(),
+            forms,
+            unwanted: Mutex::default(),
             changes: watch::channel(0).0,
         }
     }
@@ -239,13 +246,16 @@ impl Directory {
         &self.layout
     }
 
-    /// Notes what a peer says of itself. Its link is dropped if it has moved to other addresses.
+    /// Notes what a peer says of itself. Its link is dropped if it has moved to other addresses or hosts another variant.
     pub(crate) fn update(&self, peer: PeerId, advert: Advert) {
         let mut members = self.write();
         match members.get_mut(&peer) {
             Some(member) => {
                 let differs = member.advert.hosted != advert.hosted || member.advert.draining != advert.draining;
-                let moved = |link: &Link| matches!(&link.path, Path::Data(at) if !advert.data_addresses.contains(at));
+                let moved = |link: &Link| {
+                    link.welcome.model != advert.model
+                        || matches!(&link.path, Path::Data(at) if !advert.data_addresses.contains(at))
+                };
                 if member.link.as_ref().is_some_and(moved) {
                     member.lose();
                 }
@@ -391,7 +401,29 @@ impl Directory {
         self.read().get(peer).is_some_and(|member| member.advert.draining)
     }
 
-    /// The peers that can be called now for some of `wanted` experts of `layer`. Peers that were set aside are among
+    /// Notes a peer that stores experts in fewer bits than the client accepts.
+    pub(crate) fn not_wanted(&self, peer: &PeerId, precision: Precision) {
+        if self.unwanted.lock().unwrap_or_else(PoisonError::into_inner).insert(precision) {
+            tracing::info!(%peer, %precision, "this peer's experts have fewer bits than are accepted");
+        }
+        if self.write().remove(peer).is_some() {
+            self.changed();
+        }
+    }
+
+    /// How experts are stored by peers that were found and not accepted.
+    pub(crate) fn unwanted(&self) -> Vec<Precision> {
+        self.unwanted.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+
+    /// The model of which a peer hosts experts, which may be a variant of the client's, and how it stores them; `None` where only the
+    /// client's is accepted.
+    pub(crate) fn form_of(&self, peer: &PeerId) -> Option<(ModelId, Precision)> {
+        self.forms.as_ref()?;
+        self.read().get(peer).map(|member| (member.advert.model, member.advert.precision))
+    }
+
+    /// The peers that can be called now for some of `wanted` experts of `layer`, all for the same stored form of each. Peers that were set aside are among
     /// them only with `also_avoided`: they are the last resort.
     pub(crate) fn candidates(
         &self,
@@ -407,17 +439,47 @@ impl Directory {
             connected && !except.contains(peer) && (also_avoided || !(avoided || member.advert.draining))
         };
         let members = self.read();
+        let forms = self.forms_of(&members, layer, wanted);
+        let hosts = |member: &Member, (place, want): (usize, &ExpertRows)| {
+            let of_the_form = |forms: &Vec<Option<ModelId>>| forms[place] == Some(member.advert.model);
+            forms.as_ref().is_none_or(of_the_form) && member.advert.hosted.contains(layer, want.expert)
+        };
         members
             .iter()
             .filter(|(peer, member)| usable(peer, member))
             .map(|(&peer, member)| Candidate {
                 peer,
-                hosts: wanted.iter().map(|want| member.advert.hosted.contains(layer, want.expert)).collect(),
+                hosts: wanted.iter().enumerate().map(|want| hosts(member, want)).collect(),
                 overhead: member.stats.overhead(now, member.round_trip()) + member.stats.failure_cost(now),
                 per_assignment: member.stats.per_assignment(),
             })
             .filter(|candidate| candidate.hosts.contains(&true))
             .collect()
+    }
+
+    /// For each of `wanted` the model in whose form it is computed, `None` where nobody who is connected hosts it; nothing where only one
+    /// form is accepted.
+    fn forms_of(
+        &self,
+        members: &HashMap<PeerId, Member>,
+        layer: u32,
+        wanted: &[ExpertRows],
+    ) -> Option<Vec<Option<ModelId>>> {
+        let forms = self.forms.as_ref()?;
+        let form = |want: &ExpertRows| {
+            let offers: Vec<Offer> = members
+                .values()
+                .filter(|m| m.link.as_ref().is_some_and(|link| !link.connection.is_closed()))
+                .filter(|m| m.advert.hosted.contains(layer, want.expert))
+                .map(|m| Offer {
+                    model: m.advert.model,
+                    precision: m.advert.precision,
+                    well: m.probe_at.is_none() && !m.advert.draining,
+                })
+                .collect();
+            forms.choose(layer, want.expert, &offers)
+        };
+        Some(wanted.iter().map(form).collect())
     }
 
     /// How long a call of `assignments` pairs to `peer` should take.

@@ -6,12 +6,14 @@ mod pieces;
 mod tally;
 mod trace;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hanse_model::Routing;
-use hanse_protocol::{CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLimits, PeerId, RefusalCode};
+use hanse_protocol::{
+    CallError, Combine, ExpertCall, ExpertRows, Frame, FrameLimits, ModelId, PeerId, Precision, RefusalCode,
+};
 
 use crate::network::ExpertNetwork;
 use crate::stats::{AnsweredCall, NetworkUse};
@@ -54,6 +56,8 @@ fn reason_text(reason: &Option<String>) -> String {
 pub struct Usage {
     pub(crate) counts: NetworkUse,
     pub(crate) answered_by: BTreeSet<PeerId>,
+    /// How each expert was stored that was computed by peers; empty where only the published form is accepted.
+    forms: HashMap<(u32, u32), Precision>,
     /// The pass in progress, if it is one of those that are written down.
     recording: Option<Recording>,
 }
@@ -63,6 +67,17 @@ impl Usage {
     pub(crate) fn add(&mut self, other: &Self) {
         self.counts.add(&other.counts);
         self.answered_by.extend(&other.answered_by);
+        for (&(layer, expert), &precision) in &other.forms {
+            self.note_form(layer, expert, precision);
+        }
+    }
+
+    /// Notes how an expert was stored that was computed.
+    fn note_form(&mut self, layer: u32, expert: u32, precision: Precision) {
+        self.counts.precisions.insert(precision);
+        if self.forms.insert((layer, expert), precision).is_some_and(|before| before != precision) {
+            self.counts.mixed += 1;
+        }
     }
 
     /// The counts so far.
@@ -194,10 +209,10 @@ fn rows_of(assignments: &[ExpertRows]) -> Vec<u32> {
     rows
 }
 
-/// Builds the frame that asks for `assignments` on the rows they need; rows that no assignment names stay at home.
+/// Builds the frame that asks for `assignments` of `model` on the rows they need; rows that no assignment names stay at home.
 fn outgoing(
     network: &ExpertNetwork,
-    request_id: u64,
+    (request_id, model): (u64, ModelId),
     layer: u32,
     hidden: &[f32],
     assignments: &[ExpertRows],
@@ -224,7 +239,7 @@ fn outgoing(
     let bytes = (body.len() + count * 8 + assignments.len() * 12) as u64;
     let frame = Frame::Call(ExpertCall {
         request_id,
-        model: network.model,
+        model,
         layer,
         hidden_size: width as u32,
         rows: rows.len() as u32,

@@ -121,7 +121,8 @@
 //!
 //! # Inside
 //!
-//! [`directory`] knows who hosts what, `membership` keeps it true with what [`search`] finds, [`plan`] chooses replicas,
+//! [`directory`] knows who hosts what, `membership` keeps it true with what [`search`] finds, [`plan`] chooses replicas, [`precision`] which
+//! stored form of an expert counts,
 //! [`dispatch`] calls them, retries and adds up, `engine` decodes all generations of a client together. With the feature `gateway` there
 //! is a server that speaks OpenAI's language.
 
@@ -136,6 +137,7 @@ pub mod generate;
 mod membership;
 pub mod network;
 pub mod plan;
+pub mod precision;
 mod remote;
 pub mod resident;
 pub mod search;
@@ -151,6 +153,7 @@ pub use engine::{EngineConfig, EngineStatus};
 pub use fallback::{Fallback, LocalFallback};
 pub use generate::{Constraint, FinishReason, GenerateError, GenerateRequest, Grammar, ScoredToken, Timings, Token};
 pub use network::{ExpertNetwork, JoinError, NetworkConfig};
+pub use precision::PrecisionPolicy;
 pub use remote::{Cancelled, RemoteExperts};
 pub use resident::Resident;
 pub use stats::{AnsweredCall, DraftUse, Expectation, NetworkUse, PeerStats};

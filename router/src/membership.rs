@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::directory::{Directory, Link};
+use crate::precision::PrecisionPolicy;
 use crate::search::{ADVERT_TIMEOUT, AdvertRead, EAGER_INTERVAL, PeerSearch, advert_pause, calm_pause};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -42,6 +43,8 @@ const LONGEST_PUNCH_PAUSE: Duration = Duration::from_secs(600);
 const DIRECT_INTERVAL: Duration = Duration::from_secs(30);
 /// A peer that is not connected and did not answer this often is forgotten until the DHT names it again.
 const FORGET_AFTER: u32 = 3;
+/// How often the advert is read of a peer that stores experts in fewer bits than the client accepts.
+const UNWANTED_INTERVAL: Duration = Duration::from_secs(30);
 /// How many found peers may wait to be watched.
 const ARRIVAL_QUEUE: usize = 64;
 /// The most peers kept at once.
@@ -55,6 +58,7 @@ pub(crate) struct Membership {
     pub(crate) search: PeerSearch,
     pub(crate) network: String,
     pub(crate) wire: WireDtype,
+    pub(crate) precision: PrecisionPolicy,
 }
 
 impl Membership {
@@ -94,7 +98,7 @@ impl Membership {
     /// Watches one peer until it hosts nothing any more or cannot be reached.
     async fn keep_peer(&self, peer: PeerId) {
         let mut misses = 0;
-        let mut ways = Ways::default();
+        let mut ways = Ways::new(self.search.model());
         loop {
             let read = match self.directory.link(&peer) {
                 Some(link) => match self.keep_link(peer, &link, &mut ways).await {
@@ -113,6 +117,12 @@ impl Membership {
                 },
             };
             match read {
+                Ok(Some(advert)) if !self.precision.accepts(&advert, self.search.model()) => {
+                    misses = 0;
+                    self.directory.not_wanted(&peer, advert.precision);
+                    tokio::time::sleep(UNWANTED_INTERVAL).await;
+                    continue;
+                }
                 Ok(Some(advert)) => {
                     misses = 0;
                     ways.learn(&advert);
@@ -202,7 +212,7 @@ impl Membership {
                     self.directory.failed(&peer, Instant::now());
                     silence.set(self.silence(peer, link));
                 }
-                () = probe => match hello(&link.connection, &self.network, self.search.model(), HELLO_TIMEOUT).await {
+                () = probe => match hello(&link.connection, &self.network, link.welcome.model, HELLO_TIMEOUT).await {
                     Ok(_) => self.directory.recovered(&peer),
                     Err(reason) => {
                         tracing::debug!(%reason, "probe failed");
@@ -228,7 +238,7 @@ impl Membership {
                 continue;
             }
             let timeout = HEARTBEAT_TIMEOUT + 2 * link.connection.round_trip();
-            if hello(&link.connection, &self.network, self.search.model(), timeout).await.is_err() {
+            if hello(&link.connection, &self.network, link.welcome.model, timeout).await.is_err() {
                 return;
             }
         }
@@ -249,7 +259,7 @@ impl Membership {
         }
     }
 
-    /// The peer's valid advert of our model; `None` when it says that it hosts none of it.
+    /// The peer's valid advert of our model or a variant of it; `None` when it says that it hosts none of it.
     async fn read_advert(&self, peer: PeerId) -> AdvertRead {
         let Some(advert) = self.search.advert(peer).await? else { return Ok(None) };
         if !advert.wire_dtypes.contains(&self.wire) {
@@ -262,10 +272,10 @@ impl Membership {
     async fn connect(&self, peer: PeerId, ways: &mut Ways) -> Result<Link, String> {
         ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
         let head_start = if ways.reachability == Reachability::Direct { HEAD_START } else { Duration::ZERO };
-        let direct = std::pin::pin!(self.connect_directly(peer, &ways.addresses));
+        let direct = std::pin::pin!(self.connect_directly(peer, ways));
         let shared = std::pin::pin!(async {
             tokio::time::sleep(head_start).await;
-            self.connect_shared(peer, ways.circuits.clone()).await
+            self.connect_shared(peer, ways.circuits.clone(), ways.model).await
         });
         match futures::future::select(direct, shared).await {
             Either::Left((Ok(link), _)) | Either::Right((Ok(link), _)) => Ok(link),
@@ -276,14 +286,14 @@ impl Membership {
 
     /// All addresses are dialled, each a moment after the one before: one that swallows packets does not hold up the next, and one that
     /// answers at once keeps the others from being dialled.
-    async fn connect_directly(&self, peer: PeerId, addresses: &[SocketAddr]) -> Result<Link, String> {
+    async fn connect_directly(&self, peer: PeerId, ways: &Ways) -> Result<Link, String> {
         let mut dials: FuturesUnordered<_> = (0..)
-            .zip(addresses)
+            .zip(&ways.addresses)
             .map(|(place, &address)| async move {
                 tokio::time::sleep(DIAL_STAGGER * place).await;
                 let connected = self.endpoint.connect(peer, address, CONNECT_TIMEOUT).await.map_err(|e| e.to_string());
                 let greeted = match connected {
-                    Ok(connection) => self.greet(connection).await,
+                    Ok(connection) => self.greet(connection, ways.model).await,
                     Err(reason) => Err(reason),
                 };
                 greeted.map_err(|reason| format!("{address}: {reason}"))
@@ -300,13 +310,13 @@ impl Membership {
     }
 
     /// The best connection of the control plane, which libp2p dials if there is none.
-    async fn connect_shared(&self, peer: PeerId, circuits: Vec<Multiaddr>) -> Result<Link, String> {
+    async fn connect_shared(&self, peer: PeerId, circuits: Vec<Multiaddr>, model: ModelId) -> Result<Link, String> {
         let connected = self.search.discovery().connect_data(peer, circuits, CONNECT_TIMEOUT).await;
-        self.greet(connected.map_err(|e| e.to_string())?).await
+        self.greet(connected.map_err(|e| e.to_string())?, model).await
     }
 
-    async fn greet(&self, connection: DataConnection) -> Result<Link, String> {
-        let welcome = hello(&connection, &self.network, self.search.model(), HELLO_TIMEOUT).await?;
+    async fn greet(&self, connection: DataConnection, model: ModelId) -> Result<Link, String> {
+        let welcome = hello(&connection, &self.network, model, HELLO_TIMEOUT).await?;
         Ok(Link { path: connection.path(), connection, welcome })
     }
 
@@ -318,7 +328,7 @@ impl Membership {
             }
             tokio::time::sleep(UPGRADE_INTERVAL).await;
             if link.path.is_relayed()
-                && let Ok(shared) = self.connect_shared(peer, Vec::new()).await
+                && let Ok(shared) = self.connect_shared(peer, Vec::new(), ways.model).await
                 && !shared.path.is_relayed()
             {
                 return shared;
@@ -331,7 +341,7 @@ impl Membership {
             }
             if tokio::time::Instant::now() >= ways.direct_at {
                 ways.direct_at = tokio::time::Instant::now() + DIRECT_INTERVAL;
-                if let Ok(direct) = self.connect_directly(peer, &ways.addresses).await {
+                if let Ok(direct) = self.connect_directly(peer, ways).await {
                     return direct;
                 }
             }
@@ -342,6 +352,8 @@ impl Membership {
 /// How a peer may be reached, by its advert.
 #[derive(Debug)]
 struct Ways {
+    /// The model of which it hosts experts: the client's, or a variant of it.
+    model: ModelId,
     addresses: Vec<SocketAddr>,
     circuits: Vec<Multiaddr>,
     reachability: Reachability,
@@ -351,10 +363,11 @@ struct Ways {
     punch_pause: Duration,
 }
 
-impl Default for Ways {
-    fn default() -> Self {
+impl Ways {
+    fn new(model: ModelId) -> Self {
         let now = tokio::time::Instant::now();
         Self {
+            model,
             addresses: Vec::new(),
             circuits: Vec::new(),
             reachability: Reachability::Direct,
@@ -363,14 +376,13 @@ impl Default for Ways {
             punch_pause: FIRST_PUNCH_PAUSE,
         }
     }
-}
 
-impl Ways {
     fn is_known(&self) -> bool {
         !(self.addresses.is_empty() && self.circuits.is_empty())
     }
 
     fn learn(&mut self, advert: &Advert) {
+        self.model = advert.model;
         self.addresses.clone_from(&advert.data_addresses);
         self.circuits.clone_from(&advert.circuits);
         if self.reachability != advert.reachability && advert.reachability == Reachability::Direct {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, ProviderKey};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, LookupError};
-use hanse_protocol::{BindError, Combine, DataEndpoint, Identity, ModelId, Multiaddr, WireDtype};
+use hanse_protocol::{BindError, Combine, DataEndpoint, Identity, ModelId, Multiaddr, Precision, WireDtype};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -17,6 +17,7 @@ use crate::directory::{Directory, ExpertLayout, Missing};
 use crate::dispatch::{HedgeBudget, PassTrace, Tally, Tracer};
 use crate::fallback::{Fallback, Orphans};
 use crate::membership::Membership;
+use crate::precision::{Forms, PrecisionPolicy};
 use crate::resident::Resident;
 use crate::search::PeerSearch;
 
@@ -45,6 +46,8 @@ pub struct NetworkConfig {
     /// Who computes experts that have had no replica for so long; nobody by default. With a fallback the network may be joined
     /// while some experts have no peer.
     pub fallback: Option<Arc<dyn Fallback>>,
+    /// Which experts it accepts that are stored in fewer bits than the model was published in; none by default.
+    pub precision: PrecisionPolicy,
     /// Experts that this client holds itself; none by default. They are not asked of peers where the client adds up, and draft.
     pub resident: Option<Arc<Resident>>,
 }
@@ -61,6 +64,7 @@ impl Default for NetworkConfig {
             call_timeout: Duration::from_secs(20),
             replica_patience: Duration::from_secs(10),
             fallback: None,
+            precision: PrecisionPolicy::Exact,
             resident: None,
         }
     }
@@ -96,13 +100,26 @@ pub enum JoinError {
         others: Vec<ModelId>,
     },
     /// Peers were found, but nobody hosts some experts.
-    #[error("no peer hosts these experts: {0}")]
-    Incomplete(Missing),
+    #[error("no peer hosts these experts: {missing}{}", variants_text(.variants))]
+    Incomplete {
+        /// The experts.
+        missing: Missing,
+        /// How peers store experts that the client does not accept.
+        variants: Vec<Precision>,
+    },
 }
 
 fn addresses_text(addresses: &[Multiaddr]) -> String {
     let names: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     if names.is_empty() { String::new() } else { format!(" at {}", names.join(" or ")) }
+}
+
+fn variants_text(variants: &[Precision]) -> String {
+    if variants.is_empty() {
+        return String::new();
+    }
+    let names: Vec<String> = variants.iter().map(ToString::to_string).collect();
+    format!("; peers host experts in {}, which --precision any accepts", names.join(", "))
 }
 
 fn others_text(others: &[ModelId]) -> String {
@@ -182,13 +199,15 @@ impl ExpertNetwork {
         let discovery = join_control_plane(identity, &config).await?;
         let endpoint = bind_any(identity)?;
         let tally = Tally::new(&layout);
-        let directory = Arc::new(Directory::new(layout));
+        let forms = (config.precision != PrecisionPolicy::Exact).then(|| Forms::new(model));
+        let directory = Arc::new(Directory::new(layout, forms));
         let membership = Arc::new(Membership {
             search: PeerSearch::new(discovery.clone(), model, directory.layout().layers.keys().copied()),
             endpoint: endpoint.clone(),
             directory: directory.clone(),
             network: config.network.clone(),
             wire: config.wire,
+            precision: config.precision,
         });
         let cancel = CancellationToken::new();
         let membership = AbortOnDropHandle::new(tokio::spawn(membership.run(cancel.clone())));
@@ -259,7 +278,7 @@ impl ExpertNetwork {
         let Some(_) = &self.config.fallback else { return self.wait_covered(deadline).await };
         let soon = deadline.min(tokio::time::Instant::now() + JOIN_GRACE);
         match self.wait_covered(soon).await {
-            Err(JoinError::Incomplete(missing)) => {
+            Err(JoinError::Incomplete { missing, .. }) => {
                 tracing::warn!(%missing, "computing here what no peer hosts");
                 Ok(())
             }
@@ -275,6 +294,10 @@ impl ExpertNetwork {
         })
     }
 
+    fn incomplete(&self, missing: Missing) -> JoinError {
+        JoinError::Incomplete { missing, variants: self.directory.unwanted() }
+    }
+
     async fn wait_covered(&self, deadline: tokio::time::Instant) -> Result<(), JoinError> {
         self.wait_reachable(deadline).await?;
         let mut changes = self.directory.subscribe();
@@ -287,19 +310,19 @@ impl ExpertNetwork {
                 return Ok(());
             }
             tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return Err(JoinError::Incomplete(missing)) },
-                _ = check_models.tick() => if self.directory.peers().is_empty() {
+                changed = changes.changed() => if changed.is_err() { return Err(self.incomplete(missing)) },
+                _ = check_models.tick() => if self.directory.peers().is_empty() && self.directory.unwanted().is_empty() {
                     let others = hosted_models(&self.discovery).await;
                     if !others.is_empty() && !others.contains_key(&self.model) {
                         return Err(JoinError::OtherModels { ours: self.model, others: others.into_keys().collect() });
                     }
                 },
                 () = tokio::time::sleep_until(deadline) => {
-                    if self.directory.peers().is_empty() {
+                    if self.directory.peers().is_empty() && self.directory.unwanted().is_empty() {
                         let others = hosted_models(&self.discovery).await.into_keys().filter(|model| *model != self.model).collect();
                         return Err(JoinError::OtherModels { ours: self.model, others });
                     }
-                    return Err(JoinError::Incomplete(missing));
+                    return Err(self.incomplete(missing));
                 }
             }
         }

@@ -1,7 +1,9 @@
 //! What was measured of each peer, and what a request cost on the network.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
+
+use hanse_protocol::Precision;
 
 /// How many of the latest call durations a peer's percentiles are taken over.
 const LATENCY_WINDOW: usize = 4096;
@@ -223,6 +225,10 @@ pub struct NetworkUse {
     pub resident: u64,
     /// Different peers that answered.
     pub peers: usize,
+    /// How the experts were stored that peers computed with; empty where only the published ones are accepted.
+    pub precisions: BTreeSet<Precision>,
+    /// Times that an expert was computed in another precision than before in this request.
+    pub mixed: u64,
 }
 
 /// What became of the tokens that were drafted for a generation.
@@ -247,6 +253,8 @@ impl NetworkUse {
         self.hedged += other.hedged;
         self.fallbacks += other.fallbacks;
         self.resident += other.resident;
+        self.precisions.extend(&other.precisions);
+        self.mixed += other.mixed;
     }
 }
 

@@ -36,9 +36,10 @@ pub struct Prompt {
 }
 
 /// Families with experts that have cases.
-pub const MOE_FAMILIES: [&str; 16] = [
+pub const MOE_FAMILIES: [&str; 17] = [
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
     "dots1",
     "ernie4_5_moe",
     "glm4_moe",

@@ -10,7 +10,7 @@ use hanse_protocol::discovery::keys::ProviderKey;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
 use hanse_protocol::{
     Advert, DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Frame, FrameLimits, FrameStream, HostedExperts,
-    Identity, PeerId, Refusal, RefusalCode, SignedAdvert, Welcome, WireDtype,
+    Identity, PeerId, Precision, Refusal, RefusalCode, SignedAdvert, Welcome, WireDtype,
 };
 use hanse_router::client::layout_of;
 use tokio_util::task::AbortOnDropHandle;
@@ -85,9 +85,11 @@ impl FakePeer {
             loading: HostedExperts::new(),
             reachability: Reachability::Direct,
             circuits: Vec::new(),
+            precision: Precision::F32,
+            variant_of: None,
         };
         let signed = SignedAdvert::sign(&advert, &identity).unwrap();
-        discovery.announce(vec![(net.model, signed)], keys).await.unwrap();
+        discovery.announce(vec![(vec![net.model], signed)], keys).await.unwrap();
         let calls = Arc::new(AtomicUsize::new(0));
         let serving = serve(endpoint, manner, advert, calls.clone());
         let task = AbortOnDropHandle::new(tokio::spawn(serving));

@@ -34,6 +34,8 @@ pub struct Net {
     /// Those that run; the first is the one that others join through.
     pub volunteers: Vec<Volunteer>,
     checkpoint: Checkpoint,
+    /// A member of another model's net in the same network.
+    through: Option<Multiaddr>,
 }
 
 /// A model folder's id.
@@ -45,9 +47,18 @@ pub fn model_id(dir: &Path) -> ModelId {
 impl Net {
     /// One volunteer for each of `specs`, as `--experts` reads them.
     pub async fn start(dir: &Path, specs: &[&str]) -> Self {
+        Self::start_through(None, dir, specs).await
+    }
+
+    /// The same of another model in the same network.
+    pub async fn beside(&self, dir: &Path, specs: &[&str]) -> Self {
+        Self::start_through(Some(self.bootstrap()), dir, specs).await
+    }
+
+    async fn start_through(through: Option<Multiaddr>, dir: &Path, specs: &[&str]) -> Self {
         let checkpoint = Checkpoint::open(dir).unwrap();
         let model = hanse_router::weights::model_id(&checkpoint).unwrap();
-        let mut net = Self { dir: dir.to_owned(), model, volunteers: Vec::new(), checkpoint };
+        let mut net = Self { dir: dir.to_owned(), model, volunteers: Vec::new(), checkpoint, through };
         for spec in specs {
             net.add(spec).await;
         }
@@ -76,7 +87,12 @@ impl Net {
 
     async fn volunteer(&self, hosting: Hosting) -> Volunteer {
         let config = VolunteerConfig {
-            bootstrap: self.volunteers.first().map(|first| first.addresses()[0].clone()).into_iter().collect(),
+            bootstrap: self
+                .through
+                .clone()
+                .or_else(|| self.volunteers.first().map(first_address))
+                .into_iter()
+                .collect(),
             hosting,
             // What `--device` takes; the processor by default.
             device: std::env::var("HANSE_TEST_DEVICE").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap()),
@@ -97,7 +113,7 @@ impl Net {
     /// The one address that clients are given.
     #[must_use]
     pub fn bootstrap(&self) -> Multiaddr {
-        self.volunteers[0].addresses()[0].clone()
+        first_address(&self.volunteers[0])
     }
 
     /// How a client joins, f32 on the wire.
@@ -121,6 +137,10 @@ impl Net {
     pub fn pairs(&self) -> u64 {
         self.volunteers.iter().map(|volunteer| volunteer.counts().pairs).sum()
     }
+}
+
+fn first_address(volunteer: &Volunteer) -> Multiaddr {
+    volunteer.addresses()[0].clone()
 }
 
 /// How many of the volunteers hold each expert of a model folder: the least and the most.

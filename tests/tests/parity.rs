@@ -65,6 +65,11 @@ fn deepseek_v3_over_the_network_is_the_reference() {
 }
 
 #[test]
+fn deepseek_v32_over_the_network_is_the_reference() {
+    check_family("deepseek_v32");
+}
+
+#[test]
 fn dots1_over_the_network_is_the_reference() {
     check_family("dots1");
 }

@@ -61,7 +61,7 @@ fn experts_that_nobody_hosts_are_named() {
         let net = Net::start(&tiny_moe(), &["0-1,2:0-13,3-5", "0-1,3-5"]).await;
         let config = NetworkConfig { join_timeout: Duration::from_secs(2), ..net.config() };
         let error = join_error(&net, config).await;
-        let JoinError::Incomplete(missing) = &error else { panic!("{error}") };
+        let JoinError::Incomplete { missing, .. } = &error else { panic!("{error}") };
         assert_eq!(missing.0, [(2, vec![14, 15])].into());
         assert_eq!(error.to_string(), "no peer hosts these experts: layer 2: 14-15");
     });

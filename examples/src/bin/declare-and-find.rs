@@ -16,7 +16,7 @@ use clap::Parser;
 use futures::future::try_join_all;
 use hanse_protocol::discovery::keys::ProviderKey;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability, unix_ms};
-use hanse_protocol::{Advert, HostedExperts, Identity, ModelId, SignedAdvert, WireDtype};
+use hanse_protocol::{Advert, HostedExperts, Identity, ModelId, Precision, SignedAdvert, WireDtype};
 use hanse_router::search::{EAGER_INTERVAL, PeerSearch};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -106,11 +106,13 @@ async fn declare(
         loading: HostedExperts::new(),
         reachability: Reachability::Direct,
         circuits: Vec::new(),
+        precision: Precision::F32,
+        variant_of: None,
     };
     let signed = SignedAdvert::sign(&advert, identity)?;
     let mut keys = ProviderKey::covering(model, advert.hosted.layers());
     keys.push(ProviderKey::volunteers());
-    discovery.announce(vec![(model, signed)], keys).await?;
+    discovery.announce(vec![(vec![model], signed)], keys).await?;
     anyhow::ensure!(discovery.wait_published(PATIENCE).await, "the records did not reach others");
     Ok(())
 }

@@ -54,6 +54,13 @@ pub(super) fn config_json(shape: &Shape, dtype: Dtype) -> Result<Value, MakeErro
             "attention_multiplier": (shape.head_dim as f64).powf(-0.5),
         }),
         "deepseek_v2" | "deepseek_v3" | "kimi_k2" | "glm4_moe_lite" => latent(shape),
+        "deepseek_v32" => {
+            let mut config = latent(shape);
+            config["index_n_heads"] = json!(shape.heads / 2);
+            config["index_head_dim"] = json!(shape.head_dim);
+            config["index_topk"] = json!(2048);
+            config
+        }
         "glm4_moe" | "dots1" => corrected(shape),
         "gpt_oss" => json!({
             "num_local_experts": shape.experts,

@@ -191,6 +191,13 @@ fn attention_tensors(attention: &AttentionSpec, qk_norms: (&str, &str), hidden: 
                     add(&format!("{name}.bias"), &[outputs]);
                 }
             }
+            if let (Some(indexer), Some(q_rank)) = (&spec.indexer, spec.q_lora_rank) {
+                add("indexer.wq_b.weight", &[indexer.heads * indexer.head_dim, q_rank]);
+                add("indexer.wk.weight", &[indexer.head_dim, hidden]);
+                add("indexer.k_norm.weight", &[indexer.head_dim]);
+                add("indexer.k_norm.bias", &[indexer.head_dim]);
+                add("indexer.weights_proj.weight", &[indexer.heads, hidden]);
+            }
             add("kv_a_layernorm.weight", &[rank]);
             add("kv_b_proj.weight", &[spec.heads * (spec.qk_nope_head_dim + spec.v_head_dim), rank]);
             add("o_proj.weight", &[hidden, spec.heads * spec.v_head_dim]);

@@ -38,6 +38,7 @@ pub(super) fn read(config: &Config<'_>, defaults: &Defaults) -> Result<(Decoder,
         v_head_dim: config.size("v_head_dim", MAX_HEAD_DIM)?,
         scale: (scale * f64::from(decoder.score_factor)) as f32,
         bias: config.flag("attention_bias", false)?,
+        indexer: None,
     };
     Ok((decoder, attention))
 }

@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use crate::checkpoint::config::{Config, ConfigError};
 
-const LATENT: &[&str] = &["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2"];
-const GROUPED: &[&str] = &["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "glm4_moe_lite", "kimi_k2"];
+const LATENT: &[&str] = &["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2"];
+const GROUPED: &[&str] =
+    &["deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "kimi_k2"];
 const GRANITE: &[&str] = &["granitemoe", "granitemoeshared"];
 const QWEN: &[&str] = &["qwen2_moe", "qwen3_moe"];
 /// No family that is computed here.
@@ -19,7 +20,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("embedding_multiplier", GRANITE),
     ("experts_per_token", &["gpt_oss"]),
     ("first_k_dense_replace", GROUPED),
-    ("index_topk", NONE),
+    ("index_topk", &["deepseek_v32"]),
     ("kv_lora_rank", LATENT),
     ("linear_num_key_heads", NONE),
     ("logits_scaling", GRANITE),

@@ -2,12 +2,18 @@
 //!
 //! Source: `conversion/` and `src/models/` of llama.cpp, for names of keys and for what its graphs take for granted.
 
+mod deepseek2;
+mod gpt_oss;
+mod rope;
+
+use std::ops::Range;
+
 use serde_json::{Map, Value, json};
 
 use super::error::GgufError;
 use super::file::Gguf;
 
-type Config = Map<String, Value>;
+pub(super) type Config = Map<String, Value>;
 
 /// An architecture.
 pub(super) struct Architecture {
@@ -15,23 +21,40 @@ pub(super) struct Architecture {
     pub(super) name: &'static str,
     /// Writes what is not common to all.
     config: fn(&Keys<'_, '_>, &mut Config) -> Result<(), GgufError>,
+    /// Writes sizes of heads; gives how many values of each rotate.
+    heads: fn(&Keys<'_, '_>, &mut Config) -> Result<u64, GgufError>,
     /// The rows of queries and keys are in another order: those that rotate against each other are neighbours.
     pub(super) neighbours: bool,
+    /// Tensors of layers that have other names than elsewhere: those of the hubs, and llama.cpp's.
+    pub(super) names: &'static [(&'static str, &'static str)],
 }
 
+/// What most architectures are.
+const PLAIN: Architecture =
+    Architecture { name: "", config: |_, _| Ok(()), heads: plain_heads, neighbours: false, names: &[] };
+
 const ARCHITECTURES: &[Architecture] = &[
-    Architecture { name: "llama", config: llama, neighbours: true },
-    Architecture { name: "olmoe", config: olmoe, neighbours: false },
-    Architecture { name: "qwen2", config: qwen2, neighbours: false },
-    Architecture { name: "qwen2moe", config: qwen2moe, neighbours: false },
-    Architecture { name: "qwen3", config: qwen3, neighbours: false },
-    Architecture { name: "qwen3moe", config: qwen3moe, neighbours: false },
+    Architecture { name: "deepseek2", config: deepseek2::config, heads: deepseek2::heads, ..PLAIN },
+    Architecture { name: "gpt-oss", config: gpt_oss::config, names: gpt_oss::NAMES, ..PLAIN },
+    Architecture { name: "llama", config: llama, neighbours: true, ..PLAIN },
+    Architecture { name: "olmoe", config: olmoe, ..PLAIN },
+    Architecture { name: "qwen2", config: qwen2, ..PLAIN },
+    Architecture { name: "qwen2moe", config: qwen2moe, ..PLAIN },
+    Architecture { name: "qwen3", config: qwen3, ..PLAIN },
+    Architecture { name: "qwen3moe", config: qwen3moe, ..PLAIN },
 ];
 
 /// Keys that change nothing here.
 const HARMLESS: [&str; 3] = ["tensor_data_layout", "rope.scaling.finetuned", "vocab_size"];
-/// What llama.cpp's converter takes for Llama 3's rope where the file has no more than the factors.
-const LLAMA3: (f64, f64, u64) = (1.0, 4.0, 8192);
+
+/// What a file says that it holds.
+pub(super) struct Model {
+    pub(super) architecture: &'static Architecture,
+    /// Its `config.json`.
+    pub(super) config: Config,
+    /// Layers after those of the model, which predict further tokens.
+    pub(super) further: Range<u64>,
+}
 
 /// The keys of one architecture.
 struct Keys<'g, 'a> {
@@ -71,6 +94,14 @@ impl Keys<'_, '_> {
         shape.iter().rev().nth(from_fastest).copied().ok_or_else(missing)
     }
 
+    /// A number that the architecture has no choice of, if the file says it.
+    fn only(&self, key: &str, expected: u64) -> Result<(), GgufError> {
+        match self.whole(key)? {
+            Some(found) if found != expected => Err(self.invalid(key, format!("here it must be {expected}"))),
+            _ => Ok(()),
+        }
+    }
+
     /// Number of experts and how many a token goes to.
     fn experts(&self, config: &mut Config) -> Result<(), GgufError> {
         config.insert("num_experts".to_owned(), self.required("expert_count")?.into());
@@ -96,8 +127,8 @@ impl Keys<'_, '_> {
     }
 }
 
-/// The file's architecture, and the `config.json` of the model in it.
-pub(super) fn read(gguf: &Gguf<'_>) -> Result<(&'static Architecture, Config), GgufError> {
+/// What the file says.
+pub(super) fn read(gguf: &Gguf<'_>) -> Result<Model, GgufError> {
     let key = "general.architecture";
     let missing = || GgufError::MissingKey { key: key.to_owned() };
     let found = gguf.metadata.text(key)?.ok_or_else(missing)?;
@@ -106,18 +137,58 @@ pub(super) fn read(gguf: &Gguf<'_>) -> Result<(&'static Architecture, Config), G
         GgufError::Architecture { found: found.chars().take(80).collect(), known: known.join(", ") }
     })?;
     let keys = Keys { gguf, architecture: architecture.name };
-    let mut config = common(&keys)?;
+    let mut config = Config::new();
+    let further = layers(&keys, &mut config)?;
+    common(&keys, &mut config)?;
+    let rotated = (architecture.heads)(&keys, &mut config)?;
+    if let Some(scaling) = rope::scaling(&keys, rotated)? {
+        config.insert("rope_scaling".to_owned(), scaling);
+    }
     (architecture.config)(&keys, &mut config)?;
     for key in HARMLESS {
         gguf.metadata.value(&keys.name(key));
     }
     match gguf.metadata.not_asked(&keys.name("")) {
         Some(key) => Err(GgufError::UnknownKey { key }),
-        None => Ok((architecture, config)),
+        None => Ok(Model { architecture, config, further }),
     }
 }
 
-fn common(keys: &Keys<'_, '_>) -> Result<Config, GgufError> {
+/// Writes the number of layers; gives those after them, which the file counts too.
+fn layers(keys: &Keys<'_, '_>, config: &mut Config) -> Result<Range<u64>, GgufError> {
+    let (all, further) = (keys.required("block_count")?, keys.whole("nextn_predict_layers")?.unwrap_or(0));
+    let Some(layers) = all.checked_sub(further) else {
+        return Err(keys.invalid("nextn_predict_layers", format!("there are {all} layers")));
+    };
+    // Their number is bounded by what is there, before anything is made for each of them.
+    let norm = |layer: u64| format!("blk.{layer}.attn_norm.weight");
+    if let Some(missing) =
+        [layers.saturating_sub(1)].into_iter().chain(0..layers).map(norm).find(|name| !keys.has(name))
+    {
+        return Err(GgufError::MissingTensor { tensor: missing });
+    }
+    config.insert("num_hidden_layers".to_owned(), layers.into());
+    Ok(layers..all)
+}
+
+fn common(keys: &Keys<'_, '_>, config: &mut Config) -> Result<(), GgufError> {
+    let mut put = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    put("hidden_act", "silu".into());
+    put("hidden_size", keys.required("embedding_length")?.into());
+    put("intermediate_size", keys.required("feed_forward_length")?.into());
+    put("num_attention_heads", keys.required("attention.head_count")?.into());
+    put("max_position_embeddings", keys.required("context_length")?.into());
+    let eps = "attention.layer_norm_rms_epsilon";
+    let missing = || GgufError::MissingKey { key: keys.name(eps) };
+    put("rms_norm_eps", keys.float(eps)?.ok_or_else(missing)?.into());
+    put("vocab_size", keys.dimension("token_embd.weight", 1)?.into());
+    put("tie_word_embeddings", (!keys.has("output.weight")).into());
+    put("rope_theta", keys.float("rope.freq_base")?.unwrap_or(10_000.0).into());
+    Ok(())
+}
+
+/// Of heads whose queries, keys and values are as long as each other.
+fn plain_heads(keys: &Keys<'_, '_>, config: &mut Config) -> Result<u64, GgufError> {
     let (hidden_size, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
     let head_dim = match keys.whole("attention.key_length")? {
         Some(head_dim) => head_dim,
@@ -130,100 +201,9 @@ fn common(keys: &Keys<'_, '_>) -> Result<Config, GgufError> {
             return Err(keys.invalid(key, format!("heads have {head_dim} values, and other sizes are not supported")));
         }
     }
-    let layers = keys.required("block_count")?;
-    // The number of layers is bounded by what is there, before anything is made for each of them.
-    let last = format!("blk.{}.attn_norm.weight", layers.saturating_sub(1));
-    if !keys.has(&last) {
-        return Err(GgufError::MissingTensor { tensor: last });
-    }
-    let mut config = Config::new();
-    let mut put = |key: &str, value: Value| config.insert(key.to_owned(), value);
-    put("hidden_act", "silu".into());
-    put("hidden_size", hidden_size.into());
-    put("intermediate_size", keys.required("feed_forward_length")?.into());
-    put("num_hidden_layers", layers.into());
-    put("num_attention_heads", heads.into());
-    put("num_key_value_heads", keys.whole("attention.head_count_kv")?.unwrap_or(heads).into());
-    put("head_dim", head_dim.into());
-    put("max_position_embeddings", keys.required("context_length")?.into());
-    let eps = "attention.layer_norm_rms_epsilon";
-    let missing = || GgufError::MissingKey { key: keys.name(eps) };
-    put("rms_norm_eps", keys.float(eps)?.ok_or_else(missing)?.into());
-    put("vocab_size", keys.dimension("token_embd.weight", 1)?.into());
-    put("tie_word_embeddings", (!keys.has("output.weight")).into());
-    put("rope_theta", keys.float("rope.freq_base")?.unwrap_or(10_000.0).into());
-    if let Some(scaling) = rope_scaling(keys, head_dim)? {
-        put("rope_scaling", scaling);
-    }
-    Ok(config)
-}
-
-fn rope_scaling(keys: &Keys<'_, '_>, head_dim: u64) -> Result<Option<Value>, GgufError> {
-    let kind = keys.gguf.metadata.text(&keys.name("rope.scaling.type"))?;
-    let factor = keys.float("rope.scaling.factor")?;
-    let original = keys.whole("rope.scaling.original_context_length")?;
-    let missing = |key: &str| GgufError::MissingKey { key: keys.name(key) };
-    let of_file = match kind {
-        None | Some("none") => None,
-        Some("linear") => {
-            let factor = factor.ok_or_else(|| missing("rope.scaling.factor"))?;
-            Some(json!({ "rope_type": "linear", "factor": factor }))
-        }
-        Some("yarn") => {
-            let mut scaling = json!({
-                "rope_type": "yarn",
-                "factor": factor.ok_or_else(|| missing("rope.scaling.factor"))?,
-                "original_max_position_embeddings":
-                    original.ok_or_else(|| missing("rope.scaling.original_context_length"))?,
-            });
-            for (key, name) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
-                if let Some(value) = keys.float(&format!("rope.scaling.{key}"))? {
-                    scaling[name] = value.into();
-                }
-            }
-            Some(scaling)
-        }
-        Some(_) => return Err(keys.invalid("rope.scaling.type", "known are none, linear and yarn")),
-    };
-    let Some(factors) = keys.gguf.tensors.get("rope_freqs.weight") else { return Ok(of_file) };
-    let unknown =
-        |reason: &str| GgufError::Tensor { tensor: "rope_freqs.weight".to_owned(), reason: reason.to_owned() };
-    if of_file.is_some() {
-        return Err(unknown("the file scales its frequencies twice"));
-    }
-    let factors = factors.kind.widen(factors.data)?;
-    let theta = keys.float("rope.freq_base")?.unwrap_or(10_000.0);
-    llama3(&factors, theta, head_dim).map(Some).ok_or_else(|| unknown("it holds no factors of Llama 3's kind"))
-}
-
-/// Llama 3's scaling, if `factors` divide the frequencies as it does.
-fn llama3(factors: &[f32], theta: f64, head_dim: u64) -> Option<Value> {
-    let (low, high, original) = LLAMA3;
-    let factor = f64::from(factors.iter().copied().fold(0.0, f32::max));
-    let expected = |pair: usize| {
-        let frequency = theta.powf(-(2.0 * pair as f64) / head_dim as f64);
-        let waves = original as f64 * frequency / std::f64::consts::TAU;
-        if waves > high {
-            1.0
-        } else if waves < low {
-            factor
-        } else {
-            let smooth = (waves - low) / (high - low);
-            1.0 / ((1.0 - smooth) / factor + smooth)
-        }
-    };
-    // The writer computes them in f32.
-    let close = |(pair, found): (usize, &f32)| (f64::from(*found) / expected(pair) - 1.0).abs() < 1e-4;
-    let fits = factors.len() as u64 * 2 == head_dim && factor > 1.0 && factors.iter().enumerate().all(close);
-    fits.then(|| {
-        json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        })
-    })
+    config.insert("num_key_value_heads".to_owned(), keys.whole("attention.head_count_kv")?.unwrap_or(heads).into());
+    config.insert("head_dim".to_owned(), head_dim.into());
+    Ok(head_dim)
 }
 
 fn named(config: &mut Config, model_type: &str, class: &str) {
@@ -289,33 +269,4 @@ fn qwen3moe(keys: &Keys<'_, '_>, config: &mut Config) -> Result<(), GgufError> {
     config.insert("attention_bias".to_owned(), keys.has("blk.0.attn_q.bias").into());
     config.insert("moe_intermediate_size".to_owned(), keys.required("expert_feed_forward_length")?.into());
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn factors_of_llama_3_are_known_and_others_are_not() {
-        // Llama 3.2's, as the converter computes them: the first pairs keep their frequency, the last are slowed 32 times.
-        let factors: Vec<f32> = (0..32)
-            .map(|pair| {
-                let wavelength = std::f32::consts::TAU * 500_000f32.powf(2.0 * pair as f32 / 64.0);
-                if wavelength < 2048.0 {
-                    1.0
-                } else if wavelength > 8192.0 {
-                    32.0
-                } else {
-                    let smooth = (8192.0 / wavelength - 1.0) / 3.0;
-                    1.0 / ((1.0 - smooth) / 32.0 + smooth)
-                }
-            })
-            .collect();
-        assert_eq!(llama3(&factors, 500_000.0, 64).unwrap()["factor"], 32.0);
-        assert_eq!(llama3(&factors, 10_000.0, 64), None);
-        assert_eq!(llama3(&factors[1..], 500_000.0, 64), None);
-        let mut other = factors;
-        other[3] = 1.01;
-        assert_eq!(llama3(&other, 500_000.0, 64), None);
-    }
 }

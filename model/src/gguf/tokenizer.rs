@@ -29,7 +29,7 @@ const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
 /// Control tokens that end an answer whatever the file says, as in llama.cpp.
-const ENDS: [&str; 8] = [
+const ENDS: [&str; 10] = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -38,6 +38,8 @@ const ENDS: [&str; 8] = [
     "<|return|>",
     "<|call|>",
     "<｜end▁of▁sentence｜>",
+    "[EOS]",
+    "[EOT]",
 ];
 
 /// A vocabulary ready to be written.

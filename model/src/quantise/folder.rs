@@ -105,8 +105,9 @@ enum Content<'a> {
     Experts { layer: usize, matrices: &'a [WrittenMatrix] },
 }
 
-/// Writes the model's trunk and experts, and a multi-token-prediction head if it has one, to the folder `to`, and a `config.json` that says how; `files` are names of small files that are
-/// copied where they are there, such as the tokenizer. `progress` is told bytes written and bytes in all.
+/// Writes the model's trunk and experts, and a multi-token-prediction head if it has one, to the folder `to`, and a `config.json` that says how, and
+/// of which model by its id, `of`; `files` are
+/// names of small files that are copied where they are there, such as the tokenizer. `progress` is told bytes written and bytes in all.
 ///
 /// Shards appear whole under their names, and `config.json` last. A call that was interrupted is continued by the same call: shards
 /// that are there are kept.
@@ -116,6 +117,7 @@ enum Content<'a> {
 pub fn quantise_folder(
     checkpoint: &Checkpoint,
     precision: Precision,
+    of: &str,
     files: &[&str],
     to: &Path,
     progress: &mut dyn FnMut(u64, u64),
@@ -133,7 +135,7 @@ pub fn quantise_folder(
     for (layer, tensors) in &layers {
         shards.push(experts(*layer, tensors, precision, &mut written)?);
     }
-    let config = config_text(checkpoint, precision);
+    let config = config_text(checkpoint, precision, of);
     begin(checkpoint, &config, to)?;
     let bytes = |tensor: &Planned<'_>| tensor.bytes() as u64;
     let total: u64 = shards.iter().flatten().map(bytes).sum();
@@ -226,11 +228,12 @@ fn file_name(name: &str, dtype: StoredDtype) -> String {
 }
 
 /// What the model is, and how it is stored.
-fn config_text(checkpoint: &Checkpoint, precision: Precision) -> String {
+fn config_text(checkpoint: &Checkpoint, precision: Precision, of: &str) -> String {
     let mut config = checkpoint.config_map();
     let name = |dtype: StoredDtype| dtype.name().to_lowercase();
     let quantization = json!({
         "quant_method": quantization::HANSE,
+        quantization::ORIGINAL: of,
         "experts": name(precision.experts),
         "trunk": precision.trunk.map_or_else(|| "kept".to_owned(), name),
     });

@@ -11,6 +11,7 @@
 use candle_core::{Result as CandleResult, Tensor};
 
 use super::attending::{Projection, Task, norm, tasks, tensor};
+use super::indexer::Indexer;
 use super::layer::Pass;
 use crate::attention::{Group, Query, attend};
 use crate::checkpoint::{Checkpoint, LoadError};
@@ -20,6 +21,8 @@ use crate::spec::LatentSpec;
 
 /// Added to the mean square in the norms of the short vectors, whatever the config says of other norms.
 const EPS: f32 = 1e-6;
+/// Heads that attend to chosen positions together, so that their scores stay in a cache.
+const HEADS: usize = 16;
 
 #[derive(Debug)]
 pub(super) struct Latent {
@@ -31,6 +34,7 @@ pub(super) struct Latent {
     /// `[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]`
     kv_b_proj: Matrix,
     o_proj: Projection,
+    indexer: Option<Indexer>,
 }
 
 /// What makes the queries.
@@ -64,6 +68,7 @@ impl Latent {
             kv_a_norm: tensor(checkpoint, &path("kv_a_layernorm.weight"), rank)?,
             kv_b_proj: checkpoint.matrix(&path("kv_b_proj.weight"), expanded, rank)?,
             o_proj: projection("o_proj", [hidden, spec.heads * spec.v_head_dim])?,
+            indexer: Indexer::load(checkpoint, layer, spec, hidden)?,
             spec: spec.clone(),
         })
     }
@@ -71,12 +76,17 @@ impl Latent {
     /// `x` is `[rows, hidden]`, and so is the result. Pushes the rows' latents to their caches.
     pub(super) fn forward(&self, x: &[f32], pass: &mut Pass<'_, '_>) -> CandleResult<Vec<f32>> {
         let (spec, pool) = (&self.spec, pass.pool);
-        let (mut q, mut kv) = match &self.queries {
-            Queries::Whole(q_proj) => linears(x, [q_proj, &self.kv_a_proj.weight], pool).into(),
+        let (mut q, mut kv, asked) = match &self.queries {
+            Queries::Whole(q_proj) => {
+                let [q, kv] = linears(x, [q_proj, &self.kv_a_proj.weight], pool);
+                (q, kv, None)
+            }
             Queries::Compressed { a, norm: weight, b } => {
                 let [mut compressed, kv] = linears(x, [&a.weight, &self.kv_a_proj.weight], pool);
                 a.add_bias(&mut compressed);
-                (linear(&norm(compressed, weight, EPS)?, b, pool), kv)
+                let compressed = norm(compressed, weight, EPS)?;
+                let asked = self.indexer.as_ref().map(|indexer| (indexer, indexer.ask(x, &compressed, pass)));
+                (linear(&compressed, b, pool), kv, asked)
             }
         };
         self.kv_a_proj.add_bias(&mut kv);
@@ -89,9 +99,13 @@ impl Latent {
         pass.angles.rotate(&mut kv, 1, width, rank);
         let query_dim = spec.qk_nope_head_dim + spec.qk_rope_head_dim;
         pass.angles.rotate(&mut q, spec.heads, query_dim, spec.qk_nope_head_dim);
-        let none: &[f32] = &[];
-        pass.push(kv.chunks_exact(width).map(|row| (row, none)));
-        let attended = self.attend(&self.absorb(&q, pass), pass);
+        let index_keys = asked.as_ref().map_or(&[][..], |(_, asked)| &asked.keys);
+        let index_keys = index_keys.chunks_exact(spec.indexer.as_ref().map_or(1, |indexer| indexer.head_dim));
+        pass.push(kv.chunks_exact(width).zip(index_keys.chain(std::iter::repeat(&[][..]))));
+        let seen = asked.map(|(indexer, asked)| indexer.choose(&asked, pass)).unwrap_or_default();
+        let q = self.absorb(&q, pass);
+        let mut attended = self.attend(&q, &seen, pass);
+        self.attend_to_chosen(&q, &seen, &mut attended, pass);
         let mut out = linear(&self.expand(&attended, pass), &self.o_proj.weight, pool);
         self.o_proj.add_bias(&mut out);
         Ok(out)
@@ -121,8 +135,8 @@ impl Latent {
         absorbed
     }
 
-    /// Sums of weighted latents, `[heads, rows, kv_lora_rank]`; `q` is what [`Self::absorb`] gives.
-    fn attend(&self, q: &[f32], pass: &Pass<'_, '_>) -> Vec<f32> {
+    /// Sums of weighted latents, `[heads, rows, kv_lora_rank]`, of the rows that see all positions before them; `q` is what [`Self::absorb`] gives.
+    fn attend(&self, q: &[f32], seen: &[Option<Vec<usize>>], pass: &Pass<'_, '_>) -> Vec<f32> {
         let (spec, rows) = (&self.spec, pass.rows);
         let (heads, rank, width) = (spec.heads, spec.kv_lora_rank, spec.cached_values());
         let isa = Isa::detect();
@@ -144,15 +158,62 @@ impl Latent {
                     end: rows.positions[row] + 1,
                 }
             };
-            let queries: Vec<Query> = queries.clone().map(query).collect();
-            let (keys, values) = pass.cache_of(*first).head(*kv_head);
-            let (key_dim, value_dim, value_stride) = (width, rank, width);
-            let group = Group { keys, values, key_dim, value_dim, value_stride, scale: spec.scale, queries: &queries };
-            // SAFETY: detected above; a row sees at least itself, keys and values reach to the last row, and each query
+            let sees_all = |n: &usize| !matches!(seen.get(first + n % of_segment), Some(Some(_)));
+            let queries: Vec<Query> = queries.clone().filter(sees_all).map(query).collect();
+            if queries.is_empty() {
+                return;
+            }
+            let (keys, _) = pass.cache_of(*first).head(*kv_head);
+            // SAFETY: detected above; a row sees at least itself, the latents reach to the last row, and each query
             // is in one task.
-            unsafe { attend(isa, group) };
+            unsafe { attend(isa, self.group(keys, &queries)) };
         });
         attended
+    }
+
+    fn group<'a>(&self, latents: &'a [f32], queries: &'a [Query]) -> Group<'a> {
+        let width = self.spec.cached_values();
+        Group {
+            keys: latents,
+            values: latents,
+            key_dim: width,
+            value_dim: self.spec.kv_lora_rank,
+            value_stride: width,
+            scale: self.spec.scale,
+            queries,
+        }
+    }
+
+    /// Adds those of the rows that see chosen positions. Their latents are brought together, so that each is read once for some heads.
+    fn attend_to_chosen(&self, q: &[f32], seen: &[Option<Vec<usize>>], attended: &mut [f32], pass: &Pass<'_, '_>) {
+        let (heads, rank, width) = (self.spec.heads, self.spec.kv_lora_rank, self.spec.cached_values());
+        let all_rows = pass.rows.positions.len();
+        let chosen: Vec<(usize, &Vec<usize>)> =
+            seen.iter().enumerate().filter_map(|(row, seen)| Some((row, seen.as_ref()?))).collect();
+        let Some((_, positions)) = chosen.first() else { return };
+        let isa = Isa::detect();
+        let out = SharedMut(attended.as_mut_ptr());
+        // Few rows share their heads out; many bring latents together once for all heads.
+        let parts = pass.pool.current_num_threads().div_ceil(chosen.len()).min(heads);
+        let work = 2 * chosen.len() * positions.len() * heads * width;
+        run_tasks(chosen.len() * parts, work, pass.pool, |number| {
+            let ((row, positions), part) = (chosen[number / parts], number % parts);
+            let (all, _) = pass.cache_of(row).head(0);
+            let latents: Vec<f32> =
+                positions.iter().flat_map(|position| &all[position * width..][..width]).copied().collect();
+            let query = |head: usize| Query {
+                query: q[(row * heads + head) * width..][..width].as_ptr(),
+                out: out.pointer().wrapping_add((head * all_rows + row) * rank),
+                sink: None,
+                start: 0,
+                end: positions.len(),
+            };
+            let queries: Vec<Query> = (heads * part / parts..heads * (part + 1) / parts).map(query).collect();
+            for queries in queries.chunks(HEADS) {
+                // SAFETY: detected above; there are as many latents as positions, and each query is in one task.
+                unsafe { attend(isa, self.group(&latents, queries)) };
+            }
+        });
     }
 
     /// Values of sums of latents: `[heads, rows, kv_lora_rank]` to `[rows, heads, v_head_dim]`.

@@ -71,15 +71,17 @@ pub(super) struct Layer {
 
 #[derive(Debug)]
 enum Attention {
-    Grouped(Grouped),
-    Latent(Latent),
+    Grouped(Box<Grouped>),
+    Latent(Box<Latent>),
 }
 
 impl Attention {
     fn load(checkpoint: &Checkpoint, layer: usize, spec: &AttentionSpec, hidden: usize) -> Result<Self, LoadError> {
         Ok(match spec {
-            AttentionSpec::GroupedQuery(spec) => Self::Grouped(Grouped::load(checkpoint, layer, spec, hidden)?),
-            AttentionSpec::Latent(spec) => Self::Latent(Latent::load(checkpoint, layer, spec, hidden)?),
+            AttentionSpec::GroupedQuery(spec) => {
+                Self::Grouped(Box::new(Grouped::load(checkpoint, layer, spec, hidden)?))
+            }
+            AttentionSpec::Latent(spec) => Self::Latent(Box::new(Latent::load(checkpoint, layer, spec, hidden)?)),
         })
     }
 

@@ -32,8 +32,8 @@ pub(crate) struct ImportArgs {
     /// The new folder; must not exist.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
-    /// What tensors become that the file holds quantised; without it matrices in Q8_0 and Q4_K stay as they are, and others become
-    /// f16. Those in f32, f16 and bf16 always stay as they are.
+    /// What tensors become that the file holds quantised; without it matrices in Q8_0 and Q4_K and gpt-oss's experts in MXFP4 stay as
+    /// they are, and others become f16. Those in f32, f16 and bf16 always stay as they are.
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub(crate) to: Option<FloatDtype>,
     /// One JSON document on standard output and nothing else.

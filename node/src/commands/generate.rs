@@ -145,6 +145,13 @@ pub(crate) fn footer(tokens: usize, timings: Timings, network: &NetworkUse, draf
     if network.retries + network.hedged > 0 {
         line += &format!(", {} retries, {} hedged", network.retries, network.hedged);
     }
+    if !network.precisions.is_empty() {
+        let names: Vec<String> = network.precisions.iter().map(ToString::to_string).collect();
+        line += &format!(", experts in {}", names.join(" and "));
+    }
+    if network.mixed > 0 {
+        line += &format!(", {} changed precision on the way", output::count(network.mixed as usize, "expert"));
+    }
     if drafts.accepted > 0 {
         line += &format!(", {:.1} tokens a pass", timings.tokens_per_step());
     }

@@ -14,6 +14,8 @@ struct Report {
     architecture: String,
     name: Option<String>,
     tensors: usize,
+    /// Those of them that the model does without.
+    left_out: usize,
     /// Bytes of the weights in the file and in the folder.
     bytes_before: u64,
     bytes: u64,
@@ -44,6 +46,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<()> {
         architecture: imported.architecture,
         name: imported.name,
         tensors: imported.tensors,
+        left_out: imported.left_out,
         bytes_before: imported.bytes,
         bytes: sizes.trunk_bytes + sizes.expert_bytes,
         types: imported.types,
@@ -57,6 +60,9 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<()> {
     say!("model      {}", report.name.as_deref().unwrap_or("without a name"));
     say!("family     {} (the file says {})", report.family, report.architecture);
     say!("tensors    {}: {}", report.tensors, types.join(", "));
+    if report.left_out > 0 {
+        say!("left out   {} tensors that predict further tokens", report.left_out);
+    }
     say!("weights    {}, in the file {}", output::bytes(report.bytes), output::bytes(report.bytes_before));
     say!("tokenizer  {}{}", report.tokenizer, if report.chat_template { ", with a chat template" } else { "" });
     say!("written    {}", report.path);

@@ -1,10 +1,11 @@
 //! `hanse quantize`: write a model folder again with weights in fewer bits.
 
-use hanse_model::{Checkpoint, Precision, quantise_folder};
+use hanse_model::{Precision, quantise_folder};
 use hanse_router::weights::FILES;
 use serde::Serialize;
 
 use crate::cli::QuantizeArgs;
+use crate::model::Folder;
 use crate::output;
 use crate::output::say;
 
@@ -20,10 +21,11 @@ struct Report {
 }
 
 pub(crate) fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let source = Folder::open(&args.model)?;
+    let (checkpoint, original) = (&source.checkpoint, source.id().to_string());
     let precision = Precision { experts: args.to.into(), trunk: args.trunk.map(Into::into) };
     let bar = output::byte_bar("quantizing");
-    let written = quantise_folder(&checkpoint, precision, &FILES, &args.out, &mut |done, all| {
+    let written = quantise_folder(checkpoint, precision, &original, &FILES, &args.out, &mut |done, all| {
         bar.set_length(all);
         bar.set_position(done);
     });

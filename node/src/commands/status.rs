@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
-use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId};
+use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId, Precision};
 use hanse_router::client::layout_of;
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
@@ -63,6 +63,10 @@ struct PeerRow {
     reachability: &'static str,
     /// It is paused or leaving, and counts as a replica of nothing.
     draining: bool,
+    /// How it stores the experts, the least where they differ.
+    precision: Precision,
+    /// The published model of which its model is a quantised variant.
+    variant_of: Option<String>,
 }
 
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
@@ -242,6 +246,8 @@ async fn peer_row(
         load: f64::from(advert.load_permille) / 1000.0,
         reachability,
         draining: advert.draining,
+        precision: advert.precision,
+        variant_of: advert.variant_of.map(|model| model.to_string()),
     }
 }
 

@@ -128,7 +128,7 @@ fn what_others_are_loading_counts_as_a_replica() {
 
 #[test]
 fn members_that_leave_and_adverts_that_expired_do_not_count() {
-    use hanse_protocol::{Advert, ModelId, WireDtype};
+    use hanse_protocol::{Advert, ModelId, Precision, WireDtype};
     let advert = |draining, expires_unix_ms| Advert {
         model: ModelId([0; 32]),
         hosted: layers(0..1, 4),
@@ -144,6 +144,8 @@ fn members_that_leave_and_adverts_that_expired_do_not_count() {
         loading: HostedExperts::new(),
         reachability: hanse_protocol::discovery::Reachability::Direct,
         circuits: Vec::new(),
+        precision: Precision::F32,
+        variant_of: None,
     };
     let adverts = [advert(false, 2000), advert(true, 2000), advert(false, 1000)];
     let view = View::of(table(2, 4), &adverts, 1000);

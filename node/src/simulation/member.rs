@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hanse_protocol::discovery::{Reachability, unix_ms};
-use hanse_protocol::{Advert, HostedExperts, ModelId, WireDtype};
+use hanse_protocol::{Advert, HostedExperts, ModelId, Precision, WireDtype};
 use rand::Rng;
 use rand::rngs::StdRng;
 
@@ -115,6 +115,8 @@ pub(super) fn advert(said: &Said, scenario: &Scenario) -> Advert {
         loading: said.loading.clone(),
         reachability: Reachability::Direct,
         circuits: Vec::new(),
+        precision: Precision::F32,
+        variant_of: None,
     }
 }
 

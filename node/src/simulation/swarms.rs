@@ -272,7 +272,7 @@ async fn join(
     keys.extend([ProviderKey::volunteers(), ProviderKey::weights(MODEL)]);
     let signed = SignedAdvert::sign(&advert(&said, scenario), &identity)?;
     let (count, advert_bytes) = (keys.len(), signed.encode().len());
-    discovery.announce(vec![(MODEL, signed)], keys).await?;
+    discovery.announce(vec![(vec![MODEL], signed)], keys).await?;
     Ok(Member { discovery, traffic, keys: count, advert_bytes })
 }
 

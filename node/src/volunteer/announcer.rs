@@ -6,10 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use hanse_model::{Checkpoint, StoredDtype};
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::discovery::keys::ProviderKey;
-use hanse_protocol::{Advert, HostedExperts, Identity, MAX_CIRCUITS, MAX_DATA_ADDRESSES, SignedAdvert, WireDtype};
+use hanse_protocol::{
+    Advert, HostedExperts, Identity, MAX_CIRCUITS, MAX_DATA_ADDRESSES, ModelId, Precision, SignedAdvert, WireDtype,
+};
 use hanse_router::ExpertLayout;
+use hanse_router::client::layout_of;
 use tokio_util::sync::CancellationToken;
 
 use super::shard::Shard;
@@ -41,6 +45,40 @@ pub(super) struct DataAddresses {
     pub(super) advertised: Vec<SocketAddr>,
 }
 
+/// What the checkpoint says of its experts for all to know.
+#[derive(Debug)]
+pub(super) struct Stored {
+    layers: BTreeMap<u32, u32>,
+    precision: Precision,
+    variant_of: Option<ModelId>,
+}
+
+impl Stored {
+    pub(super) fn of(checkpoint: &Checkpoint) -> Self {
+        let spec = checkpoint.spec();
+        let dtypes = (0..spec.layers.len()).flat_map(|layer| checkpoint.expert_dtypes(layer));
+        Self {
+            layers: layout_of(spec).layers,
+            precision: dtypes.filter_map(precision_of).min().unwrap_or(Precision::F32),
+            variant_of: checkpoint.original().and_then(|id| id.parse().ok()),
+        }
+    }
+}
+
+/// The precision of values that are stored so; `None` for scales.
+fn precision_of(dtype: StoredDtype) -> Option<Precision> {
+    Some(match dtype {
+        StoredDtype::F32 => Precision::F32,
+        StoredDtype::F16 => Precision::F16,
+        StoredDtype::Bf16 => Precision::Bf16,
+        StoredDtype::Q8_0 => Precision::Q8_0,
+        StoredDtype::Q4K => Precision::Q4K,
+        StoredDtype::F8E4m3 => Precision::Fp8,
+        StoredDtype::F4E2m1 => Precision::Mxfp4,
+        StoredDtype::F8E8m0 => return None,
+    })
+}
+
 /// Makes the volunteer's adverts.
 #[derive(Debug)]
 pub(super) struct Announcer {
@@ -48,7 +86,7 @@ pub(super) struct Announcer {
     identity: Identity,
     discovery: Discovery,
     server: Arc<Server>,
-    layers: BTreeMap<u32, u32>,
+    stored: Stored,
     pub(super) data: DataAddresses,
     said: Mutex<Said>,
 }
@@ -59,11 +97,11 @@ impl Announcer {
         discovery: Discovery,
         server: Arc<Server>,
         shard: Arc<Shard>,
-        layers: BTreeMap<u32, u32>,
+        stored: Stored,
         data: DataAddresses,
     ) -> Self {
         let said = Mutex::new(Said { at: Instant::now(), experts: Default::default() });
-        Self { shard, identity, discovery, server, layers, data, said }
+        Self { shard, identity, discovery, server, stored, data, said }
     }
 
     /// Announces again and again, sooner when something has changed, until cancelled.
@@ -102,7 +140,7 @@ impl Announcer {
     /// The model's experts.
     pub(super) fn layout(&self) -> ExpertLayout {
         let hidden_size = u32::try_from(self.server.store.hidden_size()).unwrap_or(u32::MAX);
-        ExpertLayout { hidden_size, layers: self.layers.clone() }
+        ExpertLayout { hidden_size, layers: self.stored.layers.clone() }
     }
 
     /// Whether new calls are refused at present.
@@ -152,7 +190,7 @@ impl Announcer {
         Ok(Advert {
             model: self.server.model,
             hosted,
-            layers: self.layers.clone(),
+            layers: self.stored.layers.clone(),
             wire_dtypes: WireDtype::ALL.to_vec(),
             data_addresses: self.data_addresses(),
             capacity_rows: u32::try_from(batcher.max_pairs()).unwrap_or(u32::MAX),
@@ -165,6 +203,8 @@ impl Announcer {
             loading,
             reachability: reach.reachability,
             circuits: reach.circuits.into_iter().take(MAX_CIRCUITS).collect(),
+            precision: self.stored.precision,
+            variant_of: self.stored.variant_of,
         })
     }
 
@@ -172,8 +212,10 @@ impl Announcer {
     pub(super) async fn announce(&self) -> Result<(), VolunteerError> {
         let advert = self.advert()?;
         let mut keys = Vec::new();
+        let models: Vec<ModelId> = [advert.model].into_iter().chain(advert.variant_of).collect();
         if !advert.draining {
-            keys = ProviderKey::covering(advert.model, advert.hosted.layers());
+            // Clients of the published model look there, and may accept it.
+            keys = models.iter().flat_map(|model| ProviderKey::covering(*model, advert.hosted.layers())).collect();
             keys.push(ProviderKey::volunteers());
             if let Some(giving) = &self.server.giving {
                 keys.push(ProviderKey::weights(advert.model));
@@ -183,8 +225,7 @@ impl Announcer {
             }
         }
         let signed = SignedAdvert::sign(&advert, &self.identity)?;
-        let model = advert.model;
         *self.said() = Said { at: Instant::now(), experts: (advert.hosted, advert.loading) };
-        self.discovery.announce(vec![(model, signed)], keys).await.map_err(|e| VolunteerError::Compute(e.to_string()))
+        self.discovery.announce(vec![(models, signed)], keys).await.map_err(|e| VolunteerError::Compute(e.to_string()))
     }
 }

@@ -209,7 +209,8 @@ async fn read(discovery: &Discovery, peer: PeerId, model: ModelId) -> Result<Opt
     let adverts = discovery.adverts(peer, Some(model)).await.map_err(|error| {
         tracing::debug!(%peer, %error, "no advert");
     })?;
-    Ok(adverts.into_iter().next())
+    // Variants in fewer bits are no replicas of what this member hosts.
+    Ok(adverts.into_iter().find(|advert| advert.model == model))
 }
 
 #[cfg(test)]

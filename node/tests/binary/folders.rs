@@ -1,6 +1,6 @@
 //! Commands that write model folders: import, carve, quantize; and slices over a network.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -54,14 +54,27 @@ fn a_gguf_file_is_imported_carved_and_served_by_two_volunteers() {
 fn experts_are_quantised_and_the_folder_is_a_model() {
     let folder = home();
     let out = place(&folder, "q8");
-    let tiny = tiny_moe();
-    document(["quantize", tiny.to_str().unwrap(), "--to", "q8_0", "--out", &out, "--json"]);
-    let [before, after] =
-        [tiny, PathBuf::from(&out)].map(|dir| document(["inspect", "--json", "--model", dir.to_str().unwrap()]));
+    let tiny = tiny_moe().display().to_string();
+    document(["quantize", &tiny, "--to", "q8_0", "--out", &out, "--json"]);
+    let [before, after] = [&tiny, &out].map(|dir| document(["inspect", "--json", "--model", dir]));
     assert_eq!(before["trunk_bytes"], after["trunk_bytes"]);
+    let config = std::fs::read_to_string(Path::new(&out).join("config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    let (manifest, keys) = (place(&folder, "manifest"), place(&folder, "keys"));
+    let described = document(["manifest", &tiny, "--out", &manifest, "--data-dir", &keys, "--json"]);
+    let original = &config["quantization_config"]["of"];
+    assert_eq!(*original, described["model_id"], "so that clients of either find its volunteers");
     // 34 bytes for 32 values that had two each.
     assert_eq!(after["expert_bytes"].as_u64().unwrap() * 64, before["expert_bytes"].as_u64().unwrap() * 34);
-    assert_eq!(tokens(&out, &["--local"]).as_array().unwrap().len(), 12);
+    let expected = tokens(&out, &["--local"]);
+    assert_eq!(expected.as_array().unwrap().len(), 12);
+
+    let node = Node::start(Path::new(&out), "all", None);
+    let join = ["--bootstrap", &node.address(), "--join-timeout", "4"];
+    assert_eq!(tokens(&out, &join), expected);
+    assert_eq!(tokens(&tiny, &[&join[..], &["--precision", "q8"]].concat()), expected);
+    let refused = run([&["generate", "--model", &tiny, "--prompt", "a", "--json"], &join[..]].concat());
+    assert!(text(&refused.stderr).contains("--precision any accepts"), "{}", text(&refused.stderr));
 }
 
 #[test]

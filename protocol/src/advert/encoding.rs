@@ -9,9 +9,9 @@ use super::{
     Advert, AdvertError, HostedError, HostedExperts, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity,
 };
 use crate::discovery::Reachability;
-use crate::{ModelId, WireDtype};
+use crate::{ModelId, Precision, WireDtype};
 
-const FORMAT: u16 = 1;
+const FORMAT: u16 = 2;
 
 pub(super) fn encode(advert: &Advert) -> Vec<u8> {
     let mut out = Vec::with_capacity(256);
@@ -53,6 +53,9 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
         out.push(circuit.len() as u8);
         out.extend(circuit.as_ref());
     }
+    out.push(advert.precision.code());
+    out.push(advert.variant_of.is_some().into());
+    out.extend(advert.variant_of.iter().flat_map(|model| model.0));
     out
 }
 
@@ -91,6 +94,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         loading: HostedExperts::new(),
         reachability: Reachability::Unreachable,
         circuits: Vec::new(),
+        precision: Precision::F32,
+        variant_of: None,
     };
     advert.popularity = match rest.u8()? {
         0 => Vec::new(),
@@ -108,6 +113,12 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         _ => return Err(AdvertError::OutOfRange("reachability")),
     };
     advert.circuits = circuits(&mut rest)?;
+    advert.precision = Precision::from_code(rest.u8()?).ok_or(AdvertError::OutOfRange("precision"))?;
+    advert.variant_of = match rest.u8()? {
+        0 => None,
+        1 => Some(ModelId(rest.array()?)),
+        _ => return Err(AdvertError::OutOfRange("variant flag")),
+    };
     match rest.0.len() {
         0 => Ok(advert),
         trailing => Err(AdvertError::TrailingBytes(trailing)),

@@ -73,7 +73,7 @@ pub(crate) struct SwarmTask {
     /// Members that are dialled anew after such a change.
     redialled: HashSet<PeerId>,
     serves: bool,
-    hosted: Vec<(ModelId, Vec<u8>)>,
+    hosted: Vec<(Vec<ModelId>, Vec<u8>)>,
     keys: Vec<ProviderKey>,
     publish_pace: PublishPace,
     /// Records on their way to other members.

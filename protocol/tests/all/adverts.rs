@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
-    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, SignedAdvert,
-    WireDtype, verify_signature,
+    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, ModelId, Precision,
+    SignedAdvert, WireDtype, verify_signature,
 };
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
@@ -37,6 +37,8 @@ fn advert() -> Advert {
         loading: HostedExperts::new(),
         reachability: Reachability::Relayed,
         circuits: vec!["/ip4/192.0.2.1/udp/4001/quic-v1/p2p-circuit".parse().expect("a multiaddr")],
+        precision: Precision::Q8_0,
+        variant_of: Some(ModelId([0xaa; 32])),
     }
 }
 
@@ -51,6 +53,9 @@ fn refused(change: impl FnOnce(&mut Advert)) -> AdvertError {
     SignedAdvert::sign(&advert, &Identity::generate()).expect_err("a bad advert")
 }
 
+/// Bytes at the end of an advert that say how experts are stored, and of what they are a variant.
+const VARIANT: usize = 34;
+
 /// An advert with these bytes, properly signed.
 fn forged(identity: &Identity, advert: &[u8]) -> SignedAdvert {
     let signature = identity.sign("hanse/advert/1", advert).to_bytes();
@@ -58,14 +63,15 @@ fn forged(identity: &Identity, advert: &[u8]) -> SignedAdvert {
     SignedAdvert::decode(&bytes).expect("long enough")
 }
 
-const GOLDEN: &str = "0100 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f
+const GOLDEN: &str = "0200 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f
     0200  0000 0200 01 02  0500 0100 80
     02 00 02
     02  04 c0000207 5c12  06 20010db8000000000000000000000007 5d12
     00040000 fa00 00 0300000000000000 e0e36018a3010000
     0200  0000 1000  0500 0800
     01 f1 03  0000
-    01 01 0d 04c0000201 91020fa1 cd03 a202";
+    01 01 0d 04c0000201 91020fa1 cd03 a202
+    03  01 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 
 #[test]
 fn an_advert_has_the_bytes_of_the_specification() {
@@ -73,7 +79,7 @@ fn an_advert_has_the_bytes_of_the_specification() {
     let signed = SignedAdvert::sign(&advert(), &identity).expect("a proper advert").encode();
     assert_eq!(signed[..32], identity.public_key());
     assert_eq!(hex::encode(&signed[96..]), hex::encode(bytes(GOLDEN)));
-    assert_eq!(crate::golden::examples("0100 "), [bytes(GOLDEN)], "and so has the example there");
+    assert_eq!(crate::golden::examples("0200 "), [bytes(GOLDEN)], "and so has the example there");
 }
 
 #[test]
@@ -184,7 +190,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
         forged(&identity, &bytes).verify(NOW).map(|_| ())
     };
     assert_eq!(verify(&|_| {}), Ok(()));
-    assert_eq!(verify(&|b| b[0] = 2), Err(AdvertError::Format(2)));
+    assert_eq!(verify(&|b| b[0] = 1), Err(AdvertError::Format(1)));
     assert_eq!(verify(&|b| b.push(0)), Err(AdvertError::TrailingBytes(1)));
     assert_eq!(verify(&|b| b.truncate(40)), Err(AdvertError::Truncated));
     assert_eq!(verify(&|b| b[34..36].fill(0xff)), Err(HostedError::Layer(0xffff).into()));
@@ -192,7 +198,7 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[42] = 0), Err(HostedError::LayerOrder(0).into()));
     assert_eq!(
         verify(&|b| {
-            let at = b.len() - 25;
+            let at = b.len() - 25 - VARIANT;
             b[at] = 0;
         }),
         Err(HostedError::LayerOrder(0).into())
@@ -201,13 +207,19 @@ fn bad_bytes_under_a_good_signature_are_refused() {
     assert_eq!(verify(&|b| b[48] = 9), Err(AdvertError::OutOfRange("wire dtype")));
     assert_eq!(verify(&|b| b[50] = 17), Err(AdvertError::TooManyAddresses(17)));
     assert_eq!(verify(&|b| b[51] = 5), Err(AdvertError::OutOfRange("address family")));
-    let end = good.len();
+    let end = good.len() - VARIANT;
     assert_eq!(verify(&|b| b[end - 21] = 2), Err(AdvertError::OutOfRange("popularity flag")));
     assert_eq!(verify(&|b| b[end - 19] = 0x13), Err(AdvertError::OutOfRange("list of popularities")));
     assert_eq!(verify(&|b| b[end - 16] = 3), Err(AdvertError::OutOfRange("reachability")));
     assert_eq!(verify(&|b| b[end - 15] = 5), Err(AdvertError::BadCircuit));
     assert_eq!(verify(&|b| b[end - 14] = 12), Err(AdvertError::BadCircuit));
-    assert_eq!(verify(&|b| b[end - 14] = 14), Err(AdvertError::Truncated));
+    assert_eq!(verify(&|b| b[end - 14] = 14 + VARIANT as u8), Err(AdvertError::Truncated));
+    assert_eq!(verify(&|b| b[end] = 7), Err(AdvertError::OutOfRange("precision")));
+    assert_eq!(verify(&|b| b[end + 1] = 2), Err(AdvertError::OutOfRange("variant flag")));
+    assert_eq!(verify(&|b| b[end + 1] = 0), Err(AdvertError::TrailingBytes(32)));
+    assert_eq!(verify(&|b| b.truncate(end + 33)), Err(AdvertError::Truncated));
+    let own = AdvertError::OutOfRange("model of which it is a variant");
+    assert_eq!(verify(&|b| b.copy_within(2..34, end + 2)), Err(own));
     assert_eq!(verify(&|b| b[52..56].fill(0)), Err(AdvertError::BadAddress("0.0.0.0:4700".parse().expect("v4"))));
 }
 

@@ -61,6 +61,8 @@ mod tests {
             loading: HostedExperts::new(),
             reachability: Reachability::Direct,
             circuits: Vec::new(),
+            precision: hanse_protocol::Precision::F32,
+            variant_of: None,
         };
         let (peer, stats) = (Identity::generate().peer_id(), PeerStats::default());
         PeerReport { peer, state: PeerState::Lost, advert, address: None, round_trip: None, stats }

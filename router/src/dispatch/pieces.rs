@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::future::{AbortHandle, Abortable};
 use futures::stream::FuturesUnordered;
-use hanse_protocol::{Combine, ExpertRows, PeerId};
+use hanse_protocol::{Combine, ExpertRows, PeerId, Precision};
 use tokio::task::JoinHandle;
 
 use super::combine::{add_answers, as_answer};
@@ -79,6 +79,8 @@ enum Event {
     Answered {
         piece: usize,
         outgoing: Outgoing,
+        /// How its peer stores experts, where that matters.
+        precision: Option<Precision>,
         result: Result<(Vec<f32>, Duration), CallFailure>,
     },
     /// Slower than nineteen of twenty calls; late after the given time more.
@@ -285,7 +287,9 @@ impl<'a> Layer<'a> {
     ) -> Result<(), DispatchError> {
         let piece = self.pieces.len();
         let request_id = self.network.next_request_id();
-        let outgoing = outgoing(self.network, request_id, self.layer, self.hidden, &assignments)
+        let form = self.network.directory.form_of(&peer);
+        let model = form.map_or(self.network.model, |(model, _)| model);
+        let outgoing = outgoing(self.network, (request_id, model), self.layer, self.hidden, &assignments)
             .map_err(DispatchError::Invalid)?;
         self.usage.counts.frames += 1;
         self.usage.counts.bytes_sent += outgoing.bytes;
@@ -301,7 +305,7 @@ impl<'a> Layer<'a> {
         self.events.push(Box::pin(async move {
             let made = async {
                 let result = call(network, peer, &outgoing, expected.usual).await;
-                Event::Answered { piece, outgoing, result }
+                Event::Answered { piece, outgoing, precision: form.map(|(_, precision)| precision), result }
             };
             Abortable::new(made, registration).await.unwrap_or(Event::Dropped)
         }));
@@ -363,7 +367,7 @@ impl<'a> Layer<'a> {
                     Err(self.no_replica())
                 }
             },
-            Event::Answered { piece, outgoing, result: Ok((values, compute)) } => {
+            Event::Answered { piece, outgoing, precision, result: Ok((values, compute)) } => {
                 if let Some(recording) = &mut self.usage.recording {
                     recording.ended(piece, Some(compute));
                 }
@@ -374,6 +378,11 @@ impl<'a> Layer<'a> {
                 let rows = values.len() / width.max(1);
                 self.usage.counts.bytes_received += (rows * self.network.config.wire.row_bytes(width)) as u64;
                 if !self.pieces[piece].resolved {
+                    if let Some(precision) = precision {
+                        for assignment in &self.pieces[piece].assignments {
+                            self.usage.note_form(self.layer, assignment.expert, precision);
+                        }
+                    }
                     self.pieces[piece].answer = Some((outgoing.rows, values));
                     self.resolve(piece);
                 }

@@ -353,7 +353,7 @@ impl Driver {
         let tokens = taken.iter().filter(|taken| taken.decodes).map(|taken| taken.came).sum();
         let ended = taken.into_iter().filter_map(|taken| match taken.outcome {
             Outcome::GoesOn => None,
-            Outcome::Ended(end) => Some((taken.index, end)),
+            Outcome::Ended(end) => Some((taken.index, *end)),
         });
         failed.extend(ended);
         self.end(failed);

@@ -62,7 +62,7 @@ impl std::fmt::Debug for Sequence {
 /// Where a sequence stands after its logits have been looked at.
 pub(super) enum Outcome {
     GoesOn,
-    Ended(Result<Summary, GenerateError>),
+    Ended(Box<Result<Summary, GenerateError>>),
 }
 
 impl Sequence {
@@ -259,8 +259,8 @@ impl Sequence {
         };
         match advanced {
             Ok(None) => Outcome::GoesOn,
-            Ok(Some(reason)) => Outcome::Ended(self.finish(reason)),
-            Err(error) => Outcome::Ended(Err(error)),
+            Ok(Some(reason)) => Outcome::Ended(Box::new(self.finish(reason))),
+            Err(error) => Outcome::Ended(Box::new(Err(error))),
         }
     }
 

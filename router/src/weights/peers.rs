@@ -216,7 +216,7 @@ impl Shared {
             return;
         }
         let Ok(adverts) = self.discovery.adverts(id, Some(self.model)).await else { return };
-        let Some(advert) = adverts.into_iter().next() else { return };
+        let Some(advert) = adverts.into_iter().find(|advert| advert.model == self.model) else { return };
         let known = self.peers.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
         let connection = match known.filter(|peer| !peer.connection.is_closed()) {
             Some(peer) => peer.connection.clone(),

@@ -27,6 +27,9 @@ const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const KIMI_K2: &str = r"\p{Han}+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Letters of scripts that have two cases.
+const CASED: &str = r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+";
 
 const PRES: &[Pre] = &[
     Pre { names: &["default"], regexes: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN },
@@ -44,6 +47,13 @@ const PRES: &[Pre] = &[
     Pre { names: &["qwen2", "deepseek-r1-qwen"], regexes: &[QWEN2], nfc: true, ..PLAIN },
     Pre { names: &["tekken"], regexes: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN },
     Pre { names: &["gpt-4o"], regexes: &[GPT4O], ..PLAIN },
+    // Where pieces are merged as tiktoken does, those that are tokens are left alone.
+    Pre { names: &["kimi-k2"], regexes: &[KIMI_K2], ignore_merges: true, ..PLAIN },
+    Pre {
+        names: &["deepseek-llm"],
+        regexes: &["[\r\n]", CASED, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+"],
+        ..PLAIN
+    },
     Pre {
         names: &["deepseek-v3"],
         regexes: &[
@@ -68,4 +78,83 @@ pub(super) fn find(name: Option<&str>) -> Result<&'static Pre, GgufError> {
         let found = name.chars().take(80).collect();
         GgufError::Vocabulary { key: "tokenizer.ggml.pre", found, known: known.join(", ") }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
+
+    use super::*;
+
+    fn cut(name: &str, text: &str) -> Vec<String> {
+        let mut pieces = PreTokenizedString::from(text);
+        for regex in find(Some(name)).unwrap().regexes {
+            let pattern = SplitPattern::Regex((*regex).to_owned());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).unwrap();
+            split.pre_tokenize(&mut pieces).unwrap();
+        }
+        let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        pieces.into_iter().map(|(piece, ..)| piece.to_owned()).collect()
+    }
+
+    #[test]
+    fn every_way_is_understood_and_loses_nothing() {
+        let text = "It's 漢字かなWord漢x 12345 THEY'RE\n\n go! ...ß naïve  end ";
+        for name in PRES.iter().flat_map(|pre| pre.names) {
+            assert_eq!(cut(name, text).concat(), text, "{name}");
+        }
+        // As the libraries `regex` and `tokenizers` of Python cut it with these expressions.
+        let kimi = [
+            "It's",
+            " ",
+            "漢字",
+            "かなWord",
+            "漢",
+            "x",
+            " ",
+            "123",
+            "45",
+            " THEY'RE",
+            "\n\n",
+            " go",
+            "!",
+            " ...",
+            "ß",
+            " naïve",
+            " ",
+            " end",
+            " ",
+        ];
+        assert_eq!(cut("kimi-k2", text), kimi);
+        // What is taken for punctuation has the letters of ASCII, so that ï is by itself.
+        let deepseek = [
+            "It",
+            "'",
+            "s",
+            " ",
+            "漢字かな",
+            "Word",
+            "漢",
+            "x",
+            " ",
+            "12345",
+            " THEY",
+            "'",
+            "RE",
+            "\n",
+            "\n",
+            " go",
+            "!",
+            " ...",
+            "ß",
+            " na",
+            "ï",
+            "ve",
+            " ",
+            " end",
+            " ",
+        ];
+        assert_eq!(cut("deepseek-llm", text), deepseek);
+    }
 }

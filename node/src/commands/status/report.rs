@@ -118,6 +118,8 @@ mod tests {
             load: 1.0,
             reachability: "unreachable",
             draining: false,
+            precision: hanse_protocol::Precision::Bf16,
+            variant_of: None,
         }
     }
 

@@ -51,7 +51,7 @@ impl SwarmTask {
     fn adverts_for(&self, model: AdvertRequest) -> AdvertResponse {
         self.hosted
             .iter()
-            .filter(|(hosted, _)| model.is_none_or(|m| m == *hosted))
+            .filter(|(models, _)| model.is_none_or(|model| models.contains(&model)))
             .map(|(_, advert)| advert.clone())
             .collect()
     }
