@@ -1,5 +1,7 @@
 //! Keys and values of the tokens that a sequence has so far.
 
+use std::ops::Range;
+
 /// Positions for which a head that is full makes room, at least.
 const GROWTH: usize = 32;
 
@@ -7,6 +9,8 @@ const GROWTH: usize = 32;
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<LayerCache>,
+    /// What the LM head reads, where somebody else wants it too.
+    hidden: Option<LayerCache>,
     len: usize,
 }
 
@@ -76,7 +80,33 @@ impl LayerCache {
 
 impl KvCache {
     pub(crate) fn new(layers: Vec<LayerCache>) -> Self {
-        Self { layers, len: 0 }
+        Self { layers, hidden: None, len: 0 }
+    }
+
+    /// It also keeps each position's last hidden state, of `hidden_size` values.
+    pub(crate) fn keeping_hidden(self, hidden_size: usize) -> Self {
+        Self { hidden: Some(LayerCache::latent(hidden_size, 0)), ..self }
+    }
+
+    /// The last hidden states of some positions, `[positions, hidden_size]`; `None` if they are not kept.
+    pub fn hidden(&self, positions: Range<usize>) -> Option<&[f32]> {
+        let hidden = self.hidden.as_ref()?;
+        hidden.head(0).0.get(positions.start * hidden.key_dim..positions.end * hidden.key_dim)
+    }
+
+    pub(crate) fn keeps_hidden(&self) -> bool {
+        self.hidden.is_some()
+    }
+
+    /// Appends the last hidden state of one position, if they are kept.
+    pub(crate) fn push_hidden(&mut self, row: &[f32]) {
+        if let Some(hidden) = &mut self.hidden {
+            hidden.push(row, &[]);
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &LayerCache> {
+        self.layers.iter().chain(&self.hidden)
     }
 
     /// Positions in the cache.
@@ -91,13 +121,13 @@ impl KvCache {
 
     /// Bytes of memory that the positions take at present, with the room that was made for more.
     pub fn bytes(&self) -> usize {
-        let values: usize = self.layers.iter().flat_map(LayerCache::heads).map(Vec::capacity).sum();
+        let values: usize = self.all().flat_map(LayerCache::heads).map(Vec::capacity).sum();
         values * size_of::<f32>()
     }
 
     /// Bytes that one more position takes.
     pub fn bytes_per_position(&self) -> usize {
-        let values: usize = self.layers.iter().map(LayerCache::stored_values).sum();
+        let values: usize = self.all().map(LayerCache::stored_values).sum();
         values * size_of::<f32>()
     }
 
@@ -106,13 +136,14 @@ impl KvCache {
     #[must_use]
     pub fn prefix(&self, len: usize) -> Self {
         let len = len.min(self.len);
-        Self { layers: self.layers.iter().map(|layer| layer.prefix(len)).collect(), len }
+        let layers = self.layers.iter().map(|layer| layer.prefix(len)).collect();
+        Self { layers, hidden: self.hidden.as_ref().map(|hidden| hidden.prefix(len)), len }
     }
 
     /// Forgets all positions from `len` on; does nothing if there are no more than `len`.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
-        for layer in &mut self.layers {
+        for layer in self.layers.iter_mut().chain(&mut self.hidden) {
             layer.keys.iter_mut().for_each(|head| head.truncate(self.len * layer.key_dim));
             layer.values.iter_mut().for_each(|head| head.truncate(self.len * layer.value_dim));
         }
@@ -173,6 +204,25 @@ mod tests {
         assert_eq!(heads(&cache), heads(&filled(6)));
         cache.truncate(8);
         assert_eq!(cache.len(), 6);
+    }
+
+    #[test]
+    fn hidden_states_come_and_go_with_their_positions() {
+        let mut cache = KvCache::new(vec![LayerCache::latent(2, 0)]).keeping_hidden(3);
+        assert_eq!(cache.bytes_per_position(), (2 + 3) * 4);
+        for position in 0..5 {
+            cache.layer_mut(0).push(&[0.0; 2], &[]);
+            cache.push_hidden(&[position as f32; 3]);
+            cache.advance(1);
+        }
+        assert_eq!(cache.hidden(3..5), Some(&[3.0, 3.0, 3.0, 4.0, 4.0, 4.0][..]));
+        cache.truncate(4);
+        assert_eq!((cache.hidden(3..4), cache.hidden(3..5)), (Some(&[3.0; 3][..]), None));
+        assert_eq!(cache.prefix(2).hidden(0..2), Some(&[0.0, 0.0, 0.0, 1.0, 1.0, 1.0][..]));
+        let mut plain = KvCache::new(vec![LayerCache::latent(2, 0)]);
+        plain.push_hidden(&[1.0; 3]);
+        assert_eq!((plain.hidden(0..0), plain.bytes()), (None, 0));
+        assert!(plain.fits(&[LayerCache::latent(2, 0)]) && cache.fits(&[LayerCache::latent(2, 0)]));
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub(crate) mod config;
 mod dtype;
 mod error;
 mod experts;
+mod head;
 mod layout;
 mod mapping;
 mod parts;
@@ -52,9 +53,11 @@ struct Inner {
     config_text: String,
     spec: ModelSpec,
     family: &'static Family,
-    tensors: TensorFiles,
+    tensors: Arc<TensorFiles>,
     /// Where routed experts come from that lie in no file.
     experts: Option<Experts>,
+    /// The last layer of `spec`, where it is that of a multi-token-prediction head.
+    head: Option<usize>,
 }
 
 /// Routed experts that are had one by one.
@@ -96,8 +99,8 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let config_text = read_text(&dir.join("config.json"), MAX_CONFIG_BYTES)?;
         let (family, spec) = read_config(&config_text)?;
-        let tensors = TensorFiles::open(dir)?;
-        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None };
+        let tensors = Arc::new(TensorFiles::open(dir)?);
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts: None, head: None };
         inner.check()?;
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -112,7 +115,8 @@ impl Checkpoint {
         verifier.covers(&opened.weight_map()?.parts)?;
         // It was made a moment ago and has no clones.
         let Some(mut inner) = Arc::into_inner(opened.inner) else { return Self::open(dir) };
-        inner.tensors.verifier = Some(verifier);
+        let Some(tensors) = Arc::get_mut(&mut inner.tensors) else { return Self::open(dir) };
+        tensors.verifier = Some(verifier);
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -128,11 +132,11 @@ impl Checkpoint {
         source: Arc<dyn PartSource>,
     ) -> Result<Self, CheckpointError> {
         let (family, spec) = read_config(&config_text)?;
-        let tensors = TensorFiles::of_parts(parts.trunk, source.clone())?;
+        let tensors = Arc::new(TensorFiles::of_parts(parts.trunk, source.clone())?);
         let dtypes = |layer: &ExpertParts| layer.runs.iter().map(|run| run.dtype).collect();
         let layers = parts.experts.iter().map(|layer| (layer.layer, dtypes(layer))).collect();
         let experts = Some(Experts { source, layers });
-        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts };
+        let inner = Inner { dir: dir.to_owned(), config_text, spec, family, tensors, experts, head: None };
         inner.check()?;
         let wanted = inner.spec.moe_layers().map(|(layer, moe)| {
             let runs = inner.expert_runs(layer, 0, moe).iter().map(|run| run.values() as u64).collect::<Vec<_>>();
@@ -295,9 +299,17 @@ fn read_config(text: &str) -> Result<(&'static Family, ModelSpec), ConfigError> 
 /// What is wrong with the text, as [`Checkpoint::open`] would say.
 pub fn tensor_shapes(config_text: &str) -> Result<Vec<(String, Vec<usize>)>, ConfigError> {
     let (family, spec) = read_config(config_text)?;
-    let tensors = TensorFiles::none();
-    Ok(Inner { dir: PathBuf::new(), config_text: config_text.to_owned(), spec, family, tensors, experts: None }
-        .shapes())
+    let tensors = Arc::new(TensorFiles::none());
+    Ok(Inner {
+        dir: PathBuf::new(),
+        config_text: config_text.to_owned(),
+        spec,
+        family,
+        tensors,
+        experts: None,
+        head: None,
+    }
+    .shapes())
 }
 
 /// Opens a regular file.

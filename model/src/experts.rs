@@ -65,6 +65,14 @@ impl LocalExperts {
             .collect::<Result<_, _>>()?;
         Ok(Self { layers, hidden_size: spec.hidden_size, pool })
     }
+
+    /// All experts of one layer, as layer 0.
+    pub(crate) fn load_layer(checkpoint: &Checkpoint, layer: usize, pool: Arc<ThreadPool>) -> Result<Self, LoadError> {
+        let spec = checkpoint.spec();
+        let experts = 0..spec.moe(layer).map_or(0, |moe| moe.experts);
+        let experts = experts.map(|expert| Expert::load(checkpoint, layer, expert)).collect::<Result<_, _>>()?;
+        Ok(Self { layers: vec![experts], hidden_size: spec.hidden_size, pool })
+    }
 }
 
 /// The gate chose an expert that is not there.

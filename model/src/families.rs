@@ -127,6 +127,8 @@ pub(crate) struct TensorNames {
     pub(crate) interleaved: Option<InterleavedNames>,
     /// The shared expert's matrices.
     pub(crate) shared: SharedNames,
+    /// Checkpoints may have a multi-token-prediction head, whose tensors are called as in DeepSeek V3.
+    pub(crate) draft_head: bool,
 }
 
 impl TensorNames {
@@ -148,6 +150,7 @@ impl TensorNames {
         ],
         interleaved: None,
         shared: SharedNames::None,
+        draft_head: false,
     };
 }
 

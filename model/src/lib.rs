@@ -90,4 +90,4 @@ pub use spec::{
 };
 pub use stop::{StopOutput, StopStrings, overlap};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};
-pub use trunk::{ForwardError, LogitsWanted, Segment, Trunk};
+pub use trunk::{DraftHead, ForwardError, HeadOutput, LogitsWanted, Segment, Trunk};

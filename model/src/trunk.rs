@@ -4,6 +4,7 @@ mod attending;
 mod error;
 mod feed_forward;
 mod grouped;
+mod head;
 mod indexer;
 mod latent;
 mod layer;
@@ -15,6 +16,7 @@ use candle_nn::ops::rms_norm;
 use rayon::ThreadPool;
 
 pub use error::ForwardError;
+pub use head::{DraftHead, HeadOutput};
 use layer::{Layer, Pass, Rows};
 
 use crate::cache::{KvCache, LayerCache};
@@ -91,18 +93,21 @@ impl Trunk {
         KvCache::new(self.cache_layers())
     }
 
+    /// The same, which also keeps what a [`DraftHead`] reads: each position's last hidden state, as the LM head reads it.
+    pub fn new_cache_with_hidden(&self) -> KvCache {
+        self.new_cache().keeping_hidden(self.spec().hidden_size)
+    }
+
+    /// The multi-token-prediction head of the checkpoint, its experts included. Matrices stay in the mapping.
+    ///
+    /// # Errors
+    /// `NoDraftHead` if there is none; a tensor is at fault.
+    pub fn draft_head(&self) -> Result<DraftHead, LoadError> {
+        DraftHead::load(&self.checkpoint, self.pool.clone())
+    }
+
     fn cache_layers(&self) -> Vec<LayerCache> {
-        let layers = &self.spec().layers;
-        layers
-            .iter()
-            .map(|layer| match &layer.attention {
-                AttentionSpec::GroupedQuery(attention) => LayerCache::new(attention.kv_heads, attention.head_dim),
-                AttentionSpec::Latent(attention) => {
-                    let index_dim = attention.indexer.as_ref().map_or(0, |indexer| indexer.head_dim);
-                    LayerCache::latent(attention.cached_values(), index_dim)
-                }
-            })
-            .collect()
+        self.spec().layers.iter().map(|layer| cache_of(&layer.attention)).collect()
     }
 
     /// Advances several sequences together: their rows are joined, and `experts` is called once per MoE layer for all
@@ -121,37 +126,8 @@ impl Trunk {
         segments: &mut [Segment<'_>],
         experts: &mut dyn Experts,
     ) -> Result<Vec<Vec<f32>>, ForwardError> {
-        self.check(segments)?;
-        let before: Vec<usize> = segments.iter().map(|segment| segment.cache.len()).collect();
-        let result = self.forward_rows(segments, experts);
-        for (segment, before) in segments.iter_mut().zip(before) {
-            match &result {
-                Ok(_) => segment.cache.advance(segment.tokens.len()),
-                Err(_) => segment.cache.truncate(before),
-            }
-        }
-        result
-    }
-
-    fn check(&self, segments: &[Segment<'_>]) -> Result<(), ForwardError> {
-        let (vocab_size, max) = (self.spec().vocab_size, self.spec().max_positions);
-        let layers = self.cache_layers();
-        for segment in segments {
-            if segment.tokens.is_empty() {
-                return Err(ForwardError::NoTokens);
-            }
-            if let Some(&token) = segment.tokens.iter().find(|token| **token as usize >= vocab_size) {
-                return Err(ForwardError::TokenOutOfRange { token, vocab_size });
-            }
-            let wanted = segment.cache.len().saturating_add(segment.tokens.len());
-            if wanted > max {
-                return Err(ForwardError::ContextExceeded { wanted, max });
-            }
-            if !segment.cache.fits(&layers) {
-                return Err(ForwardError::OtherModelsCache);
-            }
-        }
-        Ok(())
+        check(self.spec(), &self.cache_layers(), segments)?;
+        whole(segments, |segments| self.forward_rows(segments, experts))
     }
 
     fn forward_rows(
@@ -165,14 +141,7 @@ impl Trunk {
         if rows.positions.is_empty() {
             return Ok(Vec::new());
         }
-        let mut embedded = vec![0.0; rows.positions.len() * hidden];
-        let tokens = segments.iter().flat_map(|segment| segment.tokens);
-        for (token, row) in tokens.zip(embedded.chunks_exact_mut(hidden)) {
-            self.embedding.widen_row(*token as usize, row);
-            if spec.embedding_multiplier != 1.0 {
-                row.iter_mut().for_each(|value| *value *= spec.embedding_multiplier);
-            }
-        }
+        let embedded = embed(&self.embedding, spec, segments);
         let mut x = Tensor::from_vec(embedded, (rows.positions.len(), hidden), &Device::Cpu)?;
         let angles = self.rope.angles(&rows.positions);
         for (number, layer) in self.layers.iter().enumerate() {
@@ -180,47 +149,135 @@ impl Trunk {
                 Pass { layer: number, rows: &rows, angles: &angles, segments: &mut *segments, pool: &self.pool };
             x = layer.forward(x, spec, &mut pass, experts)?;
         }
-        within(&self.pool, rows.positions.len() == 1, || self.logits(&x, segments))
+        within(&self.pool, rows.positions.len() == 1, || {
+            self.keep_hidden(&x, segments)?;
+            self.logits(&x, segments)
+        })
+    }
+
+    /// Gives the last hidden states to the caches that keep them.
+    fn keep_hidden(&self, x: &Tensor, segments: &mut [Segment<'_>]) -> Result<(), ForwardError> {
+        if !segments.iter().any(|segment| segment.cache.keeps_hidden()) {
+            return Ok(());
+        }
+        let spec = self.spec();
+        let normed = rms_norm(x, &self.norm, spec.rms_norm_eps)?.flatten_all()?.to_vec1::<f32>()?;
+        let mut rows = normed.chunks_exact(spec.hidden_size);
+        for segment in segments {
+            rows.by_ref().take(segment.tokens.len()).for_each(|row| segment.cache.push_hidden(row));
+        }
+        Ok(())
     }
 
     fn logits(&self, x: &Tensor, segments: &[Segment<'_>]) -> Result<Vec<Vec<f32>>, ForwardError> {
         let spec = self.spec();
-        let mut wanted = Vec::new();
-        let mut first = 0;
-        for segment in segments {
-            let last = first + segment.tokens.len() as u32;
-            wanted.extend(match segment.logits {
-                LogitsWanted::None => last..last,
-                LogitsWanted::Last => last - 1..last,
-                LogitsWanted::All => first..last,
-            });
-            first = last;
-        }
-        if wanted.is_empty() {
-            return Ok(vec![Vec::new(); segments.len()]);
-        }
-        let count = wanted.len();
-        let chosen = x.index_select(&Tensor::from_vec(wanted, count, &Device::Cpu)?, 0)?;
+        let Some(chosen) = wanted(x, segments)? else { return Ok(vec![Vec::new(); segments.len()]) };
         let normed = rms_norm(&chosen, &self.norm, spec.rms_norm_eps)?.flatten_all()?.to_vec1::<f32>()?;
         let mut logits = linear(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding), &self.pool);
         if spec.logits_scaling != 1.0 {
             logits.iter_mut().for_each(|logit| *logit /= spec.logits_scaling);
         }
-        let mut rest = logits.as_slice();
-        Ok(segments
-            .iter()
-            .map(|segment| {
-                let rows = match segment.logits {
-                    LogitsWanted::None => 0,
-                    LogitsWanted::Last => 1,
-                    LogitsWanted::All => segment.tokens.len(),
-                };
-                let (mine, others) = rest.split_at(rows * spec.vocab_size);
-                rest = others;
-                mine.to_vec()
-            })
-            .collect())
+        Ok(by_segment(&logits, spec.vocab_size, segments))
     }
+}
+
+impl LogitsWanted {
+    /// Of how many of `tokens` rows.
+    fn rows(self, tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => 1,
+            Self::All => tokens,
+        }
+    }
+}
+
+/// The empty cache of a layer.
+fn cache_of(attention: &AttentionSpec) -> LayerCache {
+    match attention {
+        AttentionSpec::GroupedQuery(attention) => LayerCache::new(attention.kv_heads, attention.head_dim),
+        AttentionSpec::Latent(attention) => {
+            let index_dim = attention.indexer.as_ref().map_or(0, |indexer| indexer.head_dim);
+            LayerCache::latent(attention.cached_values(), index_dim)
+        }
+    }
+}
+
+/// Whether the segments are possible, whose caches have `layers`.
+fn check(spec: &ModelSpec, layers: &[LayerCache], segments: &[Segment<'_>]) -> Result<(), ForwardError> {
+    let (vocab_size, max) = (spec.vocab_size, spec.max_positions);
+    for segment in segments {
+        if segment.tokens.is_empty() {
+            return Err(ForwardError::NoTokens);
+        }
+        if let Some(&token) = segment.tokens.iter().find(|token| **token as usize >= vocab_size) {
+            return Err(ForwardError::TokenOutOfRange { token, vocab_size });
+        }
+        let wanted = segment.cache.len().saturating_add(segment.tokens.len());
+        if wanted > max {
+            return Err(ForwardError::ContextExceeded { wanted, max });
+        }
+        if !segment.cache.fits(layers) {
+            return Err(ForwardError::OtherModelsCache);
+        }
+    }
+    Ok(())
+}
+
+/// Runs a pass, after which every cache has the new positions, or if it fails those of before.
+fn whole<T>(
+    segments: &mut [Segment<'_>],
+    pass: impl FnOnce(&mut [Segment<'_>]) -> Result<T, ForwardError>,
+) -> Result<T, ForwardError> {
+    let before: Vec<usize> = segments.iter().map(|segment| segment.cache.len()).collect();
+    let result = pass(segments);
+    for (segment, before) in segments.iter_mut().zip(before) {
+        match &result {
+            Ok(_) => segment.cache.advance(segment.tokens.len()),
+            Err(_) => segment.cache.truncate(before),
+        }
+    }
+    result
+}
+
+/// The embeddings of all tokens, `[rows, hidden]`.
+fn embed(embedding: &Matrix, spec: &ModelSpec, segments: &[Segment<'_>]) -> Vec<f32> {
+    let tokens = segments.iter().flat_map(|segment| segment.tokens);
+    let mut embedded = vec![0.0; tokens.clone().count() * spec.hidden_size];
+    for (token, row) in tokens.zip(embedded.chunks_exact_mut(spec.hidden_size)) {
+        embedding.widen_row(*token as usize, row);
+        if spec.embedding_multiplier != 1.0 {
+            row.iter_mut().for_each(|value| *value *= spec.embedding_multiplier);
+        }
+    }
+    embedded
+}
+
+/// Of `x`, `[rows, hidden]`, the rows whose logits are wanted; `None` if there are none.
+fn wanted(x: &Tensor, segments: &[Segment<'_>]) -> candle_core::Result<Option<Tensor>> {
+    let mut wanted = Vec::new();
+    let mut first = 0;
+    for segment in segments {
+        let last = first + segment.tokens.len() as u32;
+        wanted.extend(last - segment.logits.rows(segment.tokens.len()) as u32..last);
+        first = last;
+    }
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    let count = wanted.len();
+    x.index_select(&Tensor::from_vec(wanted, count, &Device::Cpu)?, 0).map(Some)
+}
+
+/// Divides what the wanted rows gave, of `width` values each, among the segments.
+fn by_segment(values: &[f32], width: usize, segments: &[Segment<'_>]) -> Vec<Vec<f32>> {
+    let mut rest = values;
+    let of_segment = |segment: &Segment<'_>| {
+        let (mine, others) = rest.split_at(segment.logits.rows(segment.tokens.len()) * width);
+        rest = others;
+        mine.to_vec()
+    };
+    segments.iter().map(of_segment).collect()
 }
 
 /// Runs candle's operations in the pool, whose threads their loops then use. Where they have nothing to share out, the

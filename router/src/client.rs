@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hanse_model::{
-    Checkpoint, CheckpointError, Experts, GenerationDefaults, GenerationDefaultsError, LoadError, LocalExperts,
-    ModelSpec, Tokenizer, TokenizerError, Trunk, compute_pool, log_softmax_at,
+    Checkpoint, CheckpointError, DraftHead, Experts, GenerationDefaults, GenerationDefaultsError, LoadError,
+    LocalExperts, ModelSpec, Tokenizer, TokenizerError, Trunk, compute_pool, log_softmax_at,
 };
 use hanse_protocol::{Identity, ModelId};
 use rayon::ThreadPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::directory::{ExpertLayout, PeerReport};
-use crate::engine::{DraftModel, Drafter, Engine, EngineConfig, EngineStatus, ModelDrafter};
+use crate::engine::{DraftModel, Drafter, Engine, EngineConfig, EngineStatus, HeadDrafter, ModelDrafter};
 use crate::generate::{self, GenerateError, GenerateRequest};
 use crate::network::{ExpertNetwork, JoinError, NetworkConfig};
 use crate::remote::RemoteExperts;
@@ -89,7 +89,14 @@ pub(crate) enum Place {
 pub struct Client {
     core: Arc<Core>,
     engine: Arc<Engine>,
-    draft_model: Option<Arc<DraftModel>>,
+    drafts: DraftSources,
+}
+
+/// What a client drafts with besides the text and the experts that it holds.
+#[derive(Debug, Clone, Default)]
+struct DraftSources {
+    model: Option<Arc<DraftModel>>,
+    head: Option<Arc<DraftHead>>,
 }
 
 /// What a model is computed with.
@@ -172,12 +179,15 @@ impl Client {
         let tokenizer = has_tokenizer(dir).then(|| Tokenizer::load(dir)).transpose()?;
         let defaults = GenerationDefaults::load(dir)?;
         let core = Arc::new(Core { trunk, tokenizer, defaults, place, pool });
-        Ok(Self::new(core, EngineConfig::default(), None))
+        Ok(Self::new(core, EngineConfig::default(), DraftSources::default()))
     }
 
-    fn new(core: Arc<Core>, config: EngineConfig, draft_model: Option<Arc<DraftModel>>) -> Self {
+    fn new(core: Arc<Core>, config: EngineConfig, drafts: DraftSources) -> Self {
         let mut drafters: Vec<Box<dyn Drafter>> = Vec::new();
-        if let Some(model) = &draft_model {
+        if let Some(head) = &drafts.head {
+            drafters.push(Box::new(HeadDrafter::new(head.clone())));
+        }
+        if let Some(model) = &drafts.model {
             drafters.push(Box::new(ModelDrafter::of(model.clone())));
         }
         if let Place::Network(network) = &core.place
@@ -185,13 +195,26 @@ impl Client {
         {
             drafters.push(Box::new(ModelDrafter::with_resident(resident.clone())));
         }
-        Self { core, engine: Arc::new(Engine::new(config, drafters)), draft_model }
+        Self { core, engine: Arc::new(Engine::new(config, drafters)), drafts }
     }
 
     /// The same client with other limits to what its generations may use together.
     #[must_use]
     pub fn with_engine(self, config: EngineConfig) -> Self {
-        Self::new(self.core, config, self.draft_model)
+        Self::new(self.core, config, self.drafts)
+    }
+
+    /// The same client, which also drafts with the multi-token-prediction head that the model's checkpoint carries, its experts
+    /// included: all of it is computed in this process. No token changes. Caches then keep each position's last hidden state.
+    ///
+    /// Blocks while it finds the tensors, which are mapped, not copied.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoDraftHead`] if the checkpoint has none.
+    pub fn with_draft_head(self) -> Result<Self, ClientError> {
+        let head = Some(Arc::new(self.core.trunk.draft_head()?));
+        let config = self.engine.config();
+        Ok(Self::new(self.core, config, DraftSources { head, ..self.drafts }))
     }
 
     /// The same client with a small model, all of it in this process, that drafts tokens: they are verified several in a pass, so that
@@ -214,7 +237,8 @@ impl Client {
         let trunk = Trunk::load(checkpoint, self.core.pool.clone())?;
         let experts = Arc::new(LocalExperts::load(checkpoint, self.core.pool.clone())?);
         let config = self.engine.config();
-        Ok(Self::new(self.core, config, Some(Arc::new(DraftModel { trunk, experts }))))
+        let model = Some(Arc::new(DraftModel { trunk, experts }));
+        Ok(Self::new(self.core, config, DraftSources { model, ..self.drafts }))
     }
 
     #[cfg(test)]

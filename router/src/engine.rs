@@ -18,13 +18,14 @@ mod sequence;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hanse_model::KvCache;
 use tokio::sync::mpsc;
 
 use crate::client::{Core, Progress, Summary};
 use crate::generate::{GenerateError, GenerateRequest, ScoredToken, Token};
 use crate::stats::NetworkUse;
 use draft::Drafting;
-pub(crate) use draft::{DraftModel, Drafter, ModelDrafter};
+pub(crate) use draft::{DraftModel, Drafter, HeadDrafter, ModelDrafter};
 use driver::Driver;
 use groups::Groups;
 use memory::Prefixes;
@@ -108,6 +109,8 @@ pub(crate) struct Engine {
     state: Mutex<State>,
     prefixes: Mutex<Prefixes>,
     drafting: Mutex<Drafting>,
+    /// Whether drafters read the last hidden states of positions.
+    keeps_hidden: bool,
     groups: Mutex<Groups>,
 }
 
@@ -131,6 +134,7 @@ impl Engine {
             config,
             state: Mutex::default(),
             prefixes: Mutex::default(),
+            keeps_hidden: drafting.reads_hidden(),
             drafting: Mutex::new(drafting),
             groups: Mutex::default(),
         }
@@ -161,9 +165,14 @@ impl Engine {
         EngineStatus { waiting: state.status.waiting + state.arrived.len(), ..state.status.clone() }
     }
 
+    /// An empty cache for one sequence.
+    fn new_cache(&self, core: &Core) -> KvCache {
+        if self.keeps_hidden { core.trunk.new_cache_with_hidden() } else { core.trunk.new_cache() }
+    }
+
     /// The most tokens that a sequence may have.
     pub(crate) fn context(&self, core: &Core) -> usize {
-        let position = core.trunk.new_cache().bytes_per_position().max(1);
+        let position = self.new_cache(core).bytes_per_position().max(1);
         core.trunk.spec().max_positions.min(self.config.kv_bytes / position)
     }
 
@@ -171,7 +180,7 @@ impl Engine {
     pub(crate) fn submit(self: &Arc<Self>, core: &Arc<Core>, request: GenerateRequest) -> mpsc::Receiver<Step> {
         let (steps, receiver) = mpsc::channel(STEP_QUEUE);
         let prompt = request.prompt.len() as u64;
-        let (cache, tokenizer) = (core.trunk.new_cache(), core.tokenizer.as_ref());
+        let (cache, tokenizer) = (self.new_cache(core), core.tokenizer.as_ref());
         let sequence =
             Sequence::new(request, self.context(core), core.trunk.spec().vocab_size, cache, tokenizer, steps.clone());
         if let Err(error) = sequence.and_then(|sequence| self.enqueue(sequence, prompt)) {

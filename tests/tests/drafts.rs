@@ -211,3 +211,47 @@ fn peers_that_add_up_are_asked_for_all_of_a_rows_experts() {
         assert_eq!(with.engine().network.resident, 0);
     });
 }
+
+#[test]
+fn a_multi_token_prediction_head_drafts_over_a_network_and_no_token_changes() {
+    runtime().block_on(async {
+        for name in ["agreeing", "deepseek_v3", "glm4_moe"] {
+            let dir = hanse_tests::reference::fixture("mtp").join(name);
+            let net = Net::halves(&dir).await;
+            let client = net.client().await.with_draft_head().unwrap();
+            let config = EngineConfig { drafts: false, ..EngineConfig::default() };
+            let plain = Client::local(&model_config(&dir)).unwrap().with_engine(config);
+            assert!(client.context() <= plain.context());
+            // What is kept of an earlier one has hidden states too.
+            let beginning: Vec<u32> = (40..70).collect();
+            // Mostly temperatures at which text repeats nothing, so that nothing else drafts.
+            let request = |seed: u64| GenerateRequest {
+                sampling: SamplingParams { temperature: (seed % 3) as f32 / 2.0, seed, ..SamplingParams::default() },
+                ..greedy(&[&beginning[..], &[2 + seed as u32 % 50, 3]].concat(), 60)
+            };
+            let (mut drafted, mut accepted) = (0, 0);
+            for seed in 0..40 {
+                let requests = [request(2 * seed), request(2 * seed + 1)];
+                let found = join_all(requests.clone().into_iter().map(|request| whole(&client, request))).await;
+                for (request, (tokens, summary)) in requests.into_iter().zip(found) {
+                    assert_eq!(tokens, whole(&plain, request).await.0, "{name}");
+                    drafted += summary.drafts.drafted;
+                    accepted += summary.drafts.accepted;
+                }
+                // A busy machine may make it seem dear for a while.
+                if seed >= 5 && (name != "agreeing" || accepted > 200) {
+                    break;
+                }
+            }
+            println!("{name}: {accepted} of {drafted}, {:?}", client.engine());
+            assert!(client.engine().reused_tokens > 0);
+            if name == "agreeing" {
+                // Some were guessed by what the text repeats.
+                assert!(accepted > 200 && accepted * 4 > drafted * 3, "{accepted} of {drafted}");
+            }
+            client.close().await;
+        }
+        let error = local(true).with_draft_head().unwrap_err().to_string();
+        assert!(error.contains("no multi-token-prediction head"), "{error}");
+    });
+}

@@ -123,6 +123,12 @@ pub enum CheckpointError {
         /// The file it was found in again.
         second: PathBuf,
     },
+    /// There is no multi-token-prediction head to draft with. The model is complete without it.
+    #[error("the checkpoint has no multi-token-prediction head: {reason}")]
+    NoDraftHead {
+        /// Why not.
+        reason: String,
+    },
     /// The model needs a tensor that no file holds.
     #[error("tensor `{tensor}` is missing")]
     MissingTensor {

@@ -426,16 +426,19 @@ impl Inner {
 
     /// Names and shapes of the tensors that hold the routed experts.
     pub(super) fn expert_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = Vec::new();
-        for (layer, moe) in self.spec.moe_layers() {
-            let experts = match self.expert_tensors(layer) {
-                ExpertTensors::Split { .. } => moe.experts,
-                ExpertTensors::Fused { .. } | ExpertTensors::Interleaved(_) => 1,
-            };
-            for run in (0..experts).flat_map(|expert| self.expert_runs(layer, expert, moe)) {
-                if tensors.last().is_none_or(|(last, _)| *last != run.name) {
-                    tensors.push((run.name, run.shape));
-                }
+        self.spec.moe_layers().flat_map(|(layer, moe)| self.layer_expert_shapes(layer, moe)).collect()
+    }
+
+    /// The same of one layer.
+    pub(super) fn layer_expert_shapes(&self, layer: usize, moe: &MoeSpec) -> Vec<(String, Vec<usize>)> {
+        let mut tensors: Vec<(String, Vec<usize>)> = Vec::new();
+        let experts = match self.expert_tensors(layer) {
+            ExpertTensors::Split { .. } => moe.experts,
+            ExpertTensors::Fused { .. } | ExpertTensors::Interleaved(_) => 1,
+        };
+        for run in (0..experts).flat_map(|expert| self.expert_runs(layer, expert, moe)) {
+            if tensors.last().is_none_or(|(last, _)| *last != run.name) {
+                tensors.push((run.name, run.shape));
             }
         }
         tensors

@@ -80,48 +80,55 @@ impl Inner {
         if self.has_lm_head() {
             tensors.push(("lm_head.weight".to_owned(), vec![spec.vocab_size, hidden]));
         }
-        for (number, layer) in spec.layers.iter().enumerate() {
-            let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
-            add("input_layernorm.weight", vec![hidden]);
-            add("post_attention_layernorm.weight", vec![hidden]);
-            for (name, shape) in attention_tensors(&layer.attention, self.family.tensors.qk_norms, hidden) {
-                add(&format!("self_attn.{name}"), shape);
-            }
-            match &layer.feed_forward {
-                FeedForwardSpec::Dense { intermediate_size } => {
-                    add("mlp.gate_proj.weight", vec![*intermediate_size, hidden]);
-                    add("mlp.up_proj.weight", vec![*intermediate_size, hidden]);
-                    add("mlp.down_proj.weight", vec![hidden, *intermediate_size]);
-                }
-                FeedForwardSpec::Moe(moe) => {
-                    if moe.has_gate() {
-                        tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
-                    }
-                    tensors.extend(self.gate_bias(number, moe));
-                    tensors.extend(self.correction(number, moe));
-                    let Some(shared) = moe.shared else { continue };
-                    let width = shared.intermediate_size;
-                    let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
-                    match self.family.tensors.shared {
-                        SharedNames::None => {}
-                        SharedNames::Split(prefix, gate) => {
-                            add(&format!("{prefix}.gate_proj.weight"), vec![width, hidden]);
-                            add(&format!("{prefix}.up_proj.weight"), vec![width, hidden]);
-                            add(&format!("{prefix}.down_proj.weight"), vec![hidden, width]);
-                            if shared.gated {
-                                add(gate, vec![1, hidden]);
-                            }
-                        }
-                        SharedNames::Fused(gate_up_proj, down_proj) => {
-                            add(gate_up_proj, vec![2 * width, hidden]);
-                            add(down_proj, vec![hidden, width]);
-                        }
-                    }
-                }
-            }
-        }
+        (0..spec.layers.len()).for_each(|layer| tensors.extend(self.layer_tensors(layer)));
+        tensors.extend(self.head.map(|layer| self.head_tensors(layer)).into_iter().flatten());
         let scales: Vec<_> = tensors.iter().filter_map(|(name, shape)| self.tensors.scales_of(name, shape)).collect();
         tensors.extend(scales);
+        tensors
+    }
+
+    /// Names and shapes of everything in a layer but the routed experts, without scales.
+    pub(super) fn layer_tensors(&self, number: usize) -> Vec<(String, Vec<usize>)> {
+        let (hidden, mut tensors) = (self.spec.hidden_size, Vec::new());
+        let Some(layer) = self.spec.layers.get(number) else { return tensors };
+        let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
+        add("input_layernorm.weight", vec![hidden]);
+        add("post_attention_layernorm.weight", vec![hidden]);
+        for (name, shape) in attention_tensors(&layer.attention, self.family.tensors.qk_norms, hidden) {
+            add(&format!("self_attn.{name}"), shape);
+        }
+        let moe = match &layer.feed_forward {
+            FeedForwardSpec::Dense { intermediate_size } => {
+                add("mlp.gate_proj.weight", vec![*intermediate_size, hidden]);
+                add("mlp.up_proj.weight", vec![*intermediate_size, hidden]);
+                add("mlp.down_proj.weight", vec![hidden, *intermediate_size]);
+                return tensors;
+            }
+            FeedForwardSpec::Moe(moe) => moe,
+        };
+        if moe.has_gate() {
+            tensors.push((self.gate_name(number), vec![moe.experts, hidden]));
+        }
+        tensors.extend(self.gate_bias(number, moe));
+        tensors.extend(self.correction(number, moe));
+        let Some(shared) = moe.shared else { return tensors };
+        let width = shared.intermediate_size;
+        let mut add = |name: &str, shape: Vec<usize>| tensors.push((Self::path(number, name), shape));
+        match self.family.tensors.shared {
+            SharedNames::None => {}
+            SharedNames::Split(prefix, gate) => {
+                add(&format!("{prefix}.gate_proj.weight"), vec![width, hidden]);
+                add(&format!("{prefix}.up_proj.weight"), vec![width, hidden]);
+                add(&format!("{prefix}.down_proj.weight"), vec![hidden, width]);
+                if shared.gated {
+                    add(gate, vec![1, hidden]);
+                }
+            }
+            SharedNames::Fused(gate_up_proj, down_proj) => {
+                add(gate_up_proj, vec![2 * width, hidden]);
+                add(down_proj, vec![hidden, width]);
+            }
+        }
         tensors
     }
 

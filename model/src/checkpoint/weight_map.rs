@@ -1,6 +1,7 @@
 //! Where the parts of a model lie in its files.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::error::CheckpointError;
 use super::parts::{ExpertParts, Parts, Piece, Run, TrunkPart, WeightMap};
@@ -24,9 +25,9 @@ impl Checkpoint {
 /// As [`Checkpoint::open`].
 pub fn weight_map_of_headers(config_text: &str, headers: Vec<(String, Vec<u8>)>) -> Result<WeightMap, CheckpointError> {
     let (family, spec) = read_config(config_text)?;
-    let tensors = TensorFiles::of_headers(headers)?;
+    let tensors = Arc::new(TensorFiles::of_headers(headers)?);
     let config_text = config_text.to_owned();
-    let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None };
+    let inner = Inner { dir: PathBuf::new(), config_text, spec, family, tensors, experts: None, head: None };
     inner.check()?;
     inner.weight_map()
 }

@@ -13,7 +13,7 @@ pub(super) const KIMI_K2: Family =
     Family { name: "kimi_k2", spec: |config| spec(config, "kimi_k2", &DEFAULTS), tensors: TENSORS };
 
 pub(super) const TENSORS: TensorNames =
-    TensorNames { shared: SharedNames::Split("mlp.shared_experts", ""), ..TensorNames::MLP };
+    TensorNames { shared: SharedNames::Split("mlp.shared_experts", ""), draft_head: true, ..TensorNames::MLP };
 
 const DEFAULTS: Defaults = Defaults::new(1e-6, 1e4);
 

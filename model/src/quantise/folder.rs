@@ -105,7 +105,8 @@ enum Content<'a> {
     Experts { layer: usize, matrices: &'a [WrittenMatrix] },
 }
 
-/// Writes the model's trunk and experts to the folder `to`, and a `config.json` that says how, and of which model by its id, `of`; `files` are
+/// Writes the model's trunk and experts, and a multi-token-prediction head if it has one, to the folder `to`, and a `config.json` that says how, and
+/// of which model by its id, `of`; `files` are
 /// names of small files that are copied where they are there, such as the tokenizer. `progress` is told bytes written and bytes in all.
 ///
 /// Shards appear whole under their names, and `config.json` last. A call that was interrupted is continued by the same call: shards
@@ -121,6 +122,8 @@ pub fn quantise_folder(
     to: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, FolderError> {
+    let with_head = checkpoint.with_draft_head().ok();
+    let checkpoint = with_head.as_ref().map_or(checkpoint, |(with_head, _)| with_head);
     let spec = checkpoint.spec();
     let mut written = Written::default();
     let mut shards = vec![trunk(checkpoint, precision)];

@@ -28,6 +28,14 @@ pub enum ForwardError {
     /// A cache was made by another model's trunk. The caller's fault.
     #[error("the cache belongs to another model")]
     OtherModelsCache,
+    /// There are not as many hidden states as tokens. The caller's fault.
+    #[error("{found} values of hidden states were given, expected {expected}")]
+    HiddenStates {
+        /// Tokens times hidden size.
+        expected: usize,
+        /// Values given.
+        found: usize,
+    },
     /// The routed experts could not be computed. Whether a retry makes sense is the source's to say.
     #[error("the experts of layer {layer} failed")]
     Experts {

@@ -17,7 +17,10 @@ use crate::output;
 pub(crate) async fn open(args: &ClientArgs, draft: Option<&DraftArgs>, local: bool) -> anyhow::Result<Client> {
     let client = open_plain(args, draft, local).await?;
     let Some(draft) = draft else { return Ok(client) };
-    let client = client.with_engine(EngineConfig { drafts: draft.drafts(), ..EngineConfig::default() });
+    let mut client = client.with_engine(EngineConfig { drafts: draft.drafts(), ..EngineConfig::default() });
+    if draft.uses_head() {
+        client = tokio::task::spawn_blocking(move || client.with_draft_head()).await??;
+    }
     let Some(dir) = draft.draft_model.clone() else { return Ok(client) };
     let with_model = move || anyhow::Ok(client.with_draft_model(&Checkpoint::open(&dir)?)?);
     tokio::task::spawn_blocking(with_model).await?
@@ -32,6 +35,10 @@ async fn open_plain(args: &ClientArgs, draft: Option<&DraftArgs>, local: bool) -
     let mut network = args.network_config();
     let model = Model::open(&args.model, &network, &args.cache).await?;
     let (checkpoint, threads) = (model.checkpoint().clone(), args.threads);
+    if draft.is_some_and(DraftArgs::uses_head) {
+        // Before anything is fetched or anybody is looked for.
+        checkpoint.check_draft_head().context("--draft mtp")?;
+    }
     if local {
         return Ok(tokio::task::spawn_blocking(move || Client::local_with(&checkpoint, threads)).await??);
     }

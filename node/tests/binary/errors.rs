@@ -303,3 +303,16 @@ fn help_and_version_are_on_standard_output() {
     contains(&help, &["demo", "node", "generate", "chat", "score", "status", "inspect"]);
     assert!(text(&run(["--version"]).stdout).starts_with("hanse 0."));
 }
+
+#[test]
+fn drafts_by_a_head_that_is_not_there_are_refused() {
+    let model = tiny_moe();
+    let args = ["--draft", "mtp", "--prompt-ids", "1", "--json", "--model", model.to_str().unwrap()];
+    let message = error(["generate", "--local"].into_iter().chain(args));
+    contains(&message, &["--draft mtp", "no multi-token-prediction head", "family"]);
+    // Nobody is looked for before.
+    contains(
+        &error(["generate", "--bootstrap", "/ip4/127.0.0.1/udp/9/quic-v1"].into_iter().chain(args)),
+        &["--draft mtp"],
+    );
+}

@@ -10,8 +10,9 @@
 //! a draft is drawn with random numbers of its own; a drafter that has logits therefore draws with a copy of the sequence's sampler, and
 //! the same random number chooses among two similar distributions.
 //!
-//! Inside: `lookup` and `model` draft, `window` decides how much of it is verified.
+//! Inside: `lookup`, `model` and `head` draft, `window` decides how much of it is verified.
 
+mod head;
 mod lookup;
 mod model;
 #[cfg(test)]
@@ -24,8 +25,9 @@ use hanse_model::{KvCache, Sampler};
 
 use super::sequence::Sequence;
 use crate::client::Core;
+pub(crate) use head::HeadDrafter;
 use lookup::{Index, Lookup};
-pub(super) use model::ModelCache;
+use model::ModelCache;
 pub(crate) use model::{DraftModel, ModelDrafter};
 use window::{CLASSES, Ledger, Rates, StepTimes, choose, outlook};
 
@@ -53,11 +55,17 @@ pub(crate) trait Drafter: Send + std::fmt::Debug {
     /// Whether a proposal takes no time worth counting.
     fn is_free(&self) -> bool;
 
+    /// Whether it reads the last hidden states of a sequence's positions, which caches then keep.
+    fn reads_hidden(&self) -> bool {
+        false
+    }
+
     /// How likely a token of each class is right before anything is known.
     fn guesses(&self) -> [f64; CLASSES];
 
-    /// Adds tokens to each sequence's empty draft, up to as many as asked for, or none. Every cache is afterwards as it was.
-    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>);
+    /// Adds tokens to each sequence's empty draft, up to as many as asked for, or none. Every cache is afterwards as it was. Gives the
+    /// part of its time that is a price of prompts and not of drafts.
+    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) -> Duration;
 }
 
 /// A sequence of which the next tokens are wanted.
@@ -105,7 +113,21 @@ pub(super) struct Memory {
     /// How often each drafter was right about this sequence.
     rates: Vec<Rates>,
     /// Keys and values of a draft model.
-    pub(super) model: Option<ModelCache>,
+    model: Option<ModelCache>,
+    /// Keys and values of the model's own head for drafts, one position less than the model has.
+    head: Option<KvCache>,
+}
+
+impl Memory {
+    /// Bytes of keys and values.
+    pub(super) fn bytes(&self) -> usize {
+        self.model.as_ref().map_or(0, ModelCache::bytes) + self.head.as_ref().map_or(0, KvCache::bytes)
+    }
+
+    /// Gives up keys and values, which are computed again if they are wanted.
+    pub(super) fn forget(&mut self) {
+        (self.model, self.head) = (None, None);
+    }
 }
 
 /// Whether it pays to draft on.
@@ -191,7 +213,7 @@ pub(super) struct Drafting {
     times: StepTimes,
     ledger: Ledger,
     paused: u32,
-    /// What the drafts of the step in progress took.
+    /// What the drafts of the step in progress took, without what drafters read of prompts.
     drafted_for: Duration,
 }
 
@@ -208,6 +230,11 @@ impl Drafting {
         self.drafters.push(Judged { drafter, rates: Rates::new(SEEN), cost: None, unasked: f64::INFINITY });
     }
 
+    /// Whether any drafter reads the last hidden states of positions.
+    pub(super) fn reads_hidden(&self) -> bool {
+        self.drafters.iter().any(|judged| judged.drafter.reads_hidden())
+    }
+
     /// Gives each of `sequences`, which are decoding, a draft, and says how much of it is verified, in a step in which
     /// `prompt_rows` rows of prompts take part.
     pub(super) fn draft(&mut self, core: &Core, sequences: &mut [&mut Sequence], prompt_rows: usize) {
@@ -218,10 +245,8 @@ impl Drafting {
         }
         let started = Instant::now();
         let (base, row) = (self.times.of((sequences.len() + prompt_rows) as f64), self.times.row());
-        for number in 0..self.drafters.len() {
-            self.ask(number, core, sequences, base, row);
-        }
-        self.drafted_for = started.elapsed();
+        let read: Duration = (0..self.drafters.len()).map(|number| self.ask(number, core, sequences, base, row)).sum();
+        self.drafted_for = started.elapsed().saturating_sub(read);
         let survivals: Vec<Vec<f64>> = sequences.iter_mut().map(|sequence| self.survivals(sequence)).collect();
         let allowed = self.ledger.allows(base) - self.drafted_for.as_secs_f64();
         // A float beyond the range becomes the end of it.
@@ -231,10 +256,11 @@ impl Drafting {
         sequences.iter_mut().zip(chosen).for_each(|(sequence, rows)| sequence.draft_mut().verified = rows);
     }
 
-    /// Has one drafter draft for those sequences for which it is likely better than what there is.
-    fn ask(&mut self, number: usize, core: &Core, sequences: &mut [&mut Sequence], base: f64, row: f64) {
+    /// Has one drafter draft for those sequences for which it is likely better than what there is. Gives the time that it took
+    /// for prompts.
+    fn ask(&mut self, number: usize, core: &Core, sequences: &mut [&mut Sequence], base: f64, row: f64) -> Duration {
         let expected: Vec<f64> = sequences.iter_mut().map(|sequence| self.survivals(sequence).iter().sum()).collect();
-        let Some(judged) = self.drafters.get_mut(number) else { return };
+        let Some(judged) = self.drafters.get_mut(number) else { return Duration::ZERO };
         let guesses = judged.drafter.guesses();
         let right = judged.rates.mean(FIRST_MEAN);
         let cost = judged.cost.unwrap_or(0.0);
@@ -242,7 +268,7 @@ impl Drafting {
             (0.0, MOST)
         } else if self.ledger.allows(base) < cost {
             // It has lost too much lately.
-            return;
+            return Duration::ZERO;
         } else {
             outlook(base, row, cost, sequences.len(), right, MOST)
         };
@@ -253,7 +279,7 @@ impl Drafting {
         if most == 0 {
             let every = (cost * sequences.len() as f64 / (PROBING * base)).max(PROBE_EVERY);
             if judged.unasked < every {
-                return;
+                return Duration::ZERO;
             }
             // One token shows whether it has become better: it is compared with what comes, verified or not.
             (best, most) = (0.0, 1);
@@ -270,18 +296,18 @@ impl Drafting {
             }
         }
         if drafts.is_empty() {
-            return;
+            return Duration::ZERO;
         }
         judged.unasked = 0.0;
         let started = Instant::now();
         let pairs = parts.into_iter().zip(&mut drafts);
         let mut asked: Vec<Asked<'_>> =
             pairs.map(|((sequence, room), (_, draft))| sequence.asked(draft, room)).collect();
-        judged.drafter.propose(core, &mut asked, &worth);
+        let read = judged.drafter.propose(core, &mut asked, &worth);
         drop(asked);
         let tokens: usize = drafts.iter().map(|(_, draft)| draft.tokens.len()).sum();
         if tokens > 0 && !judged.drafter.is_free() {
-            let newest = started.elapsed().as_secs_f64() / tokens as f64;
+            let newest = started.elapsed().saturating_sub(read).as_secs_f64() / tokens as f64;
             judged.cost = Some(judged.cost.map_or(newest, |cost| cost + (newest - cost) / 8.0));
         }
         let vocab = core.trunk.spec().vocab_size;
@@ -293,6 +319,7 @@ impl Drafting {
                 *sequence.draft_mut() = draft;
             }
         }
+        read
     }
 
     /// For each token of a sequence's draft the chance that it and all before it are right.

@@ -129,7 +129,7 @@ impl Driver {
 
     /// Keeps the keys and values of a sequence that has ended.
     fn keep(&self, mut sequence: Sequence) {
-        let cache = sequence.replace_cache(self.core.trunk.new_cache());
+        let cache = sequence.replace_cache(self.engine.new_cache(&self.core));
         self.engine.prefixes().keep(sequence.tokens(), cache);
     }
 
@@ -149,7 +149,7 @@ impl Driver {
         let limit = self.engine.config.kv_bytes;
         while self.active.len() > 1 && self.used(0) > limit {
             let Some(mut latest) = self.active.pop() else { break };
-            latest.replace_cache(self.core.trunk.new_cache());
+            latest.replace_cache(self.engine.new_cache(&self.core));
             latest.forget_drafts();
             self.waiting.push_front(latest);
             self.engine.state().status.preemptions += 1;

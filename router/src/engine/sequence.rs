@@ -9,7 +9,7 @@ use hanse_model::{
 use tokio::sync::mpsc;
 
 use super::Step;
-use super::draft::{Asked, Draft, MOST, Memory, ModelCache, Verdict};
+use super::draft::{Asked, Draft, MOST, Memory, Verdict};
 use super::schedule::PREFILL_TOLD;
 use crate::client::{Progress, Summary};
 use crate::dispatch::Usage;
@@ -204,13 +204,13 @@ impl Sequence {
 
     /// Bytes of memory that drafters take for it.
     pub(super) fn draft_bytes(&self) -> usize {
-        self.memory.model.as_ref().map_or(0, ModelCache::bytes)
+        self.memory.bytes()
     }
 
     /// Gives up its draft and what drafters keep of it in memory.
     pub(super) fn forget_drafts(&mut self) {
         self.drop_draft();
-        self.memory.model = None;
+        self.memory.forget();
     }
 
     /// Between a pass and what is taken from it: whether it had a token of the answer before.

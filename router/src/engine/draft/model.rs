@@ -1,6 +1,7 @@
 //! Drafts by a model: a smaller one of the same vocabulary, or the model itself with a part of its experts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use hanse_model::{Experts, KvCache, LocalExperts, LogitsWanted, Sampler, Segment, Trunk, log_softmax_at};
 
@@ -10,8 +11,8 @@ use super::{Asked, Drafter, Memory, Worth};
 use crate::client::Core;
 use crate::resident::{Resident, ResidentOnly};
 
-/// Rows of one pass while a draft model reads what it has not seen yet.
-const CATCH_UP: usize = 256;
+/// Rows of one pass while what drafts reads what it has not seen yet.
+pub(super) const CATCH_UP: usize = 256;
 
 /// Keys and values of a draft model, and of which tokens they are.
 #[derive(Debug)]
@@ -66,11 +67,30 @@ fn class(probability: f32) -> u8 {
     BOUNDS.iter().filter(|&&bound| probability >= bound).count() as u8
 }
 
+/// How often a token of each class is right: as often as the one that drafts thinks.
+pub(super) const GUESSES: [f64; CLASSES] = [0.05, 0.17, 0.32, 0.5, 0.7, 0.85, 0.93, 0.98];
+
 /// A draft in the making.
-struct Course {
+pub(super) struct Course {
     sampler: Sampler,
     survival: f64,
-    ends: bool,
+    pub(super) ends: bool,
+}
+
+impl Course {
+    /// Begins, unless nothing is wanted.
+    pub(super) fn new(asked: &Asked<'_>) -> Self {
+        Self { sampler: asked.sampler.clone(), survival: 1.0, ends: asked.most == 0 }
+    }
+
+    /// Adds a token that is drawn from `logits`, and ends where one more would not be worth it.
+    pub(super) fn draw(&mut self, asked: &mut Asked<'_>, logits: &[f32], worth: &Worth<'_>) {
+        let token = self.sampler.sample(logits);
+        let class = class(log_softmax_at(logits, token).exp());
+        asked.draft.push(token, class);
+        self.survival *= worth.chance(asked.memory, class);
+        self.ends = asked.draft.tokens.len() >= asked.most || !worth.goes_on(self.survival);
+    }
 }
 
 impl Drafter for ModelDrafter {
@@ -79,11 +99,10 @@ impl Drafter for ModelDrafter {
     }
 
     fn guesses(&self) -> [f64; CLASSES] {
-        // As often as the drafting model itself thinks.
-        [0.05, 0.17, 0.32, 0.5, 0.7, 0.85, 0.93, 0.98]
+        GUESSES
     }
 
-    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) {
+    fn propose(&mut self, core: &Core, asked: &mut [Asked<'_>], worth: &Worth<'_>) -> Duration {
         let own = self.model.is_some();
         let trunk = self.model.as_ref().map_or(&core.trunk, |model| &model.trunk);
         let max = trunk.spec().max_positions;
@@ -96,10 +115,7 @@ impl Drafter for ModelDrafter {
                 .for_each(|asked| catch_up(trunk, &mut *self.experts, asked));
         }
         let before: Vec<usize> = asked.iter().map(|asked| asked.cache.len()).collect();
-        let mut courses: Vec<Course> = asked
-            .iter()
-            .map(|asked| Course { sampler: asked.sampler.clone(), survival: 1.0, ends: asked.most == 0 })
-            .collect();
+        let mut courses: Vec<Course> = asked.iter().map(Course::new).collect();
         while courses.iter().any(|course| !course.ends) {
             let lasts: Vec<[u32; 1]> = asked.iter().map(|asked| [last(asked)]).collect();
             let parts = asked.iter_mut().zip(&lasts).zip(&courses).filter(|(_, course)| !course.ends);
@@ -117,14 +133,12 @@ impl Drafter for ModelDrafter {
                 if own && let Some(model) = &mut asked.memory.model {
                     model.tokens.extend(last);
                 }
-                let token = course.sampler.sample(&logits);
-                let class = class(log_softmax_at(&logits, token).exp());
-                asked.draft.push(token, class);
-                course.survival *= worth.chance(asked.memory, class);
-                course.ends = asked.draft.tokens.len() >= asked.most || !worth.goes_on(course.survival);
+                course.draw(asked, &logits, worth);
             }
         }
         asked.iter_mut().zip(before).for_each(|(asked, before)| asked.cache.truncate(before));
+        // A model may take long to read a prompt, which must not be done over and over for drafts that bring nothing.
+        Duration::ZERO
     }
 }
 

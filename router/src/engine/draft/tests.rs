@@ -1,9 +1,11 @@
 //! Whatever is drafted, what comes is what comes without drafts.
 
+mod head;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use hanse_model::{Checkpoint, LocalExperts, SamplingParams, compute_pool};
+use hanse_model::{Checkpoint, KvCache, LocalExperts, SamplingParams, compute_pool};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::sync::mpsc;
@@ -21,14 +23,20 @@ fn core() -> Arc<Core> {
 }
 
 /// What becomes of a request where `draft` says what is drafted, and all of it is verified.
-fn run(
+fn run(core: &Core, request: &GenerateRequest, draft: impl FnMut(&mut Sequence, &mut Draft)) -> (Vec<Token>, Summary) {
+    run_in(core, core.trunk.new_cache(), request, draft)
+}
+
+/// The same in an empty cache.
+fn run_in(
     core: &Core,
+    cache: KvCache,
     request: &GenerateRequest,
     mut draft: impl FnMut(&mut Sequence, &mut Draft),
 ) -> (Vec<Token>, Summary) {
     let (steps, mut receiver) = mpsc::channel(STEP_QUEUE);
     let (vocab, context) = (core.trunk.spec().vocab_size, core.trunk.spec().max_positions);
-    let (cache, tokenizer) = (core.trunk.new_cache(), core.tokenizer.as_ref());
+    let tokenizer = core.tokenizer.as_ref();
     let mut sequence = Sequence::new(request.clone(), context, vocab, cache, tokenizer, steps).unwrap();
     let Place::Here(experts) = &core.place else { panic!("a local client") };
     let mut tokens = Vec::new();
