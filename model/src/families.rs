@@ -88,6 +88,9 @@ const RECURRENT: &str =
 const SHARED_INDEXERS: &str = "sparse attention whose layers share the positions that an indexer chooses";
 const WITH_PICTURES: &str = "a model of pictures around its model of text";
 
+/// Experts of all layers: ten times as many as any published model has. Their names are listed before it is known which tensors are there.
+const MAX_ALL_EXPERTS: usize = 1 << 18;
+
 /// A model architecture.
 #[derive(Debug)]
 pub(crate) struct Family {
@@ -102,7 +105,13 @@ pub(crate) struct Family {
 impl Family {
     /// What the model with this `config.json` computes.
     pub(crate) fn read(&self, config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
-        carved::apply(config, (self.spec)(config)?)
+        let spec = carved::apply(config, (self.spec)(config)?)?;
+        let experts: usize = spec.moe_layers().map(|(_, moe)| moe.experts).sum();
+        if experts > MAX_ALL_EXPERTS {
+            let reason = format!("{experts} experts in all layers, more than the {MAX_ALL_EXPERTS} that are read");
+            return Err(config.invalid("num_hidden_layers", reason));
+        }
+        Ok(spec)
     }
 }
 

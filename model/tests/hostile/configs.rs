@@ -235,3 +235,14 @@ fn a_nonsense_rope_is_refused_by_name() {
     edit_json(&dir.path().join("config.json"), |config| config["rope_scaling"] = full);
     Checkpoint::open(dir.path()).unwrap();
 }
+
+#[test]
+fn a_config_of_more_experts_than_any_model_has_is_refused_before_their_names_are_listed() {
+    let dir = copy("mixtral");
+    edit_json(&dir.path().join("config.json"), |config| {
+        config["num_hidden_layers"] = json!(1024);
+        config["num_local_experts"] = json!(4096);
+    });
+    let error = open_error(dir.path()).to_string();
+    assert!(error.contains("4194304 experts in all layers"), "{error}");
+}
