@@ -60,8 +60,9 @@ fn a_call_allocates_nothing_per_row() {
         let (one, few, many) =
             (allocations(network, 1).await, allocations(network, 64).await, allocations(network, 512).await);
         println!("allocations of a call on both sides: 1 row {one}, 64 rows {few}, 512 rows {many}");
-        // A packet carries about two rows of this model, there and back, and QUIC keeps books of packets.
+        // QUIC keeps books of packets, of which each carries several rows there and back. One allocation for each row in our own code, on either side,
+        // would be one more.
         let per_row = (many - few) as f64 / (512 - 64) as f64;
-        assert!(per_row < 0.5, "{per_row} allocations for each row more");
+        assert!(per_row < 1.0, "{per_row} allocations for each row more");
     });
 }
