@@ -16,30 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from gguf_files import widen
+
 LENGTH, LIMIT = 24, 1e-4
-
-
-def widened(source, target):
-    """The same file with all tensors in f32."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            kind = field.types[0]
-            writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-    for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        writer.add_tensor(tensor.name, values.reshape([int(size) for size in reversed(tensor.shape)]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def of_llama_cpp(file, ids):
@@ -67,7 +51,7 @@ for file in args.files:
         subprocess.run([args.hanse, "import", file, "--to", "f32", "--out", folder], check=True, stdout=subprocess.DEVNULL)
         config = json.loads((folder / "config.json").read_text())
         ids = [token * 7 % (config["vocab_size"] - 10) + 3 for token in range(LENGTH)]
-        widened(file, place / "f32.gguf")
+        widen(file, place / "f32.gguf")
         theirs = of_llama_cpp(place / "f32.gguf", ids)
         found = {"as it is": of_transformers(folder, ids)}
         if (config.get("rope_scaling") or {}).get("truncate") is False:

@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 
-import gguf
 import llama_cpp
-import numpy as np
+
+from gguf_files import widen
 
 TEXTS = [
     "The Hanseatic League was",
@@ -39,19 +39,6 @@ args = parser.parse_args()
 folder = tempfile.TemporaryDirectory()
 place = lambda name: os.path.join(folder.name, name)
 started = []
-
-
-def widen(source, target):
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            kind = field.types[0]
-            writer.add_key_value(key, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        write()
 
 
 def hanse(*command):

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use super::layer::Pass;
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::lanes::Isa;
-use crate::linear::{Matrix, SharedMut, kernel, linear, linears, run_tasks};
+use crate::linear::{Matrix, SharedMut, kernel, linear, run_tasks};
 use crate::spec::{IndexerSpec, LatentSpec, RopePairs};
 
 /// Added to the variance in the norm of keys, whatever the config says of other norms.
@@ -33,7 +33,7 @@ pub(super) struct Indexer {
 
 /// What a pass of rows asks of an indexer.
 pub(super) struct Asked {
-    /// `[rows, heads, head_dim]`
+    /// `[rows, heads, head_dim]`; like the weights none where all rows see all before them.
     queries: Vec<f32>,
     /// `[rows, heads]`
     weights: Vec<f32>,
@@ -64,12 +64,17 @@ impl Indexer {
     /// Queries, weights and keys of rows; `x` is `[rows, hidden]`, `compressed` what queries are made of.
     pub(super) fn ask(&self, x: &[f32], compressed: &[f32], pass: &Pass<'_, '_>) -> Asked {
         let IndexerSpec { heads, head_dim, .. } = self.spec;
-        let mut queries = linear(compressed, &self.wq_b, pass.pool);
-        let [mut keys, mut weights] = linears(x, [&self.wk, &self.weights_proj], pass.pool);
+        let mut keys = linear(x, &self.wk, pass.pool);
         keys.chunks_exact_mut(head_dim).for_each(|key| self.norm(key));
         // Other than in the attention around it, the first half rotates against the second.
-        pass.angles.rotate_pairs(&mut queries, (heads, head_dim), 0, RopePairs::Halves);
         pass.angles.rotate_pairs(&mut keys, (1, head_dim), 0, RopePairs::Halves);
+        if pass.rows.longest() <= self.spec.top_k {
+            // Every row sees all before it; only later ones will ask for the keys.
+            return Asked { queries: Vec::new(), weights: Vec::new(), keys };
+        }
+        let mut queries = linear(compressed, &self.wq_b, pass.pool);
+        pass.angles.rotate_pairs(&mut queries, (heads, head_dim), 0, RopePairs::Halves);
+        let mut weights = linear(x, &self.weights_proj, pass.pool);
         let scale = (heads as f32).powf(-0.5) * (head_dim as f32).powf(-0.5);
         weights.iter_mut().for_each(|weight| *weight *= scale);
         Asked { queries, weights, keys }
