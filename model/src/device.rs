@@ -3,6 +3,7 @@
 //! Whatever computes an expert gives the same bits: every device adds up in the order of the CPU's kernels.
 
 mod choice;
+mod matrices;
 
 use std::any::Any;
 use std::fmt;
@@ -11,6 +12,9 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 pub(crate) use choice::version;
 pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, cards};
+#[cfg(any(feature = "cuda", test))]
+pub(crate) use matrices::MatrixDevice;
+pub use matrices::TrunkCard;
 use rayon::ThreadPool;
 
 use crate::checkpoint::StoredDtype;

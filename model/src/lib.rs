@@ -72,8 +72,8 @@ pub use checkpoint::{
     Piece, Run, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
 };
 pub use device::{
-    CardReport, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError, Weights,
-    cards, run_held,
+    CardReport, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError, TrunkCard,
+    Weights, cards, run_held,
 };
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
@@ -90,4 +90,4 @@ pub use spec::{
 };
 pub use stop::{StopOutput, StopStrings, overlap};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerError, VocabularyToken};
-pub use trunk::{DraftHead, ForwardError, HeadOutput, LogitsWanted, Segment, Trunk};
+pub use trunk::{DraftHead, ForwardError, HeadOutput, LogitsWanted, Placement, Segment, Trunk};

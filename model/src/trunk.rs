@@ -8,8 +8,9 @@ mod head;
 mod indexer;
 mod latent;
 mod layer;
+mod placed;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{Device, Tensor};
 use candle_nn::ops::rms_norm;
@@ -18,11 +19,14 @@ use rayon::ThreadPool;
 pub use error::ForwardError;
 pub use head::{DraftHead, HeadOutput};
 use layer::{Layer, Pass, Rows};
+pub use placed::Placement;
+use placed::{Placing, TrunkMatrix, linear};
 
 use crate::cache::{KvCache, LayerCache};
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::device::{DeviceError, TrunkCard};
 use crate::experts::Experts;
-use crate::linear::{Matrix, linear};
+use crate::linear::Matrix;
 use crate::rope::Rope;
 use crate::spec::{AttentionSpec, ModelSpec};
 
@@ -30,14 +34,16 @@ use crate::spec::{AttentionSpec, ModelSpec};
 #[derive(Debug)]
 pub struct Trunk {
     checkpoint: Checkpoint,
-    embedding: Matrix,
+    embedding: TrunkMatrix,
     layers: Vec<Layer>,
     /// The same in all layers.
     rope: Rope,
     norm: Tensor,
     /// `None`: the embedding is used.
-    lm_head: Option<Matrix>,
+    lm_head: Option<TrunkMatrix>,
     pool: Arc<ThreadPool>,
+    /// Where matrices lie besides.
+    card: OnceLock<TrunkCard>,
 }
 
 /// One sequence's part of a forward pass.
@@ -74,13 +80,32 @@ impl Trunk {
             (0..spec.layers.len()).map(|number| Layer::load(checkpoint, number)).collect::<Result<_, _>>()?;
         Ok(Self {
             rope: Rope::new(&spec.rope),
-            embedding: checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?,
+            embedding: checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?.into(),
             layers,
             norm: Tensor::new(checkpoint.vector("model.norm.weight", hidden)?, &Device::Cpu)?,
-            lm_head: checkpoint.lm_head()?,
+            lm_head: checkpoint.lm_head()?.map(TrunkMatrix::from),
             checkpoint: checkpoint.clone(),
             pool,
+            card: OnceLock::new(),
         })
+    }
+
+    /// Copies the trunk's matrices to a card, which multiplies with them from then on; no bit changes. What does not fit and what the card
+    /// cannot compute stays with the processor, and a warning says so. Matrices also stay in the mapping: when the card fails, in whichever
+    /// pass, the processor goes on. A trunk lies on one card, the one that it was given first; given again, it takes what has room by now.
+    ///
+    /// # Errors
+    /// [`DeviceError::Failed`]: the card does not work. The trunk is then computed on the processor.
+    pub fn place(&self, card: &TrunkCard) -> Result<Placement, DeviceError> {
+        let mut placing = Placing::new(self.card.get_or_init(|| card.clone()));
+        self.layers.iter().try_for_each(|layer| layer.place(&mut placing))?;
+        placing.matrix(self.head())?;
+        Ok(placing.end())
+    }
+
+    /// What makes logits.
+    fn head(&self) -> &TrunkMatrix {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// The model's spec.
@@ -141,7 +166,7 @@ impl Trunk {
         if rows.positions.is_empty() {
             return Ok(Vec::new());
         }
-        let embedded = embed(&self.embedding, spec, segments);
+        let embedded = embed(self.embedding.here(), spec, segments);
         let mut x = Tensor::from_vec(embedded, (rows.positions.len(), hidden), &Device::Cpu)?;
         let angles = self.rope.angles(&rows.positions);
         for (number, layer) in self.layers.iter().enumerate() {
@@ -173,7 +198,7 @@ impl Trunk {
         let spec = self.spec();
         let Some(chosen) = wanted(x, segments)? else { return Ok(vec![Vec::new(); segments.len()]) };
         let normed = rms_norm(&chosen, &self.norm, spec.rms_norm_eps)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut logits = linear(&normed, self.lm_head.as_ref().unwrap_or(&self.embedding), &self.pool);
+        let mut logits = linear(&normed, self.head(), &self.pool);
         if spec.logits_scaling != 1.0 {
             logits.iter_mut().for_each(|logit| *logit /= spec.logits_scaling);
         }

@@ -2,7 +2,8 @@
 // runs model/src/cuda/kernels.cu itself, thread by thread, so that everything but the hardware is tried. See emulated.sh.
 //
 // HANSE_EMULATED_CARDS: how many cards (1). HANSE_EMULATED_BYTES: memory of each (4 GiB). HANSE_EMULATED_FAIL: card:launch, such as
-// 0:20: that launch of that card fails, and everything that is asked of the card from then on.
+// 0:20: that launch of that card fails, and everything that is asked of the card from then on. HANSE_EMULATED_COUNTS: a file that always
+// says how many launches, copies to cards and copies from cards there were.
 
 #include <cmath>
 #include <cstdint>
@@ -136,6 +137,20 @@ static std::vector<Card> &cards() {
     return cards;
 }
 
+static void count(int kind) {
+    static std::FILE *file = [] {
+        const char *path = std::getenv("HANSE_EMULATED_COUNTS");
+        return path ? std::fopen(path, "w") : nullptr;
+    }();
+    static size_t counts[3];
+    if (!file) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    counts[kind]++;
+    std::rewind(file);
+    std::fprintf(file, "%zu %zu %zu\n", counts[0], counts[1], counts[2]);
+    std::fflush(file);
+}
+
 static thread_local Card *current;
 struct Stream {
     Card *card;
@@ -247,8 +262,8 @@ static CUresult copy(Stream *stream, void *to, const void *from, size_t bytes, u
     if (bytes) check_read(reinterpret_cast<void *>(on_card), bytes);
     return std::memcpy(to, from, bytes), SUCCESS;
 }
-API cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, Stream *stream) { return copy(stream, reinterpret_cast<void *>(to), from, bytes, to); }
-API cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, Stream *stream) { return copy(stream, to, reinterpret_cast<const void *>(from), bytes, from); }
+API cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, Stream *stream) { return count(1), copy(stream, reinterpret_cast<void *>(to), from, bytes, to); }
+API cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, Stream *stream) { return count(2), copy(stream, to, reinterpret_cast<const void *>(from), bytes, from); }
 API cuModuleLoadData(void **module, const void *text) { return *module = const_cast<void *>(text), std::strstr(static_cast<const char *>(text), ".version") ? SUCCESS : INVALID_VALUE; }
 API cuModuleUnload(void *) { return SUCCESS; }
 API cuModuleGetFunction(const KernelFunction **function, void *, const char *name) {
@@ -258,6 +273,7 @@ API cuModuleGetFunction(const KernelFunction **function, void *, const char *nam
 API cuLaunchKernel(const KernelFunction *function, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, Stream *stream, void **arguments, void **) {
     ALIVE();
     if (stream->card != current || blocks == 0 || threads == 0 || threads % 32) return INVALID_VALUE;
+    count(0);
     if (++current->launches == current->fails_at) {
         current->lost = true;
         // As on a card, the launch is accepted; whoever waits for it hears of it.

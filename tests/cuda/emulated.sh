@@ -35,6 +35,10 @@ export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
 "${emulated[@]}" cargo test --quiet -p hanse-node --features cuda --lib batcher
 unset HANSE_TEST_DEVICE
 
+say "trunks: the processor's bits, and how many launches and copies a layer takes"
+HANSE_TEST_TRUNK=cuda:1 "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test trunk_on_device -- --include-ignored
+HANSE_EMULATED_COUNTS="$scratch/counts" "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test trunk_counts -- --include-ignored
+
 cargo build --quiet -p hanse-node --features cuda
 hanse="${CARGO_TARGET_DIR:-target}/debug/hanse"
 model=examples/models/tiny-moe

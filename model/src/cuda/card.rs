@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::result::DriverError;
 
 use super::driver::{self, Context, Kernel, Memory, Module, Pinned, Stream, reason};
-use super::panels::Layout;
+use super::panels::{self, CHUNK, Layout};
 use super::plan::{Class, Dtype, Group, PIECE_ROWS, Piece, Wanted, plan, room};
 use crate::checkpoint::{StoredDtype, Swiglu};
 use crate::device::{CardReport, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
@@ -18,7 +18,7 @@ use crate::spec::{Activation, MoeSpec};
 /// Bytes that stay free on a card: for the screen, for other programs, and for what the driver itself takes.
 const MARGIN_BYTES: u64 = 512 << 20;
 /// Weights are handed over in pieces of so many bytes; while one is copied, the next is laid out.
-const UPLOAD_BYTES: usize = 4 << 20;
+pub(super) const UPLOAD_BYTES: usize = 4 << 20;
 /// The oldest cards that the kernels are compiled for.
 const OLDEST_CAPABILITY: (i32, i32) = (6, 0);
 /// Rows begin at a multiple of this after the groups that go with them.
@@ -104,39 +104,27 @@ impl Slot {
     /// Copies a piece's rows over and has it computed and copied back; does not wait.
     ///
     /// # Safety
-    /// The weights of the piece's experts live until the stream was waited for, and so does this.
-    unsafe fn begin(
+    /// The weights that the piece names live until the stream was waited for, and so does this.
+    unsafe fn begin<R: Rows>(
         &mut self,
         kernels: &BTreeMap<(bool, Class), Kernel>,
         piece: &Piece,
-        jobs: &[HeldJob<'_>],
+        rows: &R,
     ) -> Result<(), DriverError> {
         let groups = driver::bytes_of(&piece.groups);
         let rows_at = groups.len().next_multiple_of(ALIGNMENT);
         self.input.bytes()[..groups.len()].copy_from_slice(groups);
-        let x = &mut self.input.floats()[rows_at / 4..][..piece.x];
-        for part in &piece.parts {
-            let job = &jobs[part.job];
-            let width = job.expert.hidden_size();
-            let padded = width.next_multiple_of(super::panels::CHUNK);
-            let rows = &job.hidden[part.rows.start * width..part.rows.end * width];
-            let to = &mut x[part.x..part.x + part.rows.len() * padded];
-            if padded == width {
-                to.copy_from_slice(rows);
-            } else {
-                for (to, row) in to.chunks_exact_mut(padded).zip(rows.chunks_exact(width)) {
-                    to[..width].copy_from_slice(row);
-                    to[width..].fill(0.0);
-                }
-            }
-        }
+        rows.fill(piece, &mut self.input.floats()[rows_at / 4..][..piece.x]);
         let (first, x) = (self.input_on_card.address(), self.input_on_card.address() + rows_at as u64);
         let (inner, y) = (self.inner_on_card.address(), self.output_on_card.address());
-        // SAFETY: there is room for the piece (`Card::run` looks), the groups name places within it and weights that live, and
+        // Whether it is down, what it reads, what it writes.
+        let both = [(false, x, inner), (true, inner, y)];
+        let stages = if R::HALVES { &both[..] } else { &[(true, x, y)] };
+        // SAFETY: there is room for the piece (`Card::compute` looks), the groups name places within it and weights that live, and
         // what is copied from and to is not touched before the stream was waited for.
         unsafe {
             self.stream.copy_to(&mut self.input, rows_at + 4 * piece.x, &self.input_on_card, 0)?;
-            for (is_down, input, output) in [(false, x, inner), (true, inner, y)] {
+            for &(is_down, input, output) in stages {
                 for launch in &piece.launches {
                     let kernel = &kernels[&(is_down, launch.class)];
                     let blocks = if is_down { launch.down_blocks } else { launch.up_blocks };
@@ -148,17 +136,58 @@ impl Slot {
         }
     }
 
-    /// Waits for a piece and gives each job its rows.
-    fn end(&mut self, piece: &Piece, jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
+    /// Waits for a piece and hands its rows out.
+    fn end(&mut self, piece: &Piece, rows: &mut impl Rows) -> Result<(), DriverError> {
         self.stream.wait()?;
-        let y = self.output.floats();
+        rows.take(piece, self.output.floats());
+        Ok(())
+    }
+}
+
+/// What the pieces of some work are filled with, and where their results go.
+pub(super) trait Rows {
+    /// Whether there are two launches, gate and up and then down, or only one like down.
+    const HALVES: bool;
+    /// Writes a piece's input, each row padded to whole chunks.
+    fn fill(&self, piece: &Piece, x: &mut [f32]);
+    /// Reads its output.
+    fn take(&mut self, piece: &Piece, y: &[f32]);
+}
+
+/// Rows for experts.
+struct ExpertRows<'a, 'b>(&'a mut [HeldJob<'b>]);
+
+impl Rows for ExpertRows<'_, '_> {
+    const HALVES: bool = true;
+
+    fn fill(&self, piece: &Piece, x: &mut [f32]) {
         for part in &piece.parts {
-            let job = &mut jobs[part.job];
+            let job = &self.0[part.job];
+            let width = job.expert.hidden_size();
+            copy_padded(&job.hidden[part.rows.start * width..part.rows.end * width], width, &mut x[part.x..]);
+        }
+    }
+
+    fn take(&mut self, piece: &Piece, y: &[f32]) {
+        for part in &piece.parts {
+            let job = &mut self.0[part.job];
             let width = job.expert.hidden_size();
             let values = part.rows.len() * width;
             job.output[part.rows.start * width..][..values].copy_from_slice(&y[part.y..part.y + values]);
         }
-        Ok(())
+    }
+}
+
+/// Copies rows of `width` values to the beginning of `to`, each padded to whole chunks.
+pub(super) fn copy_padded(rows: &[f32], width: usize, to: &mut [f32]) {
+    let padded = width.next_multiple_of(CHUNK);
+    if padded == width {
+        to[..rows.len()].copy_from_slice(rows);
+        return;
+    }
+    for (to, row) in to.chunks_exact_mut(padded).zip(rows.chunks_exact(width)) {
+        to[..width].copy_from_slice(row);
+        to[width..].fill(0.0);
     }
 }
 
@@ -199,7 +228,7 @@ impl Card {
         })
     }
 
-    fn failed(&self, what: &'static str) -> impl Fn(DriverError) -> DeviceError + '_ {
+    pub(super) fn failed(&self, what: &'static str) -> impl Fn(DriverError) -> DeviceError + '_ {
         move |error| DeviceError::Failed { device: self.name.clone(), what, reason: reason(error) }
     }
 
@@ -221,7 +250,7 @@ impl Card {
     }
 
     /// Makes room for pieces, if there is not enough.
-    fn make_room(&self, wanted: (usize, usize, usize)) -> Result<(), DeviceError> {
+    pub(super) fn make_room(&self, wanted: (usize, usize, usize)) -> Result<(), DeviceError> {
         let mut slots = lock(&self.slots);
         let has = slots[0].room();
         if wanted.0 <= has.0 && wanted.1 <= has.1 && wanted.2 <= has.2 {
@@ -234,8 +263,13 @@ impl Card {
         Ok(())
     }
 
-    fn upload(&self, expert: &Expert, layout: &Layout, memory: &Memory) -> Result<(), DriverError> {
-        let pieces = layout.pieces(UPLOAD_BYTES);
+    /// Copies weights over, which `write` writes piece by piece.
+    pub(super) fn upload(
+        &self,
+        pieces: &[panels::Piece],
+        write: impl Fn(&panels::Piece, &mut [u8]),
+        memory: &Memory,
+    ) -> Result<(), DriverError> {
         let mut buffers = lock(&self.upload);
         for (number, piece) in pieces.iter().enumerate() {
             let (pinned, stream) = &mut buffers[number % 2];
@@ -244,7 +278,7 @@ impl Card {
             if pinned.bytes().len() < piece.bytes {
                 *pinned = Pinned::new(&self.context, piece.bytes)?;
             }
-            layout.write(&expert.swiglu, piece, &mut pinned.bytes()[..piece.bytes]);
+            write(piece, &mut pinned.bytes()[..piece.bytes]);
             // SAFETY: the buffer is waited for before it is used or dropped, here and below, and the memory outlives this call.
             unsafe { stream.copy_to(pinned, piece.bytes, memory, piece.at)? };
         }
@@ -297,14 +331,7 @@ impl Device for Card {
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
-        let Swiglu { gate_proj, up_proj, down_proj, .. } = &expert.swiglu;
-        self.supports(&[gate_proj, up_proj, down_proj].map(Matrix::dtype))?;
-        self.computes(expert.swiglu.activation, expert.swiglu.biases.is_some())?;
-        let layout = Layout::of(&expert.swiglu);
-        self.make_room(room(layout.hidden_size, layout.inner_size))?;
-        let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
-        self.upload(&expert, &layout, &memory).map_err(self.failed("copying weights"))?;
-        Ok(Box::new(OnCard { layout, memory }))
+        self.take_in(&expert.swiglu)
     }
 
     fn run(&self, jobs: &mut [HeldJob<'_>]) -> Result<(), DeviceError> {
@@ -320,19 +347,9 @@ impl Device for Card {
             })
             .collect();
         let pieces = plan(&wanted.ok_or_else(|| not_held(&self.name))?);
-        let mut slots = lock(&self.slots);
         // Each expert made room for pieces of its shape when it was taken in, and room never shrinks.
-        let room = slots[0].room();
-        assert!(
-            pieces.iter().all(|piece| piece.x <= room.0 && piece.inner <= room.1 && piece.y <= room.2),
-            "room for pieces"
-        );
-        let done = self.compute(&mut slots, &pieces, jobs);
-        if done.is_err() {
-            // Nothing of what was asked for may still use memory that its owners let go of.
-            slots.iter().for_each(|slot| _ = slot.stream.wait());
-        }
-        done.map_err(self.failed("computing"))
+        // SAFETY: the pieces are of what the jobs borrow.
+        unsafe { self.compute(|_| pieces, &mut ExpertRows(jobs)) }
     }
 }
 
@@ -347,16 +364,69 @@ impl Card {
         }
     }
 
-    fn compute(&self, slots: &mut [Slot; 2], pieces: &[Piece], jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
+    /// Takes a SwiGLU's weights in.
+    pub(super) fn take_in(&self, swiglu: &Swiglu) -> Result<Weights, DeviceError> {
+        let Swiglu { gate_proj, up_proj, down_proj, .. } = swiglu;
+        self.supports(&[gate_proj, up_proj, down_proj].map(Matrix::dtype))?;
+        self.computes(swiglu.activation, swiglu.biases.is_some())?;
+        let layout = Layout::of(swiglu);
+        self.make_room(room(layout.hidden_size, layout.inner_size))?;
+        let memory = self.memory(layout.bytes())?;
+        let write = |piece: &panels::Piece, to: &mut [u8]| layout.write(swiglu, piece, to);
+        self.upload(&layout.pieces(UPLOAD_BYTES), write, &memory).map_err(self.failed("copying weights"))?;
+        Ok(Box::new(OnCard { layout, memory }))
+    }
+
+    /// Memory where the margin stays free.
+    pub(super) fn memory(&self, bytes: usize) -> Result<Memory, DeviceError> {
+        self.allocate(bytes as u64, || Memory::new(&self.context, bytes))
+    }
+
+    /// Whether the memory is this card's.
+    pub(super) fn has(&self, memory: &Memory) -> bool {
+        memory.is_of(&self.context)
+    }
+
+    /// Computes pieces, which are made for the room that there is, the next copied while one is computed.
+    ///
+    /// # Safety
+    /// The pieces name weights of this card that live until this returns.
+    pub(super) unsafe fn compute(
+        &self,
+        pieces: impl FnOnce((usize, usize, usize)) -> Vec<Piece>,
+        rows: &mut impl Rows,
+    ) -> Result<(), DeviceError> {
+        let mut slots = lock(&self.slots);
+        let room = slots[0].room();
+        let pieces = pieces(room);
+        let fits = |piece: &Piece| piece.x <= room.0 && piece.inner <= room.1 && piece.y <= room.2;
+        assert!(pieces.iter().all(fits), "room for pieces");
+        // SAFETY: as the caller promises; after an error all is waited for below.
+        let done = unsafe { self.compute_in(&mut slots, &pieces, rows) };
+        if done.is_err() {
+            // Nothing of what was asked for may still use memory that its owners let go of.
+            slots.iter().for_each(|slot| _ = slot.stream.wait());
+        }
+        done.map_err(self.failed("computing"))
+    }
+
+    /// # Safety
+    /// As [`Self::compute`]; after an error both streams have to be waited for.
+    unsafe fn compute_in(
+        &self,
+        slots: &mut [Slot; 2],
+        pieces: &[Piece],
+        rows: &mut impl Rows,
+    ) -> Result<(), DriverError> {
         for (number, piece) in pieces.iter().enumerate() {
             if let Some(last) = number.checked_sub(2) {
-                slots[number % 2].end(&pieces[last], jobs)?;
+                slots[number % 2].end(&pieces[last], rows)?;
             }
-            // SAFETY: jobs keep their experts, and all pieces are waited for, here and below, or by `run` after an error.
-            unsafe { slots[number % 2].begin(&self.kernels, piece, jobs)? };
+            // SAFETY: the weights live, and all pieces are waited for, here and below, or by the caller after an error.
+            unsafe { slots[number % 2].begin(&self.kernels, piece, rows)? };
         }
         for number in pieces.len().saturating_sub(2)..pieces.len() {
-            slots[number % 2].end(&pieces[number], jobs)?;
+            slots[number % 2].end(&pieces[number], rows)?;
         }
         Ok(())
     }

@@ -147,15 +147,15 @@ pub(super) struct Piece {
     /// Where it begins.
     pub(super) at: usize,
     pub(super) bytes: usize,
-    panels: std::ops::Range<usize>,
+    pub(super) panels: std::ops::Range<usize>,
 }
 
 /// Values of a panel of columns of `width` values.
-fn panel_values(width: usize) -> usize {
+pub(super) fn panel_values(width: usize) -> usize {
     width.div_ceil(CHUNK * OCTET) * CHUNK * OCTET * PANEL
 }
 
-fn write_column(matrix: &Matrix, row: usize, dtype: StoredDtype, column: usize, panel: &mut [u8]) {
+pub(super) fn write_column(matrix: &Matrix, row: usize, dtype: StoredDtype, column: usize, panel: &mut [u8]) {
     match matrix.half_row(row).filter(|_| dtype != StoredDtype::F32) {
         Some(values) => scatter::<2>(values.iter().map(|value| value.to_le_bytes()), column, panel),
         None => {

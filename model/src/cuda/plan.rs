@@ -12,7 +12,7 @@ use super::panels::{CHUNK, GATES, Layout, PANEL};
 /// Rows of a piece at most.
 pub(super) const PIECE_ROWS: usize = 256;
 /// Rows up to which an expert counts as one with few: what a warp of the kernels for few computes at a time.
-const FEW: usize = 2;
+pub(super) const FEW: usize = 2;
 
 /// The rows of one expert, as the kernels read it. `Group` in `kernels.cu` is the same.
 #[repr(C)]
@@ -170,16 +170,23 @@ fn piece(jobs: &[Wanted], parts: Vec<(usize, Range<usize>)>) -> Piece {
     }
     classed.sort_by_key(|(class, _)| *class);
     for (class, group) in classed {
-        let number = piece.groups.len();
-        if piece.launches.last().is_none_or(|launch| launch.class != class) {
-            piece.launches.push(Launch { class, groups: number..number, up_blocks: 0, down_blocks: 0 });
+        piece.add(class, group);
+    }
+    piece
+}
+
+impl Piece {
+    /// Adds a group, to the last launch if that is of its class.
+    pub(super) fn add(&mut self, class: Class, group: Group) {
+        let number = self.groups.len();
+        if self.launches.last().is_none_or(|launch| launch.class != class) {
+            self.launches.push(Launch { class, groups: number..number, up_blocks: 0, down_blocks: 0 });
         }
-        if let Some(launch) = piece.launches.last_mut() {
-            piece.groups.push(place(group, launch));
+        if let Some(launch) = self.launches.last_mut() {
+            self.groups.push(place(group, launch));
             launch.groups.end = number + 1;
         }
     }
-    piece
 }
 
 /// Adds a group's blocks to a launch.

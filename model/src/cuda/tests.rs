@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 
 use super::panels::{CHUNK, Layout};
+use super::plain::{Plain, TOGETHER, plan as product};
 use super::plan::{Class, Dtype, PIECE_ROWS, Wanted, plan, room};
 use crate::Checkpoint;
 use crate::checkpoint::Swiglu;
@@ -186,4 +187,84 @@ fn the_ptx_is_made_of_the_source_and_has_every_kernel() {
         assert!(!super::PTX.contains(inexact), "{inexact}");
     }
     assert_eq!(CHUNK, 16);
+}
+
+#[test]
+fn kernels_find_every_weight_of_a_matrix_by_itself_where_it_lies() {
+    for (dir, swiglu) in swiglus() {
+        for matrix in [&swiglu.gate_proj, &swiglu.up_proj, &swiglu.down_proj] {
+            let plain = Plain::of(matrix);
+            let mut bytes = vec![0xff; plain.bytes()];
+            let pieces = plain.pieces(10_000);
+            let mut rest = bytes.as_mut_slice();
+            let mut at = 0;
+            for piece in &pieces {
+                assert_eq!(piece.at, at);
+                at += piece.bytes;
+                let (own, others) = rest.split_at_mut(piece.bytes);
+                plain.write(matrix, piece, own);
+                rest = others;
+            }
+            assert!(rest.is_empty());
+            for number in 0..matrix.outputs().next_multiple_of(16) {
+                let is_there = number < matrix.outputs();
+                let expected = if is_there { row(matrix, number) } else { vec![0.0; matrix.inputs()] };
+                for (input, expected) in expected.iter().enumerate() {
+                    let found = read(&bytes, matrix.dtype().into(), matrix.inputs(), number / 16, number % 16, input);
+                    assert_eq!(found.to_bits(), expected.to_bits(), "{} {number} {input}", dir.display());
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_product_computes_every_row_with_every_matrix_once_in_one_launch_for_each_dtype(
+        rows in 0usize..700,
+        which in proptest::collection::vec(0usize..100, 1..=TOGETHER),
+        spare in 0usize..5_000,
+    ) {
+        static PLAINS: LazyLock<Vec<Plain>> = LazyLock::new(|| swiglus().iter().map(|(_, swiglu)| Plain::of(&swiglu.gate_proj)).collect());
+        let inputs = PLAINS[which[0] % PLAINS.len()].inputs;
+        let alike: Vec<Plain> = PLAINS.iter().copied().filter(|plain| plain.inputs == inputs).collect();
+        let matrices: Vec<(Plain, u64)> =
+            which.iter().enumerate().map(|(number, which)| (alike[which % alike.len()], (number as u64 + 1) << 32)).collect();
+        // What they were promised when they were taken in, and what others have asked for.
+        let rooms = || matrices.iter().map(|(plain, _)| plain.room());
+        let outputs: usize = matrices.iter().map(|(plain, _)| plain.outputs).sum();
+        let room = (rooms().map(|room| room.0).max().unwrap(), 0, outputs.max(spare));
+        prop_assert!(rooms().map(|room| room.2).max().unwrap() >= outputs, "a row of all of them fits");
+        let mut next = vec![0; matrices.len()];
+        for piece in product(&matrices, rows, room) {
+            prop_assert!(piece.x <= room.0 && piece.inner == 0 && piece.y <= room.2);
+            prop_assert_eq!((piece.parts.len(), piece.groups.len()), (matrices.len(), matrices.len()));
+            let mut y = 0;
+            for part in &piece.parts {
+                prop_assert_eq!((part.rows.start, part.x, part.y), (next[part.job], 0, y));
+                next[part.job] = part.rows.end;
+                y += part.rows.len() * matrices[part.job].0.outputs;
+            }
+            prop_assert_eq!(piece.y, y);
+            let classes: Vec<Class> = piece.launches.iter().map(|launch| launch.class).collect();
+            prop_assert!(classes.is_sorted_by(|a, b| a < b), "each dtype once: {classes:?}");
+            let mut first = 0;
+            for launch in &piece.launches {
+                prop_assert_eq!(launch.groups.start, first);
+                first = launch.groups.end;
+                let mut blocks = 0;
+                for group in &piece.groups[launch.groups.clone()] {
+                    let (plain, weights) = matrices[(group.down >> 32) as usize - 1];
+                    let part = &piece.parts[(weights >> 32) as usize - 1];
+                    prop_assert_eq!((group.inner, group.y, group.rows as usize), (0, part.y as u64, part.rows.len()));
+                    prop_assert_eq!((group.hidden_size as usize, group.inner_size as usize), (plain.outputs, inputs.next_multiple_of(16)));
+                    prop_assert_eq!((group.blocks_before_down, launch.class.many), (blocks, part.rows.len() > 2));
+                    blocks += covered(group.rows, group.side, launch.class, plain.outputs.div_ceil(16));
+                }
+                prop_assert_eq!(launch.down_blocks, blocks);
+            }
+            prop_assert_eq!(first, piece.groups.len());
+        }
+        prop_assert!(next.iter().all(|next| *next == rows));
+    }
 }

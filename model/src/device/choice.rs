@@ -126,6 +126,9 @@ pub enum OpenError {
         /// How many there are.
         cards: usize,
     },
+    /// A trunk is not divided among cards.
+    #[error("a trunk lies on one card: name it, such as cuda:0")]
+    SeveralCards,
     /// The card is older than the kernels.
     #[error("cuda:{card} is too old: compute capability {}.{}, and 6.0 is needed", .capability.0, .capability.1)]
     OldCard {
@@ -185,14 +188,8 @@ impl DeviceChoice {
             Self::Cpu => Ok(vec![Arc::new(Cpu::new(pool))]),
             Self::Cuda(cards) => open_cards(cards),
             Self::Auto => {
-                let numbers = cards().unwrap_or_else(|error| {
-                    if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver) {
-                        tracing::warn!(%error, "computing on the processor");
-                    }
-                    Vec::new()
-                });
                 let mut devices = Vec::new();
-                for CardReport { card, .. } in numbers {
+                for CardReport { card, .. } in usable() {
                     match open_cards(&[card]) {
                         Ok(opened) => devices.extend(opened),
                         Err(error) => tracing::warn!(%error, "a card is left out"),
@@ -205,6 +202,16 @@ impl DeviceChoice {
             }
         }
     }
+}
+
+/// All cards; none where that cannot be told, which is said if there is a driver.
+pub(super) fn usable() -> Vec<CardReport> {
+    cards().unwrap_or_else(|error| {
+        if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver) {
+            tracing::warn!(%error, "computing on the processor");
+        }
+        Vec::new()
+    })
 }
 
 #[cfg(feature = "cuda")]

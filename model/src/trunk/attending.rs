@@ -7,16 +7,17 @@ use candle_nn::ops::rms_norm;
 use rayon::ThreadPool;
 
 use super::layer::Rows;
+use super::placed::{Placing, TrunkMatrix};
 use crate::activation::add_bias;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadError};
-use crate::linear::Matrix;
+use crate::device::DeviceError;
 
 /// Scores that a task of attention keeps at a time: 512 KiB.
 const MOST_SCORES: usize = 128 << 10;
 
 #[derive(Debug)]
 pub(super) struct Projection {
-    pub(super) weight: Matrix,
+    pub(super) weight: TrunkMatrix,
     bias: Option<Vec<f32>>,
 }
 
@@ -31,9 +32,13 @@ impl Projection {
         shape: [usize; 2],
         bias: bool,
     ) -> Result<Self, CheckpointError> {
-        let weight = checkpoint.matrix(&format!("{name}.weight"), shape[0], shape[1])?;
+        let weight = checkpoint.matrix(&format!("{name}.weight"), shape[0], shape[1])?.into();
         let bias = if bias { Some(checkpoint.vector(&format!("{name}.bias"), shape[0])?) } else { None };
         Ok(Self { weight, bias })
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        placing.matrix(&self.weight)
     }
 
     /// To `y` of `[rows, outputs]`.

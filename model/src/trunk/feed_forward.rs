@@ -2,18 +2,19 @@
 
 use rayon::ThreadPool;
 
+use super::placed::{Placing, TrunkMatrix, TrunkSwiglu, linear};
 use super::{ForwardError, within};
 use crate::activation::add_bias;
 use crate::checkpoint::{Checkpoint, CheckpointError, LoadError, Swiglu};
-use crate::expert::{SwigluJob, run_swiglus};
+use crate::device::DeviceError;
 use crate::experts::Experts;
 use crate::gate::{Routing, route};
-use crate::linear::{Matrix, linear};
+use crate::linear::{self, Matrix};
 use crate::spec::{Activation, FeedForwardSpec, MoeSpec};
 
 #[derive(Debug)]
 pub(super) enum FeedForward {
-    Dense(Box<Swiglu>),
+    Dense(Box<TrunkSwiglu>),
     Moe(Box<Moe>),
 }
 
@@ -30,7 +31,7 @@ pub(super) struct Moe {
 #[derive(Debug)]
 pub(super) struct Gate {
     /// `[experts, hidden]`; none where every row goes to all experts.
-    weight: Option<Matrix>,
+    weight: Option<TrunkMatrix>,
     /// `[experts]`
     bias: Option<Vec<f32>>,
     /// `[experts]`: what is added to scores for the choice.
@@ -40,8 +41,8 @@ pub(super) struct Gate {
 /// The expert that every row goes through.
 #[derive(Debug)]
 pub(super) struct Shared {
-    swiglu: Swiglu,
-    /// Weighs it, where there is one.
+    swiglu: TrunkSwiglu,
+    /// Weighs it, where there is one. It is one row: the way to a card would take longer.
     gate: Option<Matrix>,
 }
 
@@ -53,21 +54,32 @@ impl FeedForward {
                 let matrix = |name: &str, outputs, inputs| {
                     checkpoint.matrix(&format!("model.layers.{layer}.mlp.{name}.weight"), outputs, inputs)
                 };
-                Self::Dense(Box::new(Swiglu {
+                let swiglu = Swiglu {
                     gate_proj: matrix("gate_proj", *intermediate_size, hidden)?,
                     up_proj: matrix("up_proj", *intermediate_size, hidden)?,
                     down_proj: matrix("down_proj", hidden, *intermediate_size)?,
                     activation: Activation::Swiglu,
                     biases: None,
-                }))
+                };
+                Self::Dense(Box::new(swiglu.into()))
             }
             FeedForwardSpec::Moe(moe) => Self::Moe(Box::new(Moe {
                 gate: Gate::load(checkpoint, layer, moe)?,
-                shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu, gate }),
+                shared: checkpoint.shared_expert(layer)?.map(|(swiglu, gate)| Shared { swiglu: swiglu.into(), gate }),
                 spec: moe.clone(),
                 hidden_size: hidden,
             })),
         })
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        match self {
+            Self::Dense(swiglu) => placing.swiglu(swiglu),
+            Self::Moe(moe) => {
+                moe.gate.weight.as_ref().map_or(Ok(()), |weight| placing.matrix(weight))?;
+                moe.shared.as_ref().map_or(Ok(()), |shared| placing.swiglu(&shared.swiglu))
+            }
+        }
     }
 
     /// `x` is `[rows, hidden]`, after the norm; so is the result.
@@ -79,7 +91,7 @@ impl FeedForward {
         pool: &ThreadPool,
     ) -> Result<Vec<f32>, ForwardError> {
         let Moe { spec, gate, shared, hidden_size } = match self {
-            Self::Dense(swiglu) => return Ok(apply(swiglu, x, pool)),
+            Self::Dense(swiglu) => return Ok(swiglu.forward(x, pool)),
             Self::Moe(moe) => &**moe,
         };
         let choosable = experts.choosable(layer);
@@ -111,7 +123,7 @@ impl Gate {
             let name = checkpoint.gate_name(layer);
             let matrix = checkpoint.matrix(&name, moe.experts, checkpoint.spec().hidden_size)?;
             matrix.check_finite(&name)?;
-            weight = Some(matrix);
+            weight = Some(matrix.into());
         }
         Ok(Self { weight, bias: checkpoint.gate_bias(layer, moe)?, correction: checkpoint.correction(layer, moe)? })
     }
@@ -139,20 +151,14 @@ impl Gate {
 impl Shared {
     /// `x` is `[rows, hidden]`, and so is the result.
     fn forward(&self, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
-        let mut out = apply(&self.swiglu, x, pool);
+        let mut out = self.swiglu.forward(x, pool);
         if let Some(gate) = &self.gate {
             let rows = out.chunks_exact_mut(gate.inputs());
-            for (row, score) in rows.zip(linear(x, gate, pool)) {
+            for (row, score) in rows.zip(linear::linear(x, gate, pool)) {
                 let weight = 1.0 / (1.0 + (-score).exp());
                 row.iter_mut().for_each(|value| *value *= weight);
             }
         }
         out
     }
-}
-
-fn apply(swiglu: &Swiglu, x: &[f32], pool: &ThreadPool) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    run_swiglus(&mut [SwigluJob { swiglu, hidden: x, output: &mut out }], pool);
-    out
 }

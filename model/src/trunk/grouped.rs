@@ -4,10 +4,12 @@ use candle_core::{Result as CandleResult, Tensor};
 
 use super::attending::{Projection, Task, norm, tasks, tensor};
 use super::layer::Pass;
+use super::placed::{Placing, linear, linears};
 use crate::attention::{Group, Query, attend};
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::device::DeviceError;
 use crate::lanes::Isa;
-use crate::linear::{SharedMut, linear, linears, run_tasks};
+use crate::linear::{SharedMut, run_tasks};
 use crate::spec::{GroupedQuerySpec, QkNorm};
 
 #[derive(Debug)]
@@ -47,6 +49,10 @@ impl Grouped {
             sinks: if spec.sinks { Some(checkpoint.vector(&path("sinks"), spec.heads)?) } else { None },
             spec: spec.clone(),
         })
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj].into_iter().try_for_each(|each| each.place(placing))
     }
 
     /// Vectors that are normed by themselves in a pass of one row.

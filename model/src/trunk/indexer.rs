@@ -7,9 +7,11 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::layer::Pass;
+use super::placed::{Placing, TrunkMatrix, linear};
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::device::DeviceError;
 use crate::lanes::Isa;
-use crate::linear::{Matrix, SharedMut, kernel, linear, run_tasks};
+use crate::linear::{SharedMut, kernel, run_tasks};
 use crate::spec::{IndexerSpec, LatentSpec, RopePairs};
 
 /// Added to the variance in the norm of keys, whatever the config says of other norms.
@@ -25,10 +27,10 @@ const MOST_SCORES: usize = 4 << 20;
 pub(super) struct Indexer {
     spec: IndexerSpec,
     /// `[heads, head_dim]` of the vector that queries are made of.
-    wq_b: Matrix,
-    wk: Matrix,
+    wq_b: TrunkMatrix,
+    wk: TrunkMatrix,
     k_norm: (Vec<f32>, Vec<f32>),
-    weights_proj: Matrix,
+    weights_proj: TrunkMatrix,
 }
 
 /// What a pass of rows asks of an indexer.
@@ -50,7 +52,8 @@ impl Indexer {
     ) -> Result<Option<Self>, LoadError> {
         let (Some(spec), Some(rank)) = (&attention.indexer, attention.q_lora_rank) else { return Ok(None) };
         let path = |name: &str| format!("model.layers.{layer}.self_attn.indexer.{name}");
-        let matrix = |name: &str, outputs, inputs| checkpoint.matrix(&path(name), outputs, inputs);
+        let matrix =
+            |name: &str, outputs, inputs| checkpoint.matrix(&path(name), outputs, inputs).map(TrunkMatrix::from);
         let vector = |name: &str| checkpoint.vector(&path(name), spec.head_dim);
         Ok(Some(Self {
             wq_b: matrix("wq_b.weight", spec.heads * spec.head_dim, rank)?,
@@ -59,6 +62,10 @@ impl Indexer {
             weights_proj: matrix("weights_proj.weight", spec.heads, hidden)?,
             spec: spec.clone(),
         }))
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        [&self.wq_b, &self.wk, &self.weights_proj].into_iter().try_for_each(|matrix| placing.matrix(matrix))
     }
 
     /// Queries, weights and keys of rows; `x` is `[rows, hidden]`, `compressed` what queries are made of.

@@ -13,10 +13,12 @@ use candle_core::{Result as CandleResult, Tensor};
 use super::attending::{Projection, Task, norm, tasks, tensor};
 use super::indexer::Indexer;
 use super::layer::Pass;
+use super::placed::{Placing, TrunkMatrix, linear, linears};
 use crate::attention::{Group, Query, attend};
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::device::DeviceError;
 use crate::lanes::Isa;
-use crate::linear::{Combination, Matrix, SharedMut, linear, linears, run_tasks};
+use crate::linear::{Combination, Matrix, SharedMut, run_tasks};
 use crate::spec::LatentSpec;
 
 /// Added to the mean square in the norms of the short vectors, whatever the config says of other norms.
@@ -31,7 +33,7 @@ pub(super) struct Latent {
     /// Makes the latent and the part of the key that rotates.
     kv_a_proj: Projection,
     kv_a_norm: Tensor,
-    /// `[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]`
+    /// `[heads, qk_nope_head_dim + v_head_dim, kv_lora_rank]`; never on a card, as it is used head by head and from both sides.
     kv_b_proj: Matrix,
     o_proj: Projection,
     indexer: Option<Indexer>,
@@ -40,8 +42,8 @@ pub(super) struct Latent {
 /// What makes the queries.
 #[derive(Debug)]
 enum Queries {
-    Whole(Matrix),
-    Compressed { a: Projection, norm: Tensor, b: Matrix },
+    Whole(TrunkMatrix),
+    Compressed { a: Projection, norm: Tensor, b: TrunkMatrix },
 }
 
 impl Latent {
@@ -57,11 +59,11 @@ impl Latent {
         let (rank, expanded) = (spec.kv_lora_rank, spec.heads * (spec.qk_nope_head_dim + spec.v_head_dim));
         Ok(Self {
             queries: match spec.q_lora_rank {
-                None => Queries::Whole(checkpoint.matrix(&path("q_proj.weight"), queries, hidden)?),
+                None => Queries::Whole(checkpoint.matrix(&path("q_proj.weight"), queries, hidden)?.into()),
                 Some(rank) => Queries::Compressed {
                     a: projection("q_a_proj", [rank, hidden])?,
                     norm: tensor(checkpoint, &path("q_a_layernorm.weight"), rank)?,
-                    b: checkpoint.matrix(&path("q_b_proj.weight"), queries, rank)?,
+                    b: checkpoint.matrix(&path("q_b_proj.weight"), queries, rank)?.into(),
                 },
             },
             kv_a_proj: projection("kv_a_proj_with_mqa", [spec.cached_values(), hidden])?,
@@ -71,6 +73,19 @@ impl Latent {
             indexer: Indexer::load(checkpoint, layer, spec, hidden)?,
             spec: spec.clone(),
         })
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        match &self.queries {
+            Queries::Whole(q_proj) => placing.matrix(q_proj)?,
+            Queries::Compressed { a, b, .. } => {
+                a.place(placing)?;
+                placing.matrix(b)?;
+            }
+        }
+        self.kv_a_proj.place(placing)?;
+        self.o_proj.place(placing)?;
+        self.indexer.as_ref().map_or(Ok(()), |indexer| indexer.place(placing))
     }
 
     /// `x` is `[rows, hidden]`, and so is the result. Pushes the rows' latents to their caches.

@@ -8,9 +8,11 @@ use super::attending::tensor;
 use super::feed_forward::FeedForward;
 use super::grouped::Grouped;
 use super::latent::Latent;
+use super::placed::Placing;
 use super::{ForwardError, Segment, within};
 use crate::cache::LayerCache;
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::device::DeviceError;
 use crate::experts::Experts;
 use crate::rope::Angles;
 use crate::spec::{AttentionSpec, ModelSpec};
@@ -111,6 +113,14 @@ impl Layer {
             post_attention_norm: norm("post_attention_layernorm")?,
             feed_forward: FeedForward::load(checkpoint, layer)?,
         })
+    }
+
+    pub(super) fn place(&self, placing: &mut Placing<'_>) -> Result<(), DeviceError> {
+        match &self.attention {
+            Attention::Grouped(grouped) => grouped.place(placing)?,
+            Attention::Latent(latent) => latent.place(placing)?,
+        }
+        self.feed_forward.place(placing)
     }
 
     /// `x` is `[rows, hidden]`, and so is the result.
