@@ -20,7 +20,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 pub(crate) use convert::{CarveArgs, FloatDtype, ImportArgs};
 pub(crate) use draft::DraftArgs;
 pub(crate) use gateway::GatewayArgs;
-use hanse_model::DeviceChoice;
+use hanse_model::{DeviceChoice, DeviceChoiceError};
 use hanse_node::ExpertsSpec;
 use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
@@ -123,6 +123,10 @@ pub(crate) struct ClientArgs {
     /// client with f32, peer with the others.
     #[arg(long, value_name = "WHO", value_parser = parse_combine)]
     pub(crate) combine: Option<Combine>,
+    /// What multiplies with the trunk's matrices, to the same bits: `cpu`; one NVIDIA card such as cuda:0; `auto` for the card with most
+    /// free memory if there is one and this build can use it. Where the card has no room, and once it has failed, the processor does.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", value_parser = trunk_device)]
+    pub(crate) device: DeviceChoice,
     /// Threads for the trunk; 0 takes one per core.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = threads)]
     pub(crate) threads: usize,
@@ -496,6 +500,18 @@ fn network_name(text: &str) -> Result<String, String> {
 fn threads(text: &str) -> Result<usize, String> {
     let most = 1024;
     text.parse().ok().filter(|&threads| threads <= most).ok_or_else(|| format!("it is not a number of at most {most}"))
+}
+
+/// Where a trunk may lie.
+fn trunk_device(text: &str) -> Result<DeviceChoice, String> {
+    use DeviceChoiceError::{Metal, NotAlone, TooMany, Twice};
+    let what = match text.parse::<DeviceChoice>() {
+        Ok(choice) if choice.is_for_a_trunk() => return Ok(choice),
+        Ok(_) | Err(NotAlone(_) | Twice(_) | TooMany) => "a trunk is not divided among devices",
+        Err(Metal) => "metal is not there yet",
+        Err(_) => "it is no device",
+    };
+    Err(format!("{what}: name auto, cpu, or one card, such as cuda:0"))
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

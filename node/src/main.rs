@@ -79,7 +79,7 @@ fn start_logging(verbose: u8) {
     let default = match verbose {
         // libp2p-kad warns when it knows nobody, which is how the first member of a network begins.
         0 => "warn,libp2p_kad=error",
-        1 => "warn,hanse_protocol=info,hanse_router=info,hanse_node=info,hanse=info",
+        1 => "warn,hanse_protocol=info,hanse_model=info,hanse_router=info,hanse_node=info,hanse=info",
         2 => "info,hanse_protocol=debug,hanse_router=debug,hanse_node=debug,hanse=debug",
         _ => "debug",
     };

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hanse_model::{
-    Checkpoint, CheckpointError, DraftHead, Experts, GenerationDefaults, GenerationDefaultsError, LoadError,
-    LocalExperts, ModelSpec, Tokenizer, TokenizerError, Trunk, compute_pool, log_softmax_at,
+    Checkpoint, CheckpointError, DeviceError, DraftHead, Experts, GenerationDefaults, GenerationDefaultsError,
+    LoadError, LocalExperts, ModelSpec, Tokenizer, TokenizerError, Trunk, TrunkCard, compute_pool, log_softmax_at,
 };
 use hanse_protocol::{Identity, ModelId};
 use rayon::ThreadPool;
@@ -47,6 +47,9 @@ pub enum ClientError {
     /// `generation_config.json` is damaged.
     #[error(transparent)]
     Defaults(#[from] GenerationDefaultsError),
+    /// The card that the trunk was to lie on does not work.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The compute threads could not be started.
     #[error("cannot start the compute threads: {0}")]
     Threads(String),
@@ -202,6 +205,19 @@ impl Client {
     #[must_use]
     pub fn with_engine(self, config: EngineConfig) -> Self {
         Self::new(self.core, config, self.drafts)
+    }
+
+    /// The same client with its trunk's matrices on a card as well, which multiplies with them from then on. No token changes. What has no
+    /// room there, attention over keys and values, and what drafts stay with the processor; so does everything once the card has failed.
+    /// See [`Trunk::place`]; the card is opened with [`DeviceChoice::open_for_trunk`](hanse_model::DeviceChoice::open_for_trunk).
+    ///
+    /// Blocks while weights are copied.
+    ///
+    /// # Errors
+    /// [`ClientError::Device`] if the card does not work.
+    pub fn with_trunk_on(self, card: &TrunkCard) -> Result<Self, ClientError> {
+        self.core.trunk.place(card)?;
+        Ok(self)
     }
 
     /// The same client, which also drafts with the multi-token-prediction head that the model's checkpoint carries, its experts

@@ -92,4 +92,27 @@ grep -q 'not all experts fit' "$scratch/log4" || { cat "$scratch/log4"; fail "no
 HANSE_EMULATED_CARDS=1 HANSE_EMULATED_BYTES=$((520 << 20)) node 5 --device cuda:0 --memory 1GiB --bootstrap "$(address 3)"
 [ "$(value 5 experts)" -le "$held" ] && [ "$(value 5 experts)" -gt 0 ] || fail "$(value 5 experts) experts by memory"
 
+say "trunks on a card: here, beside volunteers on cards, and of a text that is scored"
+generate_on() { "${emulated[@]}" "$hanse" generate --model $model --prompt 'Once upon a time' --max-tokens 40 --temperature 0 --draft none "$@" 2> "$scratch/error" || cat "$scratch/error"; }
+export HANSE_EMULATED_COUNTS="$scratch/counts"
+for device in cuda:1 auto; do
+    rm -f "$scratch/counts"
+    [ "$(HANSE_EMULATED_CARDS=2 generate_on --local --device $device)" = "$expected" ] || fail "other tokens with the trunk on $device"
+    # 6 layers of 3 launches, and the LM head, for each of 40 passes.
+    [ "$(cut -d' ' -f1 "$scratch/counts")" -ge 760 ] || fail "$(cat "$scratch/counts") on $device"
+done
+unset HANSE_EMULATED_COUNTS
+[ "$(generate_on --device cuda:0 --bootstrap "$(address 1)")" = "$expected" ] || fail "other tokens with trunk and experts on cards"
+score() { "${emulated[@]}" "$hanse" score --model $model --prompt 'Once upon a time there was a little boat' --json --device $1 | grep -o '"logprobs":[^]]*'; }
+[ -n "$(score cpu)" ] && [ "$(score cuda:0)" = "$(score cpu)" ] || fail "other scores"
+
+say "a trunk's card that fails in mid-generation, or in the prompt, and one that is too small: the same tokens, and that is said"
+for launch in 7 333; do
+    [ "$(HANSE_EMULATED_FAIL=0:$launch generate_on --device cuda:0 --bootstrap "$(address 1)")" = "$expected" ] || fail "other tokens when launch $launch fails"
+    grep -q 'the trunk is computed on the processor from now on.*cuda:0 failed at computing: unspecified launch failure' "$scratch/error" || { cat "$scratch/error"; fail "nothing is said of the card"; }
+    [ "$(grep -c 'failed at computing' "$scratch/error")" = 1 ] || fail "it is said more than once"
+done
+[ "$(HANSE_EMULATED_BYTES=$((546 << 20)) generate_on --device cuda:0 --local)" = "$expected" ] || fail "other tokens with a card that is too small"
+grep -q 'not all of the trunk fits' "$scratch/error" || { cat "$scratch/error"; fail "nothing is said"; }
+
 say "all is well ($held of 96 experts fitted)"

@@ -129,7 +129,15 @@ impl Net {
 
     /// A client of this network that joins as `config` says.
     pub async fn client_with(&self, config: NetworkConfig) -> Client {
-        Client::connect(&model_config(&self.dir), self.model, &Identity::generate(), config).await.unwrap()
+        let client =
+            Client::connect(&model_config(&self.dir), self.model, &Identity::generate(), config).await.unwrap();
+        // What `--device` of a client takes; the processor by default.
+        let device = std::env::var("HANSE_TEST_TRUNK").map_or(DeviceChoice::Cpu, |name| name.parse().unwrap());
+        let place = move || match device.open_for_trunk().unwrap() {
+            Some(card) => client.with_trunk_on(&card).unwrap(),
+            None => client,
+        };
+        tokio::task::spawn_blocking(place).await.unwrap()
     }
 
     /// (row, expert) pairs that all volunteers have computed.

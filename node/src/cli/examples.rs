@@ -48,6 +48,8 @@ Examples:
   hanse generate --model DIR --bootstrap ADDR --prompt 'Once upon a time'
   hanse generate --model DIR --local --prompt 'Once upon a time' \\
     --temperature 0.8 --seed 7
+  hanse generate --model DIR --bootstrap ADDR --prompt 'Once upon a time' \\
+    --device cuda:0
   hanse generate --model ID --bootstrap ADDR --prompt-ids 1,2,3 \\
     --max-tokens 16 --json";
 

@@ -15,7 +15,16 @@ use crate::output;
 
 /// A client that computes the experts here, or on the network that `args` name, and drafts as `draft` says.
 pub(crate) async fn open(args: &ClientArgs, draft: Option<&DraftArgs>, local: bool) -> anyhow::Result<Client> {
-    let client = open_plain(args, draft, local).await?;
+    // Before anything is fetched or anybody is looked for.
+    let device = args.device.clone();
+    let card = tokio::task::spawn_blocking(move || device.open_for_trunk()).await??;
+    let mut client = open_plain(args, draft, local).await?;
+    if let Some(card) = card {
+        let spinner = output::spinner("copying the trunk to the card");
+        let placed = tokio::task::spawn_blocking(move || client.with_trunk_on(&card)).await;
+        spinner.finish_and_clear();
+        client = placed??;
+    }
     let Some(draft) = draft else { return Ok(client) };
     let mut client = client.with_engine(EngineConfig { drafts: draft.drafts(), ..EngineConfig::default() });
     if draft.uses_head() {

@@ -217,12 +217,14 @@ fn experts_that_the_model_does_not_have_cannot_be_hosted() {
 fn a_card_that_is_not_there_is_refused_with_what_to_do() {
     let model = tiny_moe();
     // Of a higher number than any machine's, so that it fails where there are some too.
-    let missing =
-        error(["node", "--json", "--listen", LOOPBACK, "--device", "cuda:63", "--model", model.to_str().unwrap()]);
-    if cfg!(feature = "cuda") {
-        assert!(["NVIDIA driver", "no cuda:63"].iter().any(|why| missing.contains(why)), "{missing}");
-    } else {
-        contains(&missing, &["computes on the processor only", "--features cuda", "Dockerfile.cuda"]);
+    let node = ["node", "--json", "--listen", LOOPBACK, "--device", "cuda:63", "--model", model.to_str().unwrap()];
+    let client = ["generate", "--local", "--prompt", "x", "--device", "cuda:63", "--model", model.to_str().unwrap()];
+    for missing in [error(node), error(client)] {
+        if cfg!(feature = "cuda") {
+            assert!(["NVIDIA driver", "no cuda:63"].iter().any(|why| missing.contains(why)), "{missing}");
+        } else {
+            contains(&missing, &["computes on the processor only", "--features cuda", "Dockerfile.cuda"]);
+        }
     }
 }
 
@@ -272,6 +274,10 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
             "--fallback fetch",
         ),
         (&["generate", "--model", model, "--mdns", "--prompt", "x", "--fallback", "nobody"], "nobody"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--device", "metal"], "metal is not there yet"),
+        (&["generate", "--model", model, "--local", "--prompt", "x", "--device", "cuda:0,cuda:1"], "one card, such as"),
+        (&["gateway", "--model", model, "--local", "--device", "cuda"], "one card, such as cuda:0"),
+        (&["chat", "--model", model, "--local", "--device", "cuda:0,cpu"], "one card, such as cuda:0"),
         (&["chat", "--model", model], "--bootstrap"),
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),
