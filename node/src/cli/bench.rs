@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use hanse_model::DeviceChoice;
 use hanse_protocol::WireDtype;
 
 use super::examples;
@@ -17,6 +18,9 @@ pub(crate) struct BenchArgs {
     /// A model folder; by default the small model that comes with the source.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
+    /// In the part trunk, what is measured beside the processor: one NVIDIA card such as cuda:0, or `auto` for one if there is any.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", value_parser = super::trunk_device)]
+    pub(crate) device: DeviceChoice,
     /// How many loopback volunteers to start; the experts are split evenly among them.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) nodes: u16,

@@ -93,6 +93,7 @@ Examples:
   hanse bench
   hanse bench --part limits,wire,floor
   hanse bench --part experts,trunk --model DIR
+  hanse bench --part trunk --model DIR --device cuda:0
   hanse bench --drafts 20ms,80ms --rounds 2
   hanse bench --curves DIR --rounds 3
   hanse bench --model DIR --nodes 4 --wire f16 --json";

@@ -101,7 +101,8 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let trunk = if wanted(BenchPart::Trunk) {
         bar.set_message("computing the trunk");
         let dir = dir.clone();
-        Some(tokio::task::spawn_blocking(move || trunk::run(&dir)).await??)
+        let device = args.device.clone();
+        Some(tokio::task::spawn_blocking(move || trunk::run(&dir, &device)).await??)
     } else {
         None
     };

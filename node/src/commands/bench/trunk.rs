@@ -5,8 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use hanse_model::peak::read_through;
-use hanse_model::{Checkpoint, Experts, ExpertsError, KvCache, LogitsWanted, Routing, Segment, Trunk, compute_pool};
+use hanse_model::{
+    Checkpoint, DeviceChoice, Experts, ExpertsError, KvCache, LogitsWanted, Routing, Segment, Trunk, TrunkCard,
+    compute_pool,
+};
 use serde::Serialize;
 
 use crate::output::say;
@@ -30,6 +34,8 @@ pub(super) struct Report {
 /// One forward pass; the best of some.
 #[derive(Serialize)]
 struct Run {
+    /// What multiplies with the trunk's matrices.
+    device: String,
     threads: usize,
     sequences: usize,
     /// New tokens of each sequence.
@@ -48,21 +54,31 @@ impl Experts for Zeros {
     }
 }
 
-pub(super) fn run(dir: &Path) -> anyhow::Result<Report> {
+pub(super) fn run(dir: &Path, device: &DeviceChoice) -> anyhow::Result<Report> {
+    let card = device.open_for_trunk()?;
     let checkpoint = Checkpoint::open(dir)?;
     let cores = std::thread::available_parallelism()?.get();
     let most = checkpoint.spec().max_positions;
     let mut runs = Vec::new();
-    for threads in if cores > 1 { vec![1, cores] } else { vec![1] } {
+    let threads = if cores > 1 { vec![1, cores] } else { vec![1] };
+    let here = threads.into_iter().map(|threads| (threads, None));
+    for (threads, card) in here.chain(card.as_ref().map(|card| (cores, Some(card)))) {
         let trunk = Trunk::load(&checkpoint, Arc::new(compute_pool(threads)?))?;
+        if let Some(card) = card {
+            trunk.place(card)?;
+        }
+        let device = card.map_or("cpu", TrunkCard::name);
         for context in CONTEXTS {
             for (sequences, tokens) in [(1, 1), (TOGETHER, 1), (1, PIECE)] {
                 // Many long sequences would need many times the memory and say nothing new.
                 if context + tokens <= most && (sequences == 1 || context == CONTEXTS[0]) {
-                    runs.push(measure(&trunk, threads, sequences, tokens, context)?);
+                    runs.push(measure(&trunk, device, threads, sequences, tokens, context)?);
                 }
             }
         }
+    }
+    if card.as_ref().is_some_and(TrunkCard::has_failed) {
+        bail!("the card failed, so that the processor was measured in its place");
     }
     let memory = vec![1.0f32; 64 << 20];
     let read = (0..ROUNDS).map(|_| {
@@ -78,7 +94,14 @@ pub(super) fn run(dir: &Path) -> anyhow::Result<Report> {
     })
 }
 
-fn measure(trunk: &Trunk, threads: usize, sequences: usize, tokens: usize, context: usize) -> anyhow::Result<Run> {
+fn measure(
+    trunk: &Trunk,
+    device: &str,
+    threads: usize,
+    sequences: usize,
+    tokens: usize,
+    context: usize,
+) -> anyhow::Result<Run> {
     let vocab = trunk.spec().vocab_size as u32;
     let token = |i: usize| (i as u32 * 37 + 1) % vocab;
     let mut before = trunk.new_cache();
@@ -100,17 +123,18 @@ fn measure(trunk: &Trunk, threads: usize, sequences: usize, tokens: usize, conte
     }
     let seconds = best.as_secs_f64();
     let tokens_per_second = (sequences * tokens) as f64 / seconds;
-    Ok(Run { threads, sequences, tokens, context, ms: seconds * 1e3, tokens_per_second })
+    Ok(Run { device: device.to_owned(), threads, sequences, tokens, context, ms: seconds * 1e3, tokens_per_second })
 }
 
 impl Report {
     pub(super) fn print(&self) -> anyhow::Result<()> {
         let bytes = crate::output::bytes(self.trunk_bytes);
         say!("trunk      {bytes}, the experts answer at once; one core reads {:.1} GB/s", self.read_gbs_one_core);
-        say!("           threads sequences tokens context        ms   tokens/s");
+        say!("           device threads sequences tokens context        ms   tokens/s");
         for run in &self.runs {
             say!(
-                "           {:7} {:9} {:6} {:7} {:9.2} {:10.1}",
+                "           {:6} {:7} {:9} {:6} {:7} {:9.2} {:10.1}",
+                run.device,
                 run.threads,
                 run.sequences,
                 run.tokens,
