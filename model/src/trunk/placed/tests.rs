@@ -207,3 +207,16 @@ fn products_with_the_same_rows_are_one_piece_of_work() {
     assert_eq!(works("mixtral"), expected(&[3, 1, 1]));
     assert_eq!(works("qwen2_moe"), expected(&[3, 1, 1, 3]));
 }
+
+#[test]
+fn a_trunk_lies_on_the_card_that_it_was_given_first() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/mixtral");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let trunk = Trunk::load(&checkpoint, Arc::new(compute_pool(1).unwrap())).unwrap();
+    let place = |fake: &Arc<Fake>| trunk.place(&TrunkCard::new(Arc::clone(fake) as Arc<dyn MatrixDevice>)).unwrap();
+    let (small, other) = (Arc::new(Fake { room: Some(4), ..Fake::default() }), Arc::new(Fake::default()));
+    let first = place(&small);
+    assert!(first.bytes > 0 && first.no_room_bytes > 0, "{first:?}");
+    assert_eq!(place(&other), first, "what has no room on the first card is not put on another");
+    assert_eq!((small.held.load(Ordering::Relaxed), other.held.load(Ordering::Relaxed)), (4, 0));
+}
