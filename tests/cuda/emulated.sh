@@ -34,8 +34,9 @@ export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
 "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
 "${emulated[@]}" cargo test --quiet -p hanse-node --features cuda --lib batcher
 
-say "a network of cards whose experts have biases and another activation: the reference"
+say "networks of cards whose experts have biases and another activation, or are in several precisions"
 "${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test parity gpt_oss
+"${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test precision
 unset HANSE_TEST_DEVICE
 
 cargo build --quiet -p hanse-node --features cuda
