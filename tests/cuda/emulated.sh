@@ -33,6 +33,10 @@ say "kernels and batcher: the processor's bits"
 export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
 "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
 "${emulated[@]}" cargo test --quiet -p hanse-node --features cuda --lib batcher
+
+say "networks of cards whose experts have biases and another activation, or are in several precisions"
+"${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test parity gpt_oss
+"${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test precision
 unset HANSE_TEST_DEVICE
 
 say "trunks: the processor's bits, and how many launches and copies a layer takes"
@@ -115,4 +119,17 @@ done
 [ "$(HANSE_EMULATED_BYTES=$((546 << 20)) generate_on --device cuda:0 --local)" = "$expected" ] || fail "other tokens with a card that is too small"
 grep -q 'not all of the trunk fits' "$scratch/error" || { cat "$scratch/error"; fail "nothing is said"; }
 
-say "all is well ($held of 96 experts fitted)"
+say "experts in eight bits: the tokens of one process, and more of them on a small card"
+"$hanse" quantize $model --to q8_0 --out "$scratch/q8_0" > "$scratch/error" 2>&1 || { cat "$scratch/error"; fail "not written"; }
+model="$scratch/q8_0"
+expected=$(generate --local)
+node 6 --device cuda
+[ "$(value 6 devices)" = '["cuda:0","cuda:1"]' ] || fail "devices are $(value 6 devices)"
+[ "$(value 6 experts)" = 96 ] || fail "$(value 6 experts) experts"
+[ "$(generate --bootstrap "$(address 6)")" = "$expected" ] || fail "other tokens"
+HANSE_EMULATED_CARDS=1 HANSE_EMULATED_BYTES=$((520 << 20)) node 7 --device cuda:0 --bootstrap "$(address 6)"
+eight_bits=$(value 7 experts)
+if [ "$eight_bits" -le "$held" ] || [ "$eight_bits" -ge 96 ]; then fail "$eight_bits experts, and $held in sixteen bits"; fi
+[ "$(generate --bootstrap "$(address 7)")" = "$expected" ] || fail "other tokens"
+
+say "all is well ($held of 96 experts fitted, $eight_bits in eight bits)"

@@ -2,9 +2,10 @@
 //!
 //! A matrix lies as an expert's down_proj does, and is computed by the kernels for down.
 
-use super::panels::{CHUNK, PANEL, Piece as Bytes, panel_values, write_column};
+use super::columns;
+use super::dtype::Dtype;
+use super::panels::{CHUNK, OCTET, PANEL, Piece as Bytes, panel_bytes};
 use super::plan::{Class, FEW, Group, PIECE_ROWS, Part, Piece};
-use crate::checkpoint::StoredDtype;
 use crate::linear::Matrix;
 
 /// Matrices of one product at most.
@@ -12,21 +13,21 @@ pub(super) const TOGETHER: usize = 4;
 /// Floats of output that a piece has room for, unless a row of it needs more: 16 MiB.
 const OUTPUT: usize = 4 << 20;
 
-/// A matrix `[outputs, inputs]` as a card holds it. Its dtype is f32, f16 or bf16.
+/// A matrix `[outputs, inputs]` as a card holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plain {
     pub(super) outputs: usize,
     pub(super) inputs: usize,
-    dtype: StoredDtype,
+    dtype: Dtype,
 }
 
 impl Plain {
     pub(super) fn of(matrix: &Matrix) -> Self {
-        Self { outputs: matrix.outputs(), inputs: matrix.inputs(), dtype: matrix.dtype() }
+        Self { outputs: matrix.outputs(), inputs: matrix.inputs(), dtype: matrix.dtype().into() }
     }
 
     fn panel_bytes(&self) -> usize {
-        panel_values(self.inputs) * self.dtype.block().1
+        panel_bytes(self.inputs, self.dtype)
     }
 
     fn panels(&self) -> usize {
@@ -49,19 +50,19 @@ impl Plain {
         let (panels, bytes) = (self.panels(), self.panel_bytes());
         let step = (most / bytes.max(1)).max(1);
         let piece = |first: usize| {
-            let panels = first..panels.min(first + step);
-            Bytes { at: first * bytes, bytes: panels.len() * bytes, panels }
+            let parts = first..panels.min(first + step);
+            Bytes { at: first * bytes, bytes: parts.len() * bytes, parts }
         };
         (0..panels).step_by(step).map(piece).collect()
     }
 
     /// Writes a piece of `matrix` to `to`, which is as long as it.
     pub(super) fn write(&self, matrix: &Matrix, piece: &Bytes, to: &mut [u8]) {
-        for (panel, to) in piece.panels.clone().zip(to.chunks_exact_mut(self.panel_bytes())) {
+        for (panel, to) in piece.parts.clone().zip(to.chunks_exact_mut(self.panel_bytes())) {
             to.fill(0);
             let first = panel * PANEL;
             for row in first..self.outputs.min(first + PANEL) {
-                write_column(matrix, row, self.dtype, row - first, to);
+                columns::write(matrix, row, self.dtype, row - first, self.inputs.div_ceil(OCTET), to);
             }
         }
     }
@@ -81,11 +82,11 @@ fn piece(matrices: &[(Plain, u64)], rows: std::ops::Range<usize>) -> Piece {
     let mut piece = Piece::default();
     let mut classed = Vec::with_capacity(matrices.len());
     for (job, (plain, weights)) in matrices.iter().enumerate() {
-        let dtype = plain.dtype.into();
         let padded = plain.inputs.next_multiple_of(CHUNK);
         let group = Group {
             gate_up: 0,
             down: *weights,
+            biases: 0,
             x: 0,
             // Where down finds its rows: all matrices have the same.
             inner: 0,
@@ -96,8 +97,10 @@ fn piece(matrices: &[(Plain, u64)], rows: std::ops::Range<usize>) -> Piece {
             blocks_before_up: 0,
             blocks_before_down: 0,
             side: 0,
+            limit: f32::NAN,
+            alpha: 1.0,
         };
-        classed.push((Class { many: rows.len() > FEW, up: dtype, down: dtype }, group));
+        classed.push((Class { many: rows.len() > FEW, up: plain.dtype, down: plain.dtype }, group));
         piece.parts.push(Part { job, rows: rows.clone(), x: 0, y: piece.y });
         piece.x = rows.len() * padded;
         piece.y += rows.len() * plain.outputs;

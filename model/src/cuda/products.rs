@@ -44,7 +44,6 @@ impl Rows for ProductRows<'_> {
 
 impl MatrixDevice for Card {
     fn hold_matrix(&self, matrix: &Matrix) -> Result<Weights, DeviceError> {
-        self.supports(&[matrix.dtype()])?;
         let plain = Plain::of(matrix);
         self.make_room(plain.room())?;
         let memory = self.memory(plain.bytes())?;

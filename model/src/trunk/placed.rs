@@ -116,8 +116,6 @@ pub struct Placement {
     pub bytes: u64,
     /// For which the card has no room.
     pub no_room_bytes: u64,
-    /// In dtypes that cards do not compute, or with activations that they do not.
-    pub unsupported_bytes: u64,
 }
 
 /// Puts a trunk on a card, matrix by matrix.
@@ -129,7 +127,7 @@ pub(super) struct Placing<'a> {
 impl<'a> Placing<'a> {
     pub(super) fn new(card: &'a TrunkCard) -> Self {
         let device = card.name().to_owned();
-        Self { card, placement: Placement { device, bytes: 0, no_room_bytes: 0, unsupported_bytes: 0 } }
+        Self { card, placement: Placement { device, bytes: 0, no_room_bytes: 0 } }
     }
 
     pub(super) fn matrix(&mut self, matrix: &TrunkMatrix) -> Result<(), DeviceError> {
@@ -160,7 +158,6 @@ impl<'a> Placing<'a> {
                 let _ = place.set(OnCard { card: self.card.clone(), held });
             }
             Err(DeviceError::NoRoom { .. }) => self.placement.no_room_bytes += bytes,
-            Err(DeviceError::Unsupported { .. }) => self.placement.unsupported_bytes += bytes,
             Err(error @ DeviceError::Failed { .. }) => {
                 self.card.give_up();
                 return Err(error);
@@ -170,17 +167,10 @@ impl<'a> Placing<'a> {
     }
 
     pub(super) fn end(self) -> Placement {
-        let Placement { device, bytes, no_room_bytes, unsupported_bytes } = &self.placement;
+        let Placement { device, bytes, no_room_bytes } = &self.placement;
         tracing::info!(device, bytes, "the trunk lies on a card");
         if *no_room_bytes > 0 {
             tracing::warn!(device, bytes = no_room_bytes, "not all of the trunk fits: the processor computes the rest");
-        }
-        if *unsupported_bytes > 0 {
-            tracing::warn!(
-                device,
-                bytes = unsupported_bytes,
-                "some of the trunk is of a kind that cards do not compute: the processor does"
-            );
         }
         self.placement
     }
