@@ -16,7 +16,9 @@ use hanse_model::{
 };
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
-use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
+use hanse_protocol::{
+    AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId, data_runtime,
+};
 use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -307,7 +309,9 @@ impl Volunteer {
             loaded: Some(loaded),
             serving,
             announcing,
-            tasks: [tokio::spawn(serve), tokio::spawn(announce), tokio::spawn(host)].map(AbortOnDropHandle::new).into(),
+            tasks: [data_runtime().spawn(serve), tokio::spawn(announce), tokio::spawn(host)]
+                .map(AbortOnDropHandle::new)
+                .into(),
         })
     }
 

@@ -58,6 +58,6 @@ pub use model_id::{ModelId, ParseModelIdError};
 pub use precision::Precision;
 pub use transport::{
     ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream, Path,
-    PendingConnection,
+    PendingConnection, data_runtime,
 };
 pub use tree::{BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, ParseHashError, TreeBuilder, group_count};

@@ -1,6 +1,5 @@
 //! `hanse node`: volunteer.
 
-mod memory;
 mod plan;
 
 use std::path::PathBuf;
@@ -53,7 +52,6 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     if args.until_stdin_closes {
         hanse_node::testnet::die_with_parent();
     }
-    memory::give_large_blocks_back();
     let data_dir = args.data_dir.clone().map_or_else(paths::data_dir, Ok)?;
     if args.plan {
         return plan::run(&args, &data_dir).await;
