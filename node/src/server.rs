@@ -224,6 +224,10 @@ impl Server {
             let text = format!("rows of this model have {} values, not {}", self.store.hidden_size(), call.hidden_size);
             return Err((RefusalCode::Malformed, text));
         }
+        // Who has given everything back says so, and not that it never had it.
+        if self.draining.load(Ordering::Relaxed) {
+            return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
+        }
         let experts = self.store.snapshot();
         if let Some(missing) = call.assignments.iter().find(|a| experts.expert(call.layer, a.expert).is_none()) {
             return Err((
@@ -233,9 +237,6 @@ impl Server {
         }
         if call.deadline_ms == 0 {
             return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));
-        }
-        if self.draining.load(Ordering::Relaxed) {
-            return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
         }
         Ok(experts)
     }
@@ -300,6 +301,8 @@ impl Server {
             let code = match error {
                 WorkError::Full => RefusalCode::Busy,
                 WorkError::DeadlinePassed => RefusalCode::DeadlinePassed,
+                WorkError::Lent if self.draining.load(Ordering::Relaxed) => RefusalCode::Draining,
+                WorkError::Lent => RefusalCode::NotHosted,
                 WorkError::Device | WorkError::Lost => RefusalCode::Internal,
             };
             (code, error.to_string())

@@ -321,3 +321,49 @@ async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
     // And nothing is put there any more.
     assert_eq!(store.add(&checkpoint, &[(0, 9)]).unwrap(), [(0, 9)]);
 }
+
+#[tokio::test]
+async fn a_device_that_is_lent_is_free_when_its_pass_ends_refuses_what_waits_and_gets_its_experts_back() {
+    let (checkpoint, _) = bundled();
+    let frail = Frail::new(3);
+    let (gone, store) = (Arc::downgrade(&frail), store_on(&checkpoint, vec![frail]));
+    let batcher = Batcher::start(store.clone(), 1000).unwrap();
+    let expected = batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values;
+    // As while a pass is computed: it and what waits hold the experts.
+    let in_a_pass = store.snapshot();
+    batcher.shared.lock().computing = true;
+    let mut waits = std::pin::pin!(batcher.run(real(&checkpoint, &store, 5, Combine::Client)));
+    assert!(waits.as_mut().now_or_never().is_none());
+    let lending = std::thread::spawn({
+        let store = store.clone();
+        move || store.lend("frail", FAR)
+    });
+    store.lost().await;
+    assert!(store.is_empty() && store.devices().is_empty() && gone.strong_count() > 0);
+    assert_eq!(store.lent(), ["frail"]);
+    drop(in_a_pass);
+    batcher.shared.lock().computing = false;
+    batcher.shared.arrived.notify_one();
+    assert_eq!(waits.await.unwrap_err(), WorkError::Lent);
+    let lent = lending.join().unwrap().unwrap();
+    assert_eq!((lent.experts, lent.freed, gone.strong_count()), (3, true, 0));
+    assert_eq!(store.lend("frail", FAR), None, "it is not here");
+    // What should have been put there waits for it too.
+    assert_eq!(store.add(&checkpoint, &[(0, 9)]).unwrap(), [(0, 9)]);
+    let again: Arc<dyn Device> = Frail::new(4);
+    store.take_back(again.clone());
+    assert!(store.lent().is_empty() && store.works(&again));
+    let missing = store.take_missing();
+    assert_eq!(missing, [(0, 0), (0, 1), (0, 2), (0, 9)]);
+    assert!(store.add(&checkpoint, &missing).unwrap().is_empty() && store.take_missing().is_empty());
+    assert!(batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values == expected);
+}
+
+#[tokio::test]
+async fn who_lends_a_device_waits_no_longer_than_asked_for() {
+    let (checkpoint, _) = bundled();
+    let store = store_on(&checkpoint, vec![Frail::new(3)]);
+    let in_a_pass = store.snapshot();
+    let lent = store.lend("frail", Duration::from_millis(20)).unwrap();
+    assert!((lent.experts, lent.freed) == (3, false) && in_a_pass.expert(0, 0).is_some());
+}
