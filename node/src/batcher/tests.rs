@@ -124,6 +124,13 @@ fn bundled() -> (Checkpoint, usize) {
     (checkpoint, width)
 }
 
+/// As while a pass is computed, once the last one has ended.
+async fn occupy(batcher: &Batcher) {
+    while std::mem::replace(&mut batcher.shared.lock().computing, true) {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// A store with experts 0, 1 and 2 of layer 0 on the devices.
 fn store_on(checkpoint: &Checkpoint, devices: Vec<Arc<dyn Device>>) -> Arc<ExpertStore> {
     let store = ExpertStore::new(checkpoint.spec().hidden_size, devices);
@@ -193,7 +200,7 @@ async fn a_full_queue_refuses_without_waiting_and_small_work_needs_no_thread() {
     let small = real(&checkpoint, &store, 1, Combine::Peer);
     assert!(batcher.run(small).now_or_never().unwrap().is_ok(), "computed within the first poll");
     // A pass that does not end: whoever comes now queues.
-    batcher.shared.lock().computing = true;
+    occupy(&batcher).await;
     let mut waiting = Box::pin(batcher.run(real(&checkpoint, &store, 3, Combine::Peer)));
     assert!(waiting.as_mut().now_or_never().is_none());
     let mut same = real(&checkpoint, &store, 3, Combine::Peer);
@@ -301,7 +308,7 @@ async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
     let kept = (0..3).find(|&expert| !store.snapshot().expert(0, expert).unwrap().is_on(&failing)).unwrap();
     frail.fails.store(true, Relaxed);
     // Both in one pass: one request needs the device, the other does not.
-    batcher.shared.lock().computing = true;
+    occupy(&batcher).await;
     let all = real(&checkpoint, &store, 5, Combine::Client);
     let mut one = real(&checkpoint, &store, 5, Combine::Client);
     one.assignments.retain(|assigned| assigned.expert == kept);
@@ -329,9 +336,9 @@ async fn a_device_that_is_lent_is_free_when_its_pass_ends_refuses_what_waits_and
     let (gone, store) = (Arc::downgrade(&frail), store_on(&checkpoint, vec![frail]));
     let batcher = Batcher::start(store.clone(), 1000).unwrap();
     let expected = batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values;
-    // As while a pass is computed: it and what waits hold the experts.
+    // The pass and what waits hold the experts.
     let in_a_pass = store.snapshot();
-    batcher.shared.lock().computing = true;
+    occupy(&batcher).await;
     let mut waits = std::pin::pin!(batcher.run(real(&checkpoint, &store, 5, Combine::Client)));
     assert!(waits.as_mut().now_or_never().is_none());
     let lending = std::thread::spawn({

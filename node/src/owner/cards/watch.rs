@@ -13,6 +13,9 @@ use super::{CardLimits, CardRule, Meter, MeterError, Reading, Taken, UNSEEN_FOR}
 const INTERVAL: Duration = Duration::from_millis(250);
 /// No driver takes more of a card for a context and the kernels: what is more came with another program.
 const MOST_OVERHEAD: u64 = 1 << 30;
+/// How often it is measured, and how long after each other.
+const OVERHEAD_READINGS: usize = 8;
+const OVERHEAD_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Looks at what other programs do on cards.
 #[derive(Debug)]
@@ -103,14 +106,19 @@ impl CardWatch {
     pub fn opened(&self, device: &Arc<dyn Device>) -> Result<(), MeterError> {
         let Some(card) = self.card(device.name()) else { return Ok(()) };
         let pids = pids(&*self.meter, &card.uuid)?;
+        let Ours::Opening(before) = card.state().ours.clone() else { return Ok(()) };
         let held = || device.card().map_or(0, |card| card.held_bytes);
-        let (first, used, second) = (held(), self.meter.used_bytes(&card.uuid)?, held());
-        let mut state = card.state();
-        let Ours::Opening(before) = &state.ours else { return Ok(()) };
-        let overhead = used.saturating_sub(before.used).saturating_sub(first.max(second)).min(MOST_OVERHEAD);
+        let mut overhead = 0;
+        for _ in 0..OVERHEAD_READINGS {
+            // Experts may be loaded meanwhile, and count from before their memory is taken: no reading is too large, and most are right.
+            let (first, used, second) = (held(), self.meter.used_bytes(&card.uuid)?, held());
+            overhead = overhead.max(used.saturating_sub(before.used).saturating_sub(first.max(second)));
+            std::thread::sleep(OVERHEAD_INTERVAL);
+        }
+        let overhead = overhead.min(MOST_OVERHEAD);
         let pid = own_pid(&before.pids, &pids);
         tracing::debug!(card = card.name, overhead, ?pid, others = before.used, "watching a card");
-        state.ours = Ours::Opened { device: Arc::downgrade(device), overhead, pid };
+        card.state().ours = Ours::Opened { device: Arc::downgrade(device), overhead, pid };
         Ok(())
     }
 
