@@ -13,6 +13,7 @@ use std::time::Instant;
 pub use bandwidth::Bandwidth;
 pub use cards::{CardLimits, CardWatch, Taken};
 pub use gives_way::GivesWay;
+use hanse_protocol::Draining;
 pub use lock::{DataDirLock, LockError};
 pub use quiet_hours::QuietHours;
 
@@ -27,6 +28,19 @@ pub enum Reason {
     Load,
     /// Other programs have all the cards.
     Cards(Taken),
+}
+
+impl Reason {
+    /// What others are told of it.
+    #[must_use]
+    pub fn announced(self) -> Draining {
+        match self {
+            Self::Asked => Draining::Asked,
+            Self::QuietHours(_) => Draining::QuietHours,
+            Self::Load => Draining::Load,
+            Self::Cards(_) => Draining::Cards,
+        }
+    }
 }
 
 impl std::fmt::Display for Reason {

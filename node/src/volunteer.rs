@@ -9,13 +9,14 @@ mod shard;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
-use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
+use hanse_protocol::{
+    AdvertError, BindError, DataEndpoint, Draining, HostedError, Identity, ModelId, Multiaddr, PeerId,
+};
 use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +28,7 @@ use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
 use crate::giving::Giving;
 use crate::owner::Bandwidth;
 use crate::placement::Pace;
-use crate::server::Server;
+use crate::server::{Pause, Server};
 use crate::store::{ExpertStore, Lent};
 use announcer::{Announcer, DataAddresses, Stored};
 use host::{Host, MoveCounts};
@@ -274,7 +275,7 @@ impl Volunteer {
             batcher: Batcher::start(shard.store().clone(), MAX_QUEUED_PAIRS).map_err(|e| failed(&e))?,
             counters: Counters::default(),
             demand: Demand::new(config.demand_half_life, Instant::now()),
-            draining: AtomicBool::new(false),
+            draining: Pause::default(),
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
             giving: config.shelf.clone().map(|shelf| Giving::new(shelf, config.give_bytes_per_second)),
         });
@@ -335,12 +336,12 @@ impl Volunteer {
         self.discovery.shutdown().await;
     }
 
-    /// Refuses new calls and says so in its advert, until [`Self::resume`]; calls in progress are finished.
+    /// Refuses new calls and says so in its advert, and why, until [`Self::resume`]; calls in progress are finished.
     ///
     /// # Errors
     /// The advert cannot be made; new calls are refused all the same.
-    pub async fn pause(&self) -> Result<(), VolunteerError> {
-        self.server.draining.store(true, Ordering::Relaxed);
+    pub async fn pause(&self, why: Draining) -> Result<(), VolunteerError> {
+        self.server.draining.set(Some(why));
         self.announcer.announce().await
     }
 
@@ -349,7 +350,7 @@ impl Volunteer {
     /// # Errors
     /// The advert cannot be made; calls are taken all the same.
     pub async fn resume(&self) -> Result<(), VolunteerError> {
-        self.server.draining.store(false, Ordering::Relaxed);
+        self.server.draining.set(None);
         self.announcer.announce().await
     }
 
@@ -440,7 +441,7 @@ impl Volunteer {
 
     /// Leaves in good order: says that it drains, lets calls in progress end, closes. Returns what it did in all.
     pub async fn shutdown(self) -> Counts {
-        self.server.draining.store(true, Ordering::Relaxed);
+        self.server.draining.set(Some(Draining::Leaving));
         self.announcing.cancel();
         if self.announcer.announce().await.is_ok() {
             tokio::time::sleep(DRAIN_TIME).await;

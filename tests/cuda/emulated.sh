@@ -137,6 +137,8 @@ in_time() {
 
 say "a game takes a card while tokens are generated: all its memory is free within two seconds, and it comes back"
 others '0 300 5' '1 300 5'
+"${emulated[@]}" "$hanse" doctor --data-dir "$scratch/data0" --json > "$scratch/doctor" 2> /dev/null || true
+grep -q 'used by game (300.0 MiB)' "$scratch/doctor" || { cat "$scratch/doctor"; fail "the doctor does not say who uses the card"; }
 node 6 --device cpu
 other=$(address 6)
 HANSE_EMULATED_CARDS=1 HANSE_EMULATED_LOG=$scratch/card7 node 7 --device cuda --yield-to-others --yield-quiet 2 --bootstrap "$other"
@@ -149,6 +151,8 @@ others '0 2300 5'
 taken=$(now)
 in_time "$taken" "$(memory 7 0 none 1)" "giving the memory back to a game"
 says 7 'paused: another program took 2.0 GiB of the card'
+"$hanse" status --model $model --json --bootstrap "$other" > "$scratch/status"
+grep -q '"why_draining":"other programs use its cards"' "$scratch/status" || { cat "$scratch/status"; fail "others are not told why"; }
 wait $asked
 cmp -s "$scratch/expected" "$scratch/text" || { cat "$scratch/text"; fail "other tokens"; }
 others '0 320 5'

@@ -196,7 +196,7 @@ async fn serve(
         let tell = async {
             let changed = match reason {
                 _ if reason == paused_for => Ok(()),
-                Some(_) => volunteer.pause().await,
+                Some(reason) => volunteer.pause(reason.announced()).await,
                 None => volunteer.resume().await,
             };
             // The next advert, seconds later, says it again.
