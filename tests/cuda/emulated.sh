@@ -48,7 +48,7 @@ model=examples/models/tiny-moe
 node() {
     local number=$1
     shift
-    "${emulated[@]}" "$hanse" node --model $model --listen /ip4/127.0.0.1/udp/0/quic-v1 --data-dir "$scratch/data$number" --threads 1 --json "$@" \
+    "${emulated[@]}" "$hanse" node --model "${node_model:-$model}" --listen /ip4/127.0.0.1/udp/0/quic-v1 --data-dir "$scratch/data$number" --threads 1 --json "$@" \
         > "$scratch/node$number" 2> "$scratch/log$number" &
     started+=($!)
     local tries
@@ -62,8 +62,9 @@ node() {
 # A value of a node's document.
 value() { grep -oE "\"$2\":(\"[^\"]*\"|\[[^]]*\]|[0-9]+)" "$scratch/node$1" | head -1 | cut -d: -f2-; }
 address() { value "$1" addresses | tr -d '[]"' | cut -d, -f1; }
-generate() { "$hanse" generate --model $model --prompt 'Once upon a time' --max-tokens 40 --temperature 0 --draft none "$@" 2> "$scratch/error" || cat "$scratch/error"; }
+generate() { "$hanse" generate --model $model --prompt 'Once upon a time' --max-tokens "${tokens:-40}" --temperature 0 --draft none "$@" 2> "$scratch/error" || cat "$scratch/error"; }
 expected=$(generate --local)
+if grep -q '^error' <<< "$expected"; then fail "$expected"; fi
 
 say "two cards as one node, chosen by themselves"
 node 1 --device auto
@@ -129,6 +130,15 @@ says() {
     "$hanse" ready --data-dir "$scratch/data$1" || true
     fail "node $1 does not say $2"
 }
+# Waits until an answer has begun that is asked for in the background, and has a processor serve as well from then on.
+mid_stream() {
+    for _ in $(seq 200); do
+        if [ "$(wc -c < "$scratch/text")" -gt 100 ]; then break; fi
+        sleep 0.05
+    done
+    "$hanse" resume --data-dir "$scratch/data6" > /dev/null
+    kill -0 "$1" || fail "the answer was too short to take anything in its middle"
+}
 in_time() {
     local took=$(($2 - $1))
     if [ $took -gt 2000 ]; then fail "$3 took $took ms"; fi
@@ -142,11 +152,14 @@ grep -q 'used by game (300.0 MiB)' "$scratch/doctor" || { cat "$scratch/doctor";
 node 6 --device cpu
 other=$(address 6)
 HANSE_EMULATED_CARDS=1 HANSE_EMULATED_LOG=$scratch/card7 node 7 --device cuda --yield-to-others --yield-quiet 2 --bootstrap "$other"
-long() { generate --ignore-eos --max-tokens 400 "$@"; }
+long() { tokens=480 generate --ignore-eos "$@"; }
 long --local > "$scratch/expected"
-long --bootstrap "$other" > "$scratch/text" &
+[ "$(wc -c < "$scratch/expected")" -gt 1000 ] || { cat "$scratch/expected"; fail "that is no answer"; }
+# Only the card serves, until the moment at which it is taken.
+"$hanse" pause --data-dir "$scratch/data6" > /dev/null
+long --patience 60 --bootstrap "$other" > "$scratch/text" &
 asked=$!
-sleep 1
+mid_stream $asked
 others '0 2300 5'
 taken=$(now)
 in_time "$taken" "$(memory 7 0 none 1)" "giving the memory back to a game"
@@ -176,19 +189,44 @@ others '0 320 5'
 says 7 '^serving$'
 [ "$(generate --bootstrap "$other")" = "$expected" ] || fail "other tokens"
 
-say "one of two cards is taken, of a node in a container: the other one serves on"
+say "one of two cards is taken in mid-stream, of a node in a container: the other one serves on"
 others '0 300 5' '1 300 5'
-HANSE_EMULATED_PID=4242 HANSE_EMULATED_CARDS=2 HANSE_EMULATED_LOG=$scratch/card8 node 8 --device cuda --yield-to-others --yield-quiet 2
-alone=$(address 8)
+HANSE_EMULATED_PID=4242 HANSE_EMULATED_CARDS=2 HANSE_EMULATED_LOG=$scratch/card8 node 8 --device cuda --yield-to-others --yield-quiet 2 --bootstrap "$other"
+for number in 6 7; do "$hanse" pause --data-dir "$scratch/data$number" > /dev/null; done
 [ "$(value 8 experts)" = 96 ] || fail "$(value 8 experts) experts"
+long --patience 60 --bootstrap "$other" > "$scratch/text" &
+asked=$!
+mid_stream $asked
 others '0 300 5' '1 300 60'
 taken=$(now)
 in_time "$taken" "$(memory 8 1 none 1)" "giving one of two cards back"
 says 8 'serving, without cuda:1: another program computes on the card 60 % of the time'
 if grep -q '^0 none' "$scratch/card8"; then fail "the other card was given back as well"; fi
+wait $asked
+cmp -s "$scratch/expected" "$scratch/text" || { cat "$scratch/text"; fail "other tokens with one of two cards"; }
 others '0 300 5' '1 300 5'
 memory 8 1 some 2 > /dev/null
 says 8 '^serving$'
-[ "$(generate --patience 60 --bootstrap "$alone")" = "$expected" ] || fail "other tokens with both cards again"
+"$hanse" pause --data-dir "$scratch/data6" > /dev/null
+[ "$(generate --patience 60 --bootstrap "$other")" = "$expected" ] || fail "other tokens with both cards again"
+"$hanse" resume --data-dir "$scratch/data6" > /dev/null
+
+say "a node without a folder keeps the files of what it gave back, and loads them again although nobody gives them any more"
+node_model=$(value 6 model_id | tr -d '"')
+HANSE_EMULATED_CARDS=1 HANSE_EMULATED_LOG=$scratch/card9 node 9 --experts 0-1 --cache-dir "$scratch/cache" --yield-to-others --yield-quiet 2 --bootstrap "$other"
+[ "$(value 9 experts)" = 32 ] || fail "$(value 9 experts) experts"
+others '0 300 60'
+says 9 '^paused'
+in_use=$(cat "$scratch"/cache/users/* | tr -d ' ' | grep -c .)
+[ "$in_use" -ge 32 ] || fail "$in_use files are kept"
+"$hanse" pause --data-dir "$scratch/data6" > /dev/null
+others '0 300 5'
+says 9 '^serving$'
+for _ in $(seq 100); do
+    "$hanse" status --model $model --json --bootstrap "$(address 9)" > "$scratch/status"
+    if grep -q '"experts":32,' "$scratch/status"; then break; fi
+    sleep 0.1
+done
+grep -q '"experts":32,' "$scratch/status" || { cat "$scratch/status"; fail "not all experts came back"; }
 
 say "all is well ($held of 96 experts fitted)"

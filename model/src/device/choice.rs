@@ -100,7 +100,7 @@ impl fmt::Display for DeviceChoice {
 pub enum OpenError {
     /// This build has no backend for cards.
     #[error(
-        "this build computes on the processor only: build one with `cargo build --release --features cuda`, or take the image of docker/Dockerfile.cuda"
+        "this build computes on the processor only: build one with `cargo build --release --features cuda`, or an image with FEATURES=cuda (docker/README.md)"
     )]
     NotBuilt,
     /// There is no driver.

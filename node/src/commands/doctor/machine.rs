@@ -103,7 +103,9 @@ fn used(meter: &Result<Box<dyn Meter>, MeterError>, card: &CardReport) -> String
     let more = programs.len().saturating_sub(MOST_PROGRAMS);
     let shown = programs.iter().take(MOST_PROGRAMS).map(|CardProcess { pid, name, bytes }| {
         let name = name.as_deref().and_then(|name| Path::new(name).file_name()?.to_str());
-        let name = name.map_or_else(|| format!("process {pid}"), str::to_owned);
+        // Whoever runs a program names it.
+        let plain = |name: &str| name.chars().filter(|c| !c.is_control()).collect();
+        let name = name.map_or_else(|| format!("process {pid}"), plain);
         bytes.map_or_else(|| name.clone(), |bytes| format!("{name} ({})", output::bytes(bytes)))
     });
     let shown: Vec<String> = shown.collect();

@@ -101,13 +101,17 @@ impl Cards {
         back.iter().for_each(|name| _ = self.lent.remove(name));
         self.wanted = taken.into_iter().filter(|(name, _)| is_used(name)).collect();
         let none_stays = devices.iter().all(|device| self.wanted.contains_key(device.name()));
-        self.wanted.values().chain(self.lent.values()).next().copied().filter(|_| none_stays)
+        let first = self.lent.iter().chain(&self.wanted).min_by_key(|(name, _)| *name);
+        first.map(|(_, why)| *why).filter(|_| none_stays)
     }
 
     /// Gives up what others want, and begins to open what they have left.
     pub(super) async fn follow(&mut self, volunteer: &Volunteer) -> Result<(), VolunteerError> {
-        for (device, why) in std::mem::take(&mut self.wanted) {
-            let Some(lent) = volunteer.lend(&device, WITHIN).await? else { continue };
+        let wanted = std::mem::take(&mut self.wanted);
+        let lending = wanted.keys().map(|device| volunteer.lend(device, WITHIN));
+        let lent = futures::future::try_join_all(lending).await?;
+        for ((device, why), lent) in wanted.into_iter().zip(lent) {
+            let Some(lent) = lent else { continue };
             let (experts, took) = (lent.experts, lent.took);
             tracing::info!(device, experts, ?took, %why, "a card is given back");
             if !lent.freed {
