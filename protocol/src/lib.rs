@@ -38,7 +38,7 @@ mod transport;
 mod tree;
 
 pub use advert::{
-    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME,
+    ASSUMED_LIFETIME, Advert, AdvertError, Draining, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME,
     MAX_CIRCUIT_BYTES, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert,
     popularity, rows_per_minute,
 };
