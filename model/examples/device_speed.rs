@@ -11,7 +11,10 @@ mod random;
 use std::sync::Arc;
 use std::time::Instant;
 
-use hanse_model::{Checkpoint, Cpu, Device, DeviceChoice, Expert, HeldExpert, HeldJob, compute_pool, run_held};
+use hanse_model::{
+    Checkpoint, Cpu, Device, DeviceChoice, Expert, HeldExpert, HeldJob, Precision, StoredDtype, compute_pool,
+    quantise_folder, run_held,
+};
 use random::{EXPERTS, HIDDEN, WIDTH, checkpoint};
 
 /// Experts of a pass.
@@ -38,6 +41,17 @@ fn measure(held: &[HeldExpert], hidden: &[f32], rounds: usize) -> (f64, Vec<f32>
     (best, first)
 }
 
+/// A checkpoint with experts in a dtype.
+fn folder(dtype: StoredDtype) -> Result<tempfile::TempDir, Box<dyn std::error::Error>> {
+    if !dtype.is_quantised() {
+        return Ok(checkpoint(dtype.name(), dtype.block().1 as u8));
+    }
+    let (wide, folder) = (checkpoint("BF16", 2), tempfile::tempdir()?);
+    let precision = Precision { experts: dtype, trunk: None };
+    quantise_folder(&Checkpoint::open(wide.path())?, precision, &"0".repeat(64), &[], folder.path(), &mut |_, _| ())?;
+    Ok(folder)
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let name = std::env::args().nth(1).ok_or("which device? for example cuda:0")?;
     let rounds = std::env::args().nth(2).map_or(Ok(50), |rounds| rounds.parse())?;
@@ -46,9 +60,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let opened = name.parse::<DeviceChoice>()?.open(pool)?;
     let device = opened.first().ok_or("no device")?;
     println!("dtype rows |  {} us     GB/s   GFLOP/s |    cpu us  times as fast", device.name());
-    for (dtype, value_bytes) in [("F32", 4), ("F16", 2), ("BF16", 2)] {
-        let dir = checkpoint(dtype, value_bytes);
+    for stored in [StoredDtype::F32, StoredDtype::F16, StoredDtype::Bf16, StoredDtype::Q8_0, StoredDtype::Q4K] {
+        let dtype = stored.name();
+        let dir = folder(stored)?;
         let checkpoint = Checkpoint::open(dir.path())?;
+        let bytes = Expert::load(&checkpoint, 0, 0)?.bytes() * TOGETHER as u64;
         let hold = |device: &Arc<dyn Device>| {
             let held = (0..EXPERTS).map(|e| Ok(HeldExpert::new(device, Expert::load(&checkpoint, 0, e)?)?));
             held.collect::<Result<Vec<_>, Box<dyn std::error::Error>>>()
@@ -64,7 +80,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!(
                 "{dtype:5} {rows:4} | {:10.1} {:8.1} {:9.1} | {:9.1} {:14.1}",
                 seconds * 1e6,
-                weights * f64::from(value_bytes) / seconds / 1e9,
+                bytes as f64 / seconds / 1e9,
                 2.0 * weights * rows as f64 / seconds / 1e9,
                 beside * 1e6,
                 beside / seconds,

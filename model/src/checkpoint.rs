@@ -22,6 +22,8 @@ use std::sync::Arc;
 pub use config::ConfigError;
 pub use dtype::StoredDtype;
 pub use error::{CheckpointError, LoadError};
+#[cfg(any(feature = "cuda", test))]
+pub(crate) use experts::Biases;
 pub(crate) use experts::{Swiglu, WrittenMatrix, WrittenTensor};
 pub use mapping::Mapping;
 pub use parts::{ExpertParts, Part, PartHashes, PartSource, Parts, Piece, Run, TrunkPart, WeightMap};

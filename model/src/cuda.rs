@@ -4,8 +4,10 @@
 //! there; nothing but the driver is needed, and that is opened at run time. They add up in the order of the CPU's kernels, so that a
 //! row has the same bits wherever it is computed.
 //!
-//! What is pure is apart from what talks to the driver: `panels` lays weights out, `plan` divides a pass into launches.
+//! What is pure is apart from what talks to the driver: `panels` and `columns` lay weights out, `plan` divides a pass into launches.
 
+mod columns;
+mod dtype;
 mod panels;
 mod plan;
 

@@ -13,7 +13,6 @@ pub(crate) use choice::version;
 pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, card_uuids, cards};
 use rayon::ThreadPool;
 
-use crate::checkpoint::StoredDtype;
 use crate::expert::{Expert, ExpertJob, run_experts};
 use crate::spec::MoeSpec;
 
@@ -30,14 +29,6 @@ pub enum DeviceError {
         wanted_bytes: u64,
         /// Bytes that the driver calls free.
         free_bytes: u64,
-    },
-    /// The device cannot compute such experts. Others can.
-    #[error("{device} cannot compute experts with {what}")]
-    Unsupported {
-        /// The device's name.
-        device: String,
-        /// What they have.
-        what: &'static str,
     },
     /// The device does not work any more: a card that was lost, a launch that failed. What it holds cannot be computed by it.
     #[error("{device} failed at {what}: {reason}")]
@@ -82,22 +73,16 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::Failed`]
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError>;
 
-    /// Whether it computes experts in these dtypes in what memory they take. Others can.
-    ///
-    /// # Errors
-    /// [`DeviceError::Unsupported`]
-    fn supports(&self, dtypes: &[StoredDtype]) -> Result<(), DeviceError>;
-
     /// Takes the memory that computing experts of such a block needs besides their own.
     ///
     /// # Errors
-    /// [`DeviceError::Unsupported`], [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
+    /// [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
     fn prepare(&self, hidden_size: usize, moe: &MoeSpec) -> Result<(), DeviceError>;
 
     /// Takes an expert in: its weights are in the device's memory, in their stored dtype, for as long as the answer lives.
     ///
     /// # Errors
-    /// [`DeviceError::Unsupported`], [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
+    /// [`DeviceError::NoRoom`] or [`DeviceError::Failed`].
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError>;
 
     /// Computes jobs as one piece of work. Jobs of experts that this device does not hold are an error.
@@ -239,10 +224,6 @@ impl Device for Cpu {
 
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Ok(None)
-    }
-
-    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
-        Ok(())
     }
 
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {

@@ -186,6 +186,15 @@ impl Matrix {
         }
     }
 
+    /// The bytes of one row of a matrix in few bits, and of its scales where they lie by themselves; `None` in others.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn stored_row(&self, row: usize) -> Option<(&[u8], &[u8])> {
+        match &self.values {
+            Values::F32(_) | Values::F16(_) | Values::Bf16(_) => None,
+            Values::Quantised(quantised) => Some(quantised.stored_row(row)),
+        }
+    }
+
     /// Copies one row, widened to f32; `to` is `[inputs]`.
     pub(crate) fn widen_row(&self, row: usize, to: &mut [f32]) {
         let range = row * self.inputs..(row + 1) * self.inputs;

@@ -3,16 +3,19 @@
 //! Which device is said by `HANSE_TEST_DEVICE`, as `--device` has it; tests that need a card are ignored, and are run by
 //! `HANSE_TEST_DEVICE=cuda cargo test -p hanse-model --features cuda --test devices -- --include-ignored`.
 
+#[path = "devices/checkpoint.rs"]
+mod checkpoint;
 mod common;
 
 use std::sync::Arc;
 
+use checkpoint::{DtypeOf, Noise, checkpoint, gpt_oss, mixtral};
 use common::{Golden, WITH_EXPERTS, bits, fixture, fixtures, largest_difference, tiny_moe};
-use half::{bf16, f16};
 use hanse_model::{
-    Activation, Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, ExpertJob, HeldExpert, HeldJob, MoeSpec,
-    StoredDtype, Weights, compute_pool, run_experts, run_held, tensor_shapes,
+    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, ExpertJob, HeldExpert, HeldJob, MoeSpec, Weights,
+    compute_pool, run_experts, run_held,
 };
+use serde_json::Value;
 
 /// The devices that are asked for.
 fn asked_for() -> Vec<Arc<dyn Device>> {
@@ -25,66 +28,6 @@ fn asked_for() -> Vec<Arc<dyn Device>> {
 
 fn cpu() -> Arc<dyn Device> {
     Arc::new(Cpu::new(Arc::new(compute_pool(2).unwrap())))
-}
-
-struct Noise(u32);
-
-impl Noise {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (self.0 >> 8) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    /// Mostly ordinary, some tiny, some huge, some nothing.
-    fn value(&mut self) -> f32 {
-        let value = self.next();
-        match self.0 >> 3 & 63 {
-            0 => value * 1e-7,
-            1 => value * 3e3,
-            2 => 0.0,
-            3 => -0.0,
-            _ => value,
-        }
-    }
-
-    fn values(&mut self, len: usize) -> Vec<f32> {
-        (0..len).map(|_| self.value()).collect()
-    }
-}
-
-/// Tells the dtype of a tensor by its name.
-type DtypeOf = fn(&str) -> &'static str;
-
-/// Writes a model of two experts with so wide rows, with values of all sizes.
-fn checkpoint(hidden: usize, inner: usize, dtype: DtypeOf) -> (tempfile::TempDir, Checkpoint) {
-    let dir = tempfile::tempdir().unwrap();
-    let config = serde_json::json!({
-        "model_type": "mixtral", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 2, "vocab_size": 2,
-        "max_position_embeddings": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-    })
-    .to_string();
-    let (mut header, mut data, mut noise) =
-        (serde_json::Map::new(), Vec::new(), Noise(hidden as u32 * 7 + inner as u32));
-    for (name, shape) in tensor_shapes(&config).unwrap() {
-        let start = data.len();
-        let dtype = dtype(&name);
-        for value in noise.values(shape.iter().product()) {
-            match dtype {
-                "F32" => data.extend(value.to_le_bytes()),
-                "F16" => data.extend(f16::from_f32(value).to_le_bytes()),
-                _ => data.extend(bf16::from_f32(value).to_le_bytes()),
-            }
-        }
-        let place = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]});
-        header.insert(name, place);
-    }
-    let header = serde_json::Value::from(header).to_string();
-    let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();
-    std::fs::write(dir.path().join("config.json"), config).unwrap();
-    std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
-    let opened = Checkpoint::open(dir.path()).unwrap();
-    (dir, opened)
 }
 
 fn expert(checkpoint: &Checkpoint, expert: usize) -> Expert {
@@ -122,25 +65,46 @@ fn compare(held: &[HeldExpert], experts: &[Expert], rows: &[usize], seed: u32, w
     let failed = run_held(&mut jobs);
     assert!(failed.is_empty(), "{what}: {failed:?}");
     for ((expert, input), output) in experts.iter().zip(&inputs).zip(&outputs) {
+        assert!(output.iter().all(|value| value.is_finite()), "{what}: all can be compared");
         assert_same(output, &on_cpu(expert, input), &format!("{what}, {rows:?} rows"));
     }
 }
+
+/// Models with experts in one way each: what it is, the model's config for widths of hidden states and within, how tensors are stored, and
+/// which widths.
+type Way = (&'static str, fn(usize, usize) -> Value, DtypeOf, &'static [(usize, usize)]);
+
+/// Less than a chunk, whole chunks, whole octets, and everything between.
+const WIDTHS: &[(usize, usize)] = &[(8, 6), (24, 16), (128, 256), (136, 200), (272, 130), (384, 40)];
+/// The same in whole blocks of 32.
+const BLOCKS: &[(usize, usize)] = &[(32, 32), (160, 96), (128, 256), (288, 416)];
+
+/// All dtypes, and those that an expert may have at a time. up_proj is Mixtral's w3, down_proj w2.
+const WAYS: [Way; 15] = [
+    ("f32", mixtral, |_| "F32", WIDTHS),
+    ("f16", mixtral, |_| "F16", WIDTHS),
+    ("bf16", mixtral, |_| "BF16", WIDTHS),
+    ("f16 and bf16", mixtral, |name| if name.contains(".w3.") { "BF16" } else { "F16" }, WIDTHS),
+    ("q8_0", mixtral, |_| "Q8_0", BLOCKS),
+    ("q4_k", mixtral, |_| "Q4_K", &[(256, 256), (768, 256), (256, 512)]),
+    ("fp8", mixtral, |_| "F8_E4M3", WIDTHS),
+    ("q4_k and q8_0", mixtral, |name| if name.contains(".w2.") { "Q8_0" } else { "Q4_K" }, &[(256, 96), (512, 160)]),
+    ("q8_0 and q4_k", mixtral, |name| if name.contains(".w2.") { "Q4_K" } else { "Q8_0" }, &[(96, 256), (160, 512)]),
+    ("q8_0 and f16", mixtral, |name| if name.contains(".w2.") { "F16" } else { "Q8_0" }, &[(64, 40), (160, 6)]),
+    ("widened", mixtral, |name| if name.contains(".w3.") { "Q4_K" } else { "Q8_0" }, &[(256, 32), (512, 160)]),
+    ("gpt-oss in f32", gpt_oss, |_| "F32", WIDTHS),
+    ("gpt-oss in f16", gpt_oss, |_| "F16", WIDTHS),
+    ("gpt-oss in bf16", gpt_oss, |_| "BF16", WIDTHS),
+    ("gpt-oss in mxfp4", gpt_oss, |_| "F4", BLOCKS),
+];
 
 #[test]
 #[ignore = "needs HANSE_TEST_DEVICE"]
 fn every_shape_dtype_and_number_of_rows_has_the_processors_bits() {
     let devices = asked_for();
-    let dtypes: [(&str, DtypeOf); 4] = [
-        ("f32", |_| "F32"),
-        ("f16", |_| "F16"),
-        ("bf16", |_| "BF16"),
-        // up_proj is Mixtral's w3.
-        ("mixed", |name| if name.contains(".w3.") { "BF16" } else { "F16" }),
-    ];
-    // Less than a chunk, whole chunks, whole octets, and everything between.
-    for (hidden, inner) in [(8, 6), (24, 16), (128, 256), (136, 200), (272, 130), (384, 40)] {
-        for (name, dtype) in dtypes {
-            let (_dir, checkpoint) = checkpoint(hidden, inner, dtype);
+    for (name, config, dtype, widths) in WAYS {
+        for &(hidden, inner) in widths {
+            let (_dir, checkpoint) = checkpoint(&config(hidden, inner), dtype);
             let experts = [expert(&checkpoint, 0), expert(&checkpoint, 1)];
             for device in &devices {
                 let hold = |number| HeldExpert::new(device, expert(&checkpoint, number)).unwrap();
@@ -158,8 +122,12 @@ fn every_shape_dtype_and_number_of_rows_has_the_processors_bits() {
 #[ignore = "needs HANSE_TEST_DEVICE"]
 fn passes_of_several_pieces_and_of_many_experts_have_the_processors_bits() {
     let devices = asked_for();
-    let opened: Vec<Checkpoint> =
-        fixtures().iter().chain([&tiny_moe()]).map(|dir| Checkpoint::open(dir).unwrap()).filter(is_plain).collect();
+    let made: Vec<_> =
+        WAYS.iter().map(|(_, config, dtype, widths)| checkpoint(&config(widths[0].0, widths[0].1), *dtype)).collect();
+    let published = fixtures().into_iter().chain([tiny_moe()]).map(|dir| Checkpoint::open(&dir).unwrap());
+    let mut opened: Vec<Checkpoint> =
+        published.filter(|checkpoint| checkpoint.spec().moe_layers().next().is_some()).collect();
+    opened.extend(made.iter().map(|(dir, _)| Checkpoint::open(dir.path()).unwrap()));
     for device in &devices {
         let experts: Vec<Expert> = opened.iter().map(|checkpoint| expert(checkpoint, 1)).collect();
         let held: Vec<_> =
@@ -167,7 +135,10 @@ fn passes_of_several_pieces_and_of_many_experts_have_the_processors_bits() {
         // Of all families, shapes and dtypes in one pass, and cut where a piece is full.
         let rows: Vec<usize> = (0..held.len()).map(|number| [1, 7, 2, 40, 100, 3][number % 6]).collect();
         compare(&held, &experts, &rows, 11, device.name());
-        compare(&held[..3], &experts[..3], &[300, 256, 700], 12, device.name());
+        let from = held.len() - WAYS.len();
+        for first in [0, from + 4, from + 7, from + 12] {
+            compare(&held[first..][..3], &experts[first..][..3], &[300, 256, 700], 12, device.name());
+        }
     }
 }
 
@@ -211,38 +182,10 @@ fn experts_held_by_the_processor_give_the_reference_rows() {
     reference_rows(&cpu());
 }
 
-/// Cards compute SwiGLUs without biases, the processor all.
-#[test]
-#[ignore = "needs HANSE_TEST_DEVICE"]
-fn a_device_refuses_what_it_cannot_compute_before_it_takes_anything() {
-    let checkpoint = Checkpoint::open(&fixture("gpt_oss")).unwrap();
-    let (_, moe) = checkpoint.spec().moe_layers().next().unwrap();
-    for device in asked_for().into_iter().filter(|device| !device.is_host()) {
-        let refused = [
-            device.prepare(checkpoint.spec().hidden_size, moe).unwrap_err(),
-            HeldExpert::new(&device, expert(&checkpoint, 0)).map(|_| ()).unwrap_err(),
-        ];
-        for error in refused {
-            assert!(
-                matches!(&error, DeviceError::Unsupported { device: name, .. } if name == device.name()),
-                "{error}"
-            );
-        }
-    }
-}
-
-fn is_plain(checkpoint: &Checkpoint) -> bool {
-    let first = checkpoint.spec().moe_layers().next();
-    first.is_some_and(|(_, moe)| moe.activation == Activation::Swiglu && !moe.expert_biases)
-}
-
 fn reference_rows(device: &Arc<dyn Device>) {
     for name in WITH_EXPERTS {
         let golden = Golden::open(&fixture(name));
         let checkpoint = Checkpoint::open(&fixture(name)).unwrap();
-        if !device.is_host() && !is_plain(&checkpoint) {
-            continue;
-        }
         let (layer, moe) = checkpoint.spec().moe_layers().next().unwrap();
         let hidden = golden.f32(&format!("p1.layer{layer}.mlp_in")).unwrap();
         let expected = golden.f32(&format!("p1.layer{layer}.expert_out")).unwrap();
@@ -275,10 +218,6 @@ impl Device for Broken {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Err(broken())
     }
-    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }

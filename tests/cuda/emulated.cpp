@@ -53,6 +53,13 @@ static inline float __uint_as_float(unsigned bits) {
 }
 static inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 static inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : static_cast<int>(std::nearbyint(value)); }
+// Selectors without sign.
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = uint64_t(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
 static inline float emulated_half(unsigned short bits) {
     const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
     if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
@@ -208,10 +215,10 @@ static void check_read(const void *at, size_t bytes) {
     std::abort();
 }
 
-typedef void (*KernelFunction)(const Group *, unsigned, const float *, float *);
-#define ENTRY(kernel, name, rows) {#kernel "_" #name "_" #rows, kernel##_##name##_##rows}
-#define BOTH(name, rows) ENTRY(gate_up, name, rows), ENTRY(down, name, rows)
-static const std::map<std::string, KernelFunction> KERNELS_BY_NAME = {BOTH(f32, 2), BOTH(f32, 8), BOTH(f16, 2), BOTH(f16, 8), BOTH(bf16, 2), BOTH(bf16, 8)};
+typedef void (*KernelFunction)(const Group *, unsigned, const float *, float *, unsigned);
+#define ENTRY(name, rows) {"expert_" #name "_" #rows, expert_##name##_##rows}
+#define BOTH(name) ENTRY(name, 2), ENTRY(name, 8)
+static const std::map<std::string, KernelFunction> KERNELS_BY_NAME = {BOTH(f32), BOTH(f16), BOTH(bf16), BOTH(q8_0), BOTH(q4_k), BOTH(fp8), BOTH(mxfp4)};
 
 static thread_local struct Call {
     KernelFunction function;
@@ -219,10 +226,11 @@ static thread_local struct Call {
     unsigned count;
     const float *input;
     float *output;
+    unsigned is_down;
 } call;
 
 static void thread_body() {
-    call.function(call.groups, call.count, call.input, call.output);
+    call.function(call.groups, call.count, call.input, call.output, call.is_down);
     warp.done[warp.now] = true;
     give_way();
 }
@@ -345,7 +353,7 @@ API cuLaunchKernel(const KernelFunction *function, unsigned blocks, unsigned, un
         // As on a card, the launch is accepted; whoever waits for it hears of it.
         return SUCCESS;
     }
-    call = {*function, *static_cast<const Group **>(arguments[0]), *static_cast<unsigned *>(arguments[1]), *static_cast<const float **>(arguments[2]), *static_cast<float **>(arguments[3])};
+    call = {*function, *static_cast<const Group **>(arguments[0]), *static_cast<unsigned *>(arguments[1]), *static_cast<const float **>(arguments[2]), *static_cast<float **>(arguments[3]), *static_cast<unsigned *>(arguments[4])};
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (unsigned thread = 0; thread < threads; thread += 32) run_warp(thread);

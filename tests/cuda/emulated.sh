@@ -39,6 +39,10 @@ say "kernels and batcher: the processor's bits"
 export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
 "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
 "${emulated[@]}" cargo test --quiet -p hanse-node --features cuda --lib batcher
+
+say "networks of cards whose experts have biases and another activation, or are in several precisions"
+"${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test parity gpt_oss
+"${emulated[@]}" cargo test --quiet -p hanse-tests --features hanse-node/cuda --test precision
 unset HANSE_TEST_DEVICE
 
 cargo build --quiet -p hanse-node --features cuda
@@ -94,6 +98,21 @@ grep -q 'not all experts fit' "$scratch/log4" || { cat "$scratch/log4"; fail "no
 [ "$(generate --bootstrap "$(address 4)")" = "$expected" ] || fail "other tokens"
 HANSE_EMULATED_CARDS=1 HANSE_EMULATED_BYTES=$((520 << 20)) node 5 --device cuda:0 --memory 1GiB --bootstrap "$(address 3)"
 [ "$(value 5 experts)" -le "$held" ] && [ "$(value 5 experts)" -gt 0 ] || fail "$(value 5 experts) experts by memory"
+
+say "experts in eight bits: the tokens of one process, and more of them on a small card"
+"$hanse" quantize $model --to q8_0 --out "$scratch/q8_0" > "$scratch/error" 2>&1 || { cat "$scratch/error"; fail "not written"; }
+published=$model
+model="$scratch/q8_0"
+answer=$(generate --local)
+node 10 --device cuda
+[ "$(value 10 devices)" = '["cuda:0","cuda:1"]' ] || fail "devices are $(value 10 devices)"
+[ "$(value 10 experts)" = 96 ] || fail "$(value 10 experts) experts"
+[ "$(generate --bootstrap "$(address 10)")" = "$answer" ] || fail "other tokens"
+HANSE_EMULATED_CARDS=1 HANSE_EMULATED_BYTES=$((520 << 20)) node 11 --device cuda:0 --bootstrap "$(address 10)"
+eight_bits=$(value 11 experts)
+if [ "$eight_bits" -le "$held" ] || [ "$eight_bits" -ge 96 ]; then fail "$eight_bits experts, and $held in sixteen bits"; fi
+[ "$(generate --bootstrap "$(address 11)")" = "$answer" ] || fail "other tokens"
+model=$published
 
 say "giving a card to others is asked for where nobody tells what they do"
 if HANSE_EMULATED_CARDS=1 "${emulated[@]}" "$hanse" node --model $model --data-dir "$scratch/data0" --yield-to-others 2> "$scratch/error"; then
@@ -229,4 +248,4 @@ for _ in $(seq 100); do
 done
 grep -q '"experts":32,' "$scratch/status" || { cat "$scratch/status"; fail "not all experts came back"; }
 
-say "all is well ($held of 96 experts fitted)"
+say "all is well ($held of 96 experts fitted, $eight_bits in eight bits)"

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::result::DriverError;
 
 use super::driver::{self, Context, Kernel, Memory, Module, Pinned, Stream, reason};
+use super::dtype::Dtype;
 use super::panels::Layout;
-use super::plan::{Class, Dtype, Group, PIECE_ROWS, Piece, Wanted, plan, room};
-use crate::checkpoint::{StoredDtype, Swiglu};
+use super::plan::{Group, PIECE_ROWS, Piece, Wanted, kernel_name, plan, room};
 use crate::device::{CardReport, CardUse, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
 use crate::expert::Expert;
-use crate::linear::Matrix;
 use crate::spec::{Activation, MoeSpec};
 
 /// Bytes that stay free on a card: for the screen, for other programs, and for what the driver itself takes.
@@ -69,7 +68,7 @@ pub(crate) struct Card {
     name: String,
     uuid: [u8; 16],
     context: Arc<Context>,
-    kernels: BTreeMap<(bool, Class), Kernel>,
+    kernels: Kernels,
     /// What kernels are part of.
     _module: Module,
     /// Two, so that one is filled while the other is computed.
@@ -77,9 +76,13 @@ pub(crate) struct Card {
     upload: Mutex<[(Pinned, Stream); 2]>,
 }
 
+/// Kernels for few rows and for many, of each dtype.
+type Kernels = BTreeMap<(bool, Dtype), Kernel>;
+
 /// An expert in a card's memory.
 struct OnCard {
     layout: Layout,
+    activation: Activation,
     memory: Memory,
 }
 
@@ -118,12 +121,7 @@ impl Slot {
     ///
     /// # Safety
     /// The weights of the piece's experts live until the stream was waited for, and so does this.
-    unsafe fn begin(
-        &mut self,
-        kernels: &BTreeMap<(bool, Class), Kernel>,
-        piece: &Piece,
-        jobs: &[HeldJob<'_>],
-    ) -> Result<(), DriverError> {
+    unsafe fn begin(&mut self, kernels: &Kernels, piece: &Piece, jobs: &[HeldJob<'_>]) -> Result<(), DriverError> {
         let groups = driver::bytes_of(&piece.groups);
         let rows_at = groups.len().next_multiple_of(ALIGNMENT);
         self.input.bytes()[..groups.len()].copy_from_slice(groups);
@@ -151,10 +149,12 @@ impl Slot {
             self.stream.copy_to(&mut self.input, rows_at + 4 * piece.x, &self.input_on_card, 0)?;
             for (is_down, input, output) in [(false, x, inner), (true, inner, y)] {
                 for launch in &piece.launches {
-                    let kernel = &kernels[&(is_down, launch.class)];
-                    let blocks = if is_down { launch.down_blocks } else { launch.up_blocks };
+                    let class = launch.class;
+                    let (dtype, blocks) =
+                        if is_down { (class.down, launch.down_blocks) } else { (class.up, launch.up_blocks) };
+                    let kernel = &kernels[&(class.many, dtype)];
                     let groups = (first + (launch.groups.start * size_of::<Group>()) as u64, launch.groups.len());
-                    self.stream.launch(kernel, (blocks, launch.class.threads()), groups, (input, output))?;
+                    self.stream.launch(kernel, (blocks, class.threads()), groups, (input, output), is_down)?;
                 }
             }
             self.stream.copy_from(&self.output_on_card, 4 * piece.y, &mut self.output)
@@ -195,11 +195,9 @@ impl Card {
         let text = CString::new(super::PTX).unwrap_or_default();
         let module = Module::new(&context, &text)?;
         let mut kernels = BTreeMap::new();
-        for is_down in [false, true] {
-            for class in classes() {
-                let name = CString::new(kernel_name(is_down, class)).unwrap_or_default();
-                kernels.insert((is_down, class), module.kernel(name)?);
-            }
+        for (many, dtype) in [false, true].into_iter().flat_map(|many| Dtype::ALL.map(|dtype| (many, dtype))) {
+            let name = CString::new(kernel_name(many, dtype)).unwrap_or_default();
+            kernels.insert((many, dtype), module.kernel(name)?);
         }
         let slot = || Slot::new(&context, (0, 0, 0));
         let upload = || Ok((Pinned::new(&context, UPLOAD_BYTES)?, Stream::new(&context)?));
@@ -267,24 +265,6 @@ impl Card {
     }
 }
 
-/// All classes that there are kernels for.
-pub(super) fn classes() -> impl Iterator<Item = Class> {
-    const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-    let of = |many| DTYPES.into_iter().flat_map(move |up| DTYPES.into_iter().map(move |down| Class { many, up, down }));
-    [false, true].into_iter().flat_map(of)
-}
-
-/// The name of a class's kernel in `kernels.cu`.
-pub(super) fn kernel_name(is_down: bool, class: Class) -> String {
-    let (kernel, dtype) = if is_down { ("down", class.down) } else { ("gate_up", class.up) };
-    let dtype = match dtype {
-        Dtype::F32 => "f32",
-        Dtype::F16 => "f16",
-        Dtype::Bf16 => "bf16",
-    };
-    format!("{kernel}_{dtype}_{}", class.tile())
-}
-
 impl Device for Card {
     fn name(&self) -> &str {
         &self.name
@@ -302,40 +282,28 @@ impl Device for Card {
         self.free().map(|free| Some(free.saturating_sub(MARGIN_BYTES)))
     }
 
-    fn supports(&self, dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
-        // Widened they would take up to seven times as much.
-        if dtypes.iter().any(|dtype| dtype.is_quantised()) {
-            return Err(DeviceError::Unsupported { device: self.name.clone(), what: "quantised weights" });
-        }
-        Ok(())
-    }
-
     fn prepare(&self, hidden_size: usize, moe: &MoeSpec) -> Result<(), DeviceError> {
-        self.computes(moe.activation, moe.expert_biases)?;
         self.make_room(room(hidden_size, moe.intermediate_size))
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
-        let Swiglu { gate_proj, up_proj, down_proj, .. } = &expert.swiglu;
-        self.supports(&[gate_proj, up_proj, down_proj].map(Matrix::dtype))?;
-        self.computes(expert.swiglu.activation, expert.swiglu.biases.is_some())?;
         let layout = Layout::of(&expert.swiglu);
         self.make_room(room(layout.hidden_size, layout.inner_size))?;
         let memory = self.allocate(layout.bytes() as u64, || Memory::new(&self.context, layout.bytes()))?;
         self.upload(&expert, &layout, &memory).map_err(self.failed("copying weights"))?;
-        Ok(Box::new(OnCard { layout, memory }))
+        Ok(Box::new(OnCard { layout, activation: expert.swiglu.activation, memory }))
     }
 
     fn run(&self, jobs: &mut [HeldJob<'_>]) -> Result<(), DeviceError> {
         let wanted: Option<Vec<Wanted>> = jobs
             .iter()
             .map(|job| {
-                let OnCard { layout, memory } =
+                let OnCard { layout, activation, memory } =
                     job.expert.weights().filter(|held: &&OnCard| held.memory.is_of(&self.context))?;
                 let rows = job.hidden.len() / layout.hidden_size;
                 assert_eq!(job.hidden.len(), rows * layout.hidden_size, "input in whole rows");
                 assert_eq!(job.output.len(), job.hidden.len(), "output as long as the input");
-                Some(Wanted { layout: *layout, weights: memory.address(), rows })
+                Some(Wanted { layout: *layout, activation: *activation, weights: memory.address(), rows })
             })
             .collect();
         let pieces = plan(&wanted.ok_or_else(|| not_held(&self.name))?);
@@ -356,16 +324,6 @@ impl Device for Card {
 }
 
 impl Card {
-    /// The kernels compute plain SwiGLUs.
-    fn computes(&self, activation: Activation, biases: bool) -> Result<(), DeviceError> {
-        let unsupported = |what| Err(DeviceError::Unsupported { device: self.name.clone(), what });
-        match (activation, biases) {
-            (Activation::Swiglu, false) => Ok(()),
-            (Activation::Swiglu, true) => unsupported("biases"),
-            (_, _) => unsupported("another activation than silu"),
-        }
-    }
-
     fn compute(&self, slots: &mut [Slot; 2], pieces: &[Piece], jobs: &mut [HeldJob<'_>]) -> Result<(), DriverError> {
         for (number, piece) in pieces.iter().enumerate() {
             if let Some(last) = number.checked_sub(2) {

@@ -267,7 +267,7 @@ impl Stream {
         unsafe { result::memcpy_dtoh_async(&mut to.bytes()[..bytes], from.at, self.raw) }
     }
 
-    /// Launches a kernel over `groups` groups, of which the first is at the address `first`.
+    /// Launches a kernel over `groups` groups, of which the first is at the address `first`: for their gate and up, or for their down.
     ///
     /// # Safety
     /// What the groups name must be in the card's memory: whole panels, rows at `input` that were written, and room for rows at
@@ -278,12 +278,18 @@ impl Stream {
         (blocks, threads): (u32, u32),
         (mut first, groups): (u64, usize),
         (mut input, mut output): (u64, u64),
+        is_down: bool,
     ) -> Result<(), DriverError> {
         self.context.bind()?;
-        let mut count = groups as u32;
-        let mut arguments: [*mut c_void; 4] =
-            [(&raw mut first).cast(), (&raw mut count).cast(), (&raw mut input).cast(), (&raw mut output).cast()];
-        // SAFETY: the kernels take these four arguments, which the driver reads before it returns.
+        let (mut count, mut is_down) = (groups as u32, u32::from(is_down));
+        let mut arguments: [*mut c_void; 5] = [
+            (&raw mut first).cast(),
+            (&raw mut count).cast(),
+            (&raw mut input).cast(),
+            (&raw mut output).cast(),
+            (&raw mut is_down).cast(),
+        ];
+        // SAFETY: the kernels take these five arguments, which the driver reads before it returns.
         unsafe { result::launch_kernel(kernel.raw, (blocks, 1, 1), (threads, 1, 1), 0, self.raw, &mut arguments) }
     }
 }

@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use crate::checkpoint::StoredDtype;
-
+use super::dtype::Dtype;
 use super::panels::{CHUNK, GATES, Layout, PANEL};
+use crate::spec::Activation;
 
 /// Rows of a piece at most.
 pub(super) const PIECE_ROWS: usize = 256;
@@ -16,11 +16,13 @@ const FEW: usize = 2;
 
 /// The rows of one expert, as the kernels read it. `Group` in `kernels.cu` is the same.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Group {
     /// Addresses of its panels.
     pub(super) gate_up: u64,
     pub(super) down: u64,
+    /// Address of its biases; 0 if it has none.
+    pub(super) biases: u64,
     /// Where its first row begins, in floats.
     pub(super) x: u64,
     pub(super) inner: u64,
@@ -33,12 +35,16 @@ pub(super) struct Group {
     pub(super) blocks_before_down: u32,
     /// Two to this power: tiles of rows that a block computes side by side.
     pub(super) side: u32,
+    /// Of its activation; the limit is no number where there is none.
+    pub(super) limit: f32,
+    pub(super) alpha: f32,
 }
 
 /// One job as the plan sees it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted {
     pub(super) layout: Layout,
+    pub(super) activation: Activation,
     /// The address of its weights.
     pub(super) weights: u64,
     pub(super) rows: usize,
@@ -62,29 +68,10 @@ pub(super) struct Class {
     pub(super) down: Dtype,
 }
 
-/// What the kernels read of [`StoredDtype`], in their order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Dtype {
-    F32,
-    F16,
-    Bf16,
-}
-
-impl From<StoredDtype> for Dtype {
-    fn from(dtype: StoredDtype) -> Self {
-        match dtype {
-            StoredDtype::F16 => Self::F16,
-            StoredDtype::Bf16 => Self::Bf16,
-            // What `Layout` has of others.
-            _ => Self::F32,
-        }
-    }
-}
-
 impl Class {
     /// Rows that a warp computes at a time.
     pub(super) fn tile(self) -> usize {
-        if self.many { 8 } else { 2 }
+        tile(self.many)
     }
 
     /// Warps of a block.
@@ -98,6 +85,15 @@ impl Class {
     }
 }
 
+fn tile(many: bool) -> usize {
+    if many { 8 } else { FEW }
+}
+
+/// The name of a kernel in `kernels.cu`.
+pub(super) fn kernel_name(many: bool, dtype: Dtype) -> String {
+    format!("expert_{}_{}", dtype.name(), tile(many))
+}
+
 /// Two launches: gate and up, then down.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Launch {
@@ -109,7 +105,7 @@ pub(super) struct Launch {
 }
 
 /// What is copied, computed and copied back at a time.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Piece {
     pub(super) parts: Vec<Part>,
     pub(super) groups: Vec<Group>,
@@ -146,12 +142,17 @@ fn piece(jobs: &[Wanted], parts: Vec<(usize, Range<usize>)>) -> Piece {
     let mut piece = Piece::default();
     let mut classed = Vec::with_capacity(parts.len());
     for (job, rows) in parts {
-        let Wanted { layout, weights, .. } = jobs[job];
+        let Wanted { layout, activation, weights, .. } = jobs[job];
         let count = rows.len();
-        let class = Class { many: count > FEW, up: layout.up_dtype.into(), down: layout.down_dtype.into() };
+        let class = Class { many: count > FEW, up: layout.up_dtype, down: layout.down_dtype };
+        let (limit, alpha) = match activation {
+            Activation::Swiglu => (f32::NAN, 1.0),
+            Activation::ClampedSwiglu { limit, alpha } => (limit, alpha),
+        };
         let group = Group {
             gate_up: weights,
             down: weights + layout.down_at() as u64,
+            biases: layout.biases_at().map_or(0, |at| weights + at as u64),
             x: piece.x as u64,
             inner: piece.inner as u64,
             y: piece.y as u64,
@@ -161,6 +162,8 @@ fn piece(jobs: &[Wanted], parts: Vec<(usize, Range<usize>)>) -> Piece {
             blocks_before_up: 0,
             blocks_before_down: 0,
             side: 0,
+            limit,
+            alpha,
         };
         classed.push((class, group));
         piece.parts.push(Part { job, rows, x: piece.x, y: piece.y });
@@ -206,4 +209,4 @@ pub(super) fn room(hidden_size: usize, inner_size: usize) -> (usize, usize, usiz
     (padded(hidden_size), padded(inner_size), PIECE_ROWS * hidden_size)
 }
 
-const _: () = assert!(size_of::<Group>() == 64 && GATES * 2 == PANEL && CHUNK == PANEL);
+const _: () = assert!(size_of::<Group>() == 80 && GATES * 2 == PANEL && CHUNK == PANEL);

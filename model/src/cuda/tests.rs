@@ -1,106 +1,32 @@
 //! The pure parts, and that the PTX is that of the source. What runs on a card is in `tests/devices.rs`.
 
-use std::path::{Path, PathBuf};
+mod panels;
+
 use std::sync::LazyLock;
 
+use panels::swiglus;
 use proptest::prelude::*;
 
+use super::dtype::Dtype;
 use super::panels::{CHUNK, Layout};
-use super::plan::{Class, Dtype, PIECE_ROWS, Wanted, plan, room};
-use crate::Checkpoint;
-use crate::checkpoint::Swiglu;
-use crate::linear::Matrix;
+use super::plan::{Class, PIECE_ROWS, Wanted, kernel_name, plan, room};
 use crate::spec::Activation;
-
-/// The first experts of models of all dtypes and of widths that are no whole number of chunks.
-fn swiglus() -> Vec<(PathBuf, Swiglu)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut dirs: Vec<PathBuf> = vec![root.join("examples/models/tiny-moe")];
-    for folder in ["tests/fixtures", "tests/fixtures/extra"] {
-        let entries = std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
-        dirs.extend(entries.filter(|path| path.join("config.json").exists()));
-    }
-    let opened = dirs.into_iter().filter_map(|dir| Some((Checkpoint::open(&dir).ok()?, dir)));
-    let first = |(checkpoint, dir): (Checkpoint, PathBuf)| {
-        let (layer, moe) = checkpoint.spec().moe_layers().next()?;
-        let plain = moe.activation == Activation::Swiglu && !moe.expert_biases;
-        plain.then(|| (dir, checkpoint.expert(layer, 1).unwrap()))
-    };
-    opened.filter_map(first).collect()
-}
-
-/// The value that the kernels read as that of `column` (of a panel) and `input`, as f32. Written after `kernels.cu`, not after `panels.rs`.
-fn read(bytes: &[u8], dtype: Dtype, width: usize, panel: usize, column: usize, input: usize) -> f32 {
-    let (half, place, octets) = (column / 8, column % 8, width.div_ceil(16).div_ceil(8));
-    let (octet, chunk, thread) = (input / 128, input / 16 % 8, half * 16 + input % 16);
-    let vectors = if dtype == Dtype::F32 { 2 } else { 1 };
-    let vector = (panel * octets + octet) * 8 * vectors * 32 + place * vectors * 32 + thread;
-    let value = |at: usize, len: usize| &bytes[at..at + len];
-    match dtype {
-        Dtype::F32 => {
-            let at = (vector + chunk / 4 * 32) * 16 + chunk % 4 * 4;
-            f32::from_le_bytes(value(at, 4).try_into().unwrap())
-        }
-        Dtype::F16 => half::f16::from_le_bytes(value(vector * 16 + chunk * 2, 2).try_into().unwrap()).to_f32(),
-        Dtype::Bf16 => half::bf16::from_le_bytes(value(vector * 16 + chunk * 2, 2).try_into().unwrap()).to_f32(),
-    }
-}
-
-fn row(matrix: &Matrix, row: usize) -> Vec<f32> {
-    let mut values = vec![f32::NAN; matrix.inputs()];
-    matrix.widen_row(row, &mut values);
-    values
-}
-
-#[test]
-fn kernels_find_every_weight_where_it_lies() {
-    let swiglus = swiglus();
-    let dtypes: std::collections::BTreeSet<Dtype> =
-        swiglus.iter().map(|(_, swiglu)| Layout::of(swiglu).up_dtype.into()).collect();
-    assert_eq!(dtypes.into_iter().collect::<Vec<_>>(), [Dtype::F32, Dtype::F16, Dtype::Bf16]);
-    for (dir, swiglu) in swiglus {
-        let layout = Layout::of(&swiglu);
-        let mut bytes = vec![0xff; layout.bytes()];
-        let pieces = layout.pieces(20_000);
-        let mut rest = bytes.as_mut_slice();
-        for piece in &pieces {
-            let (own, others) = rest.split_at_mut(piece.bytes);
-            layout.write(&swiglu, piece, own);
-            rest = others;
-        }
-        assert!(rest.is_empty() && pieces.windows(2).all(|pair| pair[0].at + pair[0].bytes == pair[1].at));
-        let (up, down) = bytes.split_at(layout.down_at());
-        let (width, inner) = (swiglu.gate_proj.inputs(), swiglu.gate_proj.outputs());
-        for number in 0..layout.inner_size {
-            let (panel, half, place) = (number / 8, number % 8 / 4, number % 4);
-            for (matrix, first) in [(&swiglu.gate_proj, 0), (&swiglu.up_proj, 4)] {
-                let expected = if number < inner { row(matrix, number) } else { vec![0.0; width] };
-                for (input, expected) in expected.iter().enumerate() {
-                    let found = read(up, layout.up_dtype.into(), width, panel, half * 8 + first + place, input);
-                    assert_eq!(found.to_bits(), expected.to_bits(), "{} {number} {input}", dir.display());
-                }
-            }
-        }
-        for number in 0..width {
-            for (input, expected) in row(&swiglu.down_proj, number).iter().enumerate() {
-                let found = read(down, layout.down_dtype.into(), layout.inner_size, number / 16, number % 16, input);
-                assert_eq!(found.to_bits(), expected.to_bits(), "{} {number} {input}", dir.display());
-            }
-        }
-    }
-}
 
 proptest! {
     #[test]
     fn a_pass_computes_every_row_once_in_few_launches(rows in proptest::collection::vec(0usize..700, 0..20), which in 0usize..100) {
-        static LAYOUTS: LazyLock<Vec<Layout>> = LazyLock::new(|| swiglus().iter().map(|(_, swiglu)| Layout::of(swiglu)).collect());
+        static LAYOUTS: LazyLock<Vec<(Layout, Activation)>> =
+            LazyLock::new(|| swiglus().iter().map(|(_, swiglu)| (Layout::of(swiglu), swiglu.activation)).collect());
         let layouts = &*LAYOUTS;
         let jobs: Vec<Wanted> = rows
             .iter()
             .enumerate()
-            .map(|(job, &rows)| Wanted { layout: layouts[(job + which) % layouts.len()], weights: (job as u64 + 1) << 32, rows })
+            .map(|(job, &rows)| {
+                let (layout, activation) = layouts[(job + which) % layouts.len()];
+                Wanted { layout, activation, weights: (job as u64 + 1) << 32, rows }
+            })
             .collect();
-        let rooms = || layouts.iter().map(|layout| room(layout.hidden_size, layout.inner_size));
+        let rooms = || layouts.iter().map(|(layout, _)| room(layout.hidden_size, layout.inner_size));
         let most = |of: fn((usize, usize, usize)) -> usize| rooms().map(of).max().unwrap();
         let mut next = vec![0; jobs.len()];
         for piece in plan(&jobs) {
@@ -129,6 +55,12 @@ proptest! {
                     let part = part.unwrap();
                     let wanted = jobs[part.job];
                     prop_assert_eq!((group.gate_up, group.rows as usize), (wanted.weights, part.rows.len()));
+                    prop_assert_eq!(group.down, wanted.weights + wanted.layout.down_at() as u64);
+                    prop_assert_eq!(group.biases, wanted.layout.biases_at().map_or(0, |at| wanted.weights + at as u64));
+                    match wanted.activation {
+                        Activation::Swiglu => prop_assert!(group.limit.is_nan() && group.alpha == 1.0),
+                        Activation::ClampedSwiglu { limit, alpha } => prop_assert_eq!((group.limit, group.alpha), (limit, alpha)),
+                    }
                     prop_assert_eq!(launch.class.many, part.rows.len() > 2);
                     let inner = group.inner as usize;
                     for place in &mut taken[inner..inner + part.rows.len() * wanted.layout.inner_size] {
@@ -171,13 +103,9 @@ fn the_ptx_is_made_of_the_source_and_has_every_kernel() {
     let hash = blake3::hash(include_bytes!("kernels.cu"));
     let first = super::PTX.lines().next().unwrap();
     assert!(first.contains(&hash.to_hex().to_string()), "kernels.cu has changed: run tests/cuda/ptx.sh; {first}");
-    for kernel in ["gate_up", "down"] {
-        for dtype in ["f32", "f16", "bf16"] {
-            for rows in [2, 8] {
-                let entry = format!(".visible .entry {kernel}_{dtype}_{rows}(");
-                assert!(super::PTX.contains(&entry), "{entry}");
-            }
-        }
+    for (many, dtype) in [false, true].into_iter().flat_map(|many| Dtype::ALL.map(|dtype| (many, dtype))) {
+        let entry = format!(".visible .entry {}(", kernel_name(many, dtype));
+        assert!(super::PTX.contains(&entry), "{entry}");
     }
     // Older drivers and cards read no later ones.
     assert!(super::PTX.contains("\n.version 7.8\n") && super::PTX.contains("\n.target sm_60\n"));

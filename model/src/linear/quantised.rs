@@ -23,6 +23,12 @@ impl Place {
         Self { map: Arc::clone(map), start }
     }
 
+    /// `len` bytes from its byte `at` on.
+    #[cfg(any(feature = "cuda", test))]
+    fn bytes(&self, at: usize, len: usize) -> &[u8] {
+        &self.map[self.start + at..][..len]
+    }
+
     fn pointer(&self) -> *const u8 {
         self.map.as_ptr().wrapping_add(self.start)
     }
@@ -138,6 +144,23 @@ impl Quantised {
                 _ => multiply::<Mxfp4>(isa, x, rows, y, shape),
             }
         }
+    }
+
+    /// See [`super::Matrix::stored_row`].
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn stored_row(&self, row: usize) -> (&[u8], &[u8]) {
+        assert!(row < self.outputs, "a row of the matrix");
+        let scale_bytes = match self.dtype {
+            StoredDtype::F8E4m3 => self.inputs.div_ceil(FP8_TILE) * size_of::<f32>(),
+            StoredDtype::F4E2m1 => self.inputs / GROUP,
+            _ => 0,
+        };
+        let values = self.values.bytes(row * self.stride, self.dtype.bytes(self.inputs).unwrap_or(0));
+        let scales = self
+            .scales
+            .as_ref()
+            .map_or(&[][..], |scales| scales.bytes(row / self.rows_per_scale * self.scale_stride, scale_bytes));
+        (values, scales)
     }
 
     /// Copies one row, widened to f32; `to` is `[inputs]`.

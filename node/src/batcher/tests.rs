@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use futures::FutureExt;
 use hanse_model::{
-    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, HeldJob, MoeSpec, StoredDtype, Weights, add_weighted,
-    compute_pool, run_held,
+    Checkpoint, Cpu, Device, DeviceChoice, DeviceError, Expert, HeldJob, MoeSpec, Weights, add_weighted, compute_pool,
+    run_held,
 };
 use hanse_protocol::Identity;
 
@@ -241,10 +241,6 @@ impl Device for Frail {
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         self.check().map(|()| Some(self.room.load(Relaxed) * 100))
     }
-    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
-        Ok(())
-    }
-
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hanse_model::{Checkpoint, Device, DeviceChoice, MoeSpec, StoredDtype, compute_pool};
+use hanse_model::{Checkpoint, Device, DeviceChoice, MoeSpec, compute_pool};
 
 use super::{VolunteerConfig, VolunteerError};
 
@@ -12,7 +12,6 @@ pub(super) struct Opener {
     hidden_size: usize,
     /// The different blocks of experts that the model has.
     blocks: Vec<MoeSpec>,
-    dtypes: Vec<StoredDtype>,
     threads: usize,
 }
 
@@ -21,18 +20,17 @@ impl Opener {
         let spec = checkpoint.spec();
         let mut blocks: Vec<MoeSpec> = spec.moe_layers().map(|(_, moe)| moe.clone()).collect();
         blocks.dedup();
-        let dtypes = (0..spec.layers.len()).flat_map(|layer| checkpoint.expert_dtypes(layer)).collect();
-        Self { hidden_size: spec.hidden_size, blocks, dtypes, threads: config.threads }
+        Self { hidden_size: spec.hidden_size, blocks, threads: config.threads }
     }
 
-    /// Opens the devices; a card takes a while. Those that cannot compute this model's experts, or have no room to, are left out.
+    /// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
     pub(super) fn open(&self, choice: &DeviceChoice) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
         let pool = compute_pool(self.threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
         let (mut usable, mut unusable) = (Vec::new(), None);
         let pool = Arc::new(pool);
         for device in choice.open(pool.clone())? {
             let prepare = |moe: &MoeSpec| device.prepare(self.hidden_size, moe);
-            match device.supports(&self.dtypes).and_then(|()| self.blocks.iter().try_for_each(prepare)) {
+            match self.blocks.iter().try_for_each(prepare) {
                 Ok(()) => usable.push(device),
                 Err(error) => {
                     tracing::warn!(%error, "a device is left out");

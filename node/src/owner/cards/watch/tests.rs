@@ -1,6 +1,6 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use hanse_model::{CardUse, DeviceError, Expert, HeldJob, MoeSpec, StoredDtype, Weights};
+use hanse_model::{CardUse, DeviceError, Expert, HeldJob, MoeSpec, Weights};
 
 use super::super::CardProcess;
 use super::*;
@@ -61,9 +61,6 @@ impl Device for Holds {
     }
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {
         Ok(Some(0))
-    }
-    fn supports(&self, _dtypes: &[StoredDtype]) -> Result<(), DeviceError> {
-        Ok(())
     }
     fn prepare(&self, _hidden_size: usize, _moe: &MoeSpec) -> Result<(), DeviceError> {
         Ok(())
