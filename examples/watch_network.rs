@@ -54,7 +54,10 @@ fn tell_changes(peer: &PeerId, before: &Advert, now: &Advert) {
         println!("~ {peer} hosts {} experts now, {} before", now.hosted.count(), before.hosted.count());
     }
     if before.draining != now.draining {
-        println!("~ {peer} {}", if now.draining { "takes no calls" } else { "takes calls again" });
+        match now.draining {
+            Some(why) => println!("~ {peer} takes no calls: {why}"),
+            None => println!("~ {peer} takes calls again"),
+        }
     }
     if before.load_permille != now.load_permille {
         println!("~ {peer} is {} % full", now.load_permille / 10);

@@ -6,7 +6,7 @@
 #
 # Needs a running Docker engine, `docker compose` or `docker-compose`, and curl 7.82 or later. IMAGE is one that exists; without it the image is built
 # as docker/Dockerfile says, which needs the internet. HANSE_BINARY=FILE puts a program that is built already into it instead; then only
-# debian:bookworm-slim is needed. HANSE_DOCKERFILE=docker/Dockerfile.cuda has the image for machines with cards, which also runs without. HANSE_PORT is the gateway's port here, 18080 by default.
+# debian:bookworm-slim is needed. HANSE_FEATURES=cuda has the image for machines with cards, which also runs without. HANSE_PORT is the gateway's port here, 18080 by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -120,7 +120,7 @@ if [ "$HANSE_IMAGE" = "$project" ]; then
         printf 'FROM scratch\nCOPY . /out/\n' | docker build --quiet --tag "$project-binary" --file - "$scratch/binary" > /dev/null
         binary="$project-binary"
     fi
-    docker build --quiet --tag "$project" --file "${HANSE_DOCKERFILE:-docker/Dockerfile}" --build-arg "BINARY=$binary" . > /dev/null
+    docker build --quiet --tag "$project" --file docker/Dockerfile --build-arg "BINARY=$binary" --build-arg "FEATURES=${HANSE_FEATURES:-}" . > /dev/null
     say "the image is built"
 fi
 

@@ -23,7 +23,7 @@ mod products;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub(crate) use card::{cards, open};
+pub(crate) use card::{cards, open, uuids};
 
 /// The kernels, as the driver reads them.
 const PTX: &str = include_str!("cuda/kernels.ptx");

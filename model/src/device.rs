@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 pub(crate) use choice::version;
-pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, cards};
+pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, card_uuids, cards};
 #[cfg(any(feature = "cuda", test))]
 pub(crate) use matrices::MatrixDevice;
 pub use matrices::TrunkCard;
@@ -49,6 +49,15 @@ pub enum DeviceError {
 /// What a device keeps of an expert that it holds. Only the device that made it can tell.
 pub type Weights = Box<dyn Any + Send + Sync>;
 
+/// Which card a device is, and what it has of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CardUse {
+    /// What no other card has, as the driver gives it.
+    pub uuid: [u8; 16],
+    /// Bytes of the card's memory that experts and rows take at present, as the driver rounds them; not what it takes for itself.
+    pub held_bytes: u64,
+}
+
 /// Something that holds experts and computes them. A row's bits are the same on all of them.
 pub trait Device: fmt::Debug + Send + Sync {
     /// As `--device` has it: `cpu`, `cuda:0`.
@@ -56,6 +65,11 @@ pub trait Device: fmt::Debug + Send + Sync {
 
     /// Whether the threads of this process compute, so that it may be done in the caller's.
     fn is_host(&self) -> bool;
+
+    /// Which card it is; `None` if it is none.
+    fn card(&self) -> Option<CardUse> {
+        None
+    }
 
     /// Bytes of experts that it could take at present; `None` if it has no memory of its own.
     ///

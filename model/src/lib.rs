@@ -72,8 +72,8 @@ pub use checkpoint::{
     Piece, Run, Sizes, StoredDtype, TrunkPart, WeightMap, tensor_shapes, weight_map_of_headers,
 };
 pub use device::{
-    CardReport, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError, TrunkCard,
-    Weights, cards, run_held,
+    CardReport, CardUse, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError,
+    TrunkCard, Weights, card_uuids, cards, run_held,
 };
 pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};

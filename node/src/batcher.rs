@@ -86,6 +86,9 @@ pub(crate) enum WorkError {
     /// The device that holds some of the experts failed. Others may have them.
     #[error("the device that holds the experts failed")]
     Device,
+    /// Another program has the device that holds some of the experts. Others may have them.
+    #[error("the device that holds the experts was given to another program")]
+    Lent,
     /// The batcher has stopped, or failed at this work.
     #[error("the work was lost")]
     Lost,

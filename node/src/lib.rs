@@ -20,7 +20,7 @@ mod volunteer;
 
 pub use counters::{Counters, Counts};
 pub use experts_spec::{ExpertsSpec, ExpertsSpecError};
-pub use store::ExpertStore;
+pub use store::{ExpertStore, Lent};
 pub use volunteer::{
     ADVERT_INTERVAL, ADVERT_LIFETIME, Hosting, Moves, Preview, Volunteer, VolunteerConfig, VolunteerError, preview,
 };

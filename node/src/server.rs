@@ -1,14 +1,14 @@
 //! The volunteer's data plane: accepts connections, checks every frame, hands work to the batcher.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hanse_protocol::discovery::Discovery;
 use hanse_protocol::{
-    DataConnection, DataEndpoint, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits, FrameStream, Hello,
-    ModelId, PeerId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
+    DataConnection, DataEndpoint, Draining, ExpertAnswer, ExpertCall, Fetch, Frame, FrameError, FrameLimits,
+    FrameStream, Hello, ModelId, PeerId, PendingConnection, Refusal, RefusalCode, Welcome, WireDtype,
 };
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -41,11 +41,25 @@ pub(crate) struct Server {
     pub(crate) batcher: Batcher,
     pub(crate) counters: Counters,
     pub(crate) demand: Demand,
-    pub(crate) draining: AtomicBool,
+    pub(crate) draining: Pause,
     /// The owner's limit on what is sent.
     pub(crate) bandwidth: Option<Bandwidth>,
     /// The model's manifest and weights, if they are given out.
     pub(crate) giving: Option<Giving>,
+}
+
+/// Whether new calls are refused, and why.
+#[derive(Debug, Default)]
+pub(crate) struct Pause(AtomicU8);
+
+impl Pause {
+    pub(crate) fn get(&self) -> Option<Draining> {
+        Draining::from_code(self.0.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set(&self, why: Option<Draining>) {
+        self.0.store(why.map_or(0, Draining::code), Ordering::Relaxed);
+    }
 }
 
 /// A refusal without the request id, which the caller of the failing function knows.
@@ -224,6 +238,10 @@ impl Server {
             let text = format!("rows of this model have {} values, not {}", self.store.hidden_size(), call.hidden_size);
             return Err((RefusalCode::Malformed, text));
         }
+        // Who has given everything back says so, and not that it never had it.
+        if let Some(why) = self.draining.get() {
+            return Err((RefusalCode::Draining, format!("this peer takes no calls at present: {why}")));
+        }
         let experts = self.store.snapshot();
         if let Some(missing) = call.assignments.iter().find(|a| experts.expert(call.layer, a.expert).is_none()) {
             return Err((
@@ -234,16 +252,13 @@ impl Server {
         if call.deadline_ms == 0 {
             return Err((RefusalCode::DeadlinePassed, "the deadline had passed on arrival".into()));
         }
-        if self.draining.load(Ordering::Relaxed) {
-            return Err((RefusalCode::Draining, "this peer takes no calls at present".into()));
-        }
         Ok(experts)
     }
 
     async fn give(&self, fetch: &Fetch, chunks: Arc<Semaphore>) -> Held {
         let refused = |code, text: &str| (Frame::Refusal(Refusal::new(fetch.request_id, code, text)), None);
         match &self.giving {
-            Some(_) if self.draining.load(Ordering::Relaxed) => refused(RefusalCode::Draining, "this peer is leaving"),
+            Some(_) if self.draining.get().is_some() => refused(RefusalCode::Draining, "this peer is leaving"),
             Some(giving) => giving.answer(fetch, chunks, self.bandwidth.as_ref()).await,
             None => refused(RefusalCode::NotHosted, "this peer gives out no weights"),
         }
@@ -300,6 +315,8 @@ impl Server {
             let code = match error {
                 WorkError::Full => RefusalCode::Busy,
                 WorkError::DeadlinePassed => RefusalCode::DeadlinePassed,
+                WorkError::Lent if self.draining.get().is_some() => RefusalCode::Draining,
+                WorkError::Lent => RefusalCode::NotHosted,
                 WorkError::Device | WorkError::Lost => RefusalCode::Internal,
             };
             (code, error.to_string())

@@ -1,19 +1,27 @@
 //! The experts that this volunteer holds.
 
+mod lending;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use hanse_model::{Checkpoint, Device, DeviceError, Expert, HeldExpert, LoadError};
 use hanse_protocol::{HostedError, HostedExperts};
 use tokio::sync::Notify;
 
+use lending::Away;
+pub use lending::Lent;
+
 /// How often it is looked whether given up experts are free.
 const FREED_POLL: Duration = Duration::from_millis(5);
 
 /// Experts by layer and number.
 type Experts = BTreeMap<(u32, u32), Arc<HeldExpert>>;
+
+/// An expert that is not served yet.
+type Loaded = ((u32, u32), Arc<HeldExpert>);
 
 /// Loaded experts by layer and number, on one device or several. They may change while it serves: whoever computes works on a
 /// `Snapshot`.
@@ -23,6 +31,9 @@ pub struct ExpertStore {
     hidden_size: usize,
     /// Those that work.
     devices: RwLock<Vec<Arc<dyn Device>>>,
+    /// Those that other programs have at present. Locked after `devices` and `experts`.
+    away: Mutex<Away>,
+    /// Experts have gone with their device.
     lost: Notify,
     /// The last expert that was to be held did not fit, and none has gone since.
     is_full: AtomicBool,
@@ -66,6 +77,7 @@ impl ExpertStore {
             experts: RwLock::default(),
             hidden_size,
             devices: RwLock::new(devices),
+            away: Mutex::default(),
             lost: Notify::new(),
             is_full: AtomicBool::new(false),
         }
@@ -83,16 +95,29 @@ impl ExpertStore {
                 Some(held) => loaded.push(((layer, expert), Arc::new(held))),
                 None => left_out.push((layer, expert)),
             }
+            // A device may have failed meanwhile, or be wanted by others, who do not wait for the rest.
+            self.leave(&mut loaded, &mut left_out);
         }
+        let mut gone = Vec::new();
         self.change(|experts| {
-            // A device may have failed meanwhile.
-            let devices = self.devices();
-            let (kept, lost): (Vec<_>, Vec<_>) =
-                loaded.into_iter().partition(|(_, held)| devices.iter().any(|device| held.is_on(device)));
-            left_out.extend(lost.into_iter().map(|(pair, _)| pair));
-            experts.extend(kept);
+            gone = self.leave(&mut loaded, &mut left_out);
+            experts.extend(loaded);
         });
+        self.miss(&left_out);
         Ok(left_out)
+    }
+
+    /// Takes out what lies on devices that are not here any more.
+    fn leave(&self, loaded: &mut Vec<Loaded>, left_out: &mut Vec<(u32, u32)>) -> Vec<Loaded> {
+        let gone: Vec<_> = loaded.extract_if(.., |(_, held)| !self.works(held.device())).collect();
+        left_out.extend(gone.iter().map(|(pair, _)| *pair));
+        gone
+    }
+
+    /// Whether a device takes experts and computes them.
+    pub(crate) fn works(&self, device: &Arc<dyn Device>) -> bool {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        devices.iter().any(|other| std::ptr::addr_eq(Arc::as_ptr(device), Arc::as_ptr(other)))
     }
 
     /// Has the device with most room take an expert, or the next where that is not enough.
@@ -128,7 +153,7 @@ impl ExpertStore {
         free.into_iter().map(whole).fold(self.bytes(), u64::saturating_add)
     }
 
-    /// The devices that work.
+    /// The devices that work and are not lent to others.
     #[must_use]
     pub fn devices(&self) -> Vec<Arc<dyn Device>> {
         self.devices.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -150,7 +175,7 @@ impl ExpertStore {
         self.lost.notify_one();
     }
 
-    /// Completes when a device has failed since the last time.
+    /// Completes when a device has failed or was lent since the last time.
     pub(crate) async fn lost(&self) {
         self.lost.notified().await;
     }

@@ -3,18 +3,20 @@
 mod announcer;
 mod host;
 mod neighbours;
+mod opener;
 mod preview;
 mod shard;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, MoeSpec, OpenError, compute_pool};
+use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError};
 use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
-use hanse_protocol::{AdvertError, BindError, DataEndpoint, HostedError, Identity, ModelId, Multiaddr, PeerId};
+use hanse_protocol::{
+    AdvertError, BindError, DataEndpoint, Draining, HostedError, Identity, ModelId, Multiaddr, PeerId, data_runtime,
+};
 use hanse_router::weights::{FetchError, RemoteModel, Shelf};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -26,11 +28,12 @@ use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
 use crate::giving::Giving;
 use crate::owner::Bandwidth;
 use crate::placement::Pace;
-use crate::server::Server;
-use crate::store::ExpertStore;
+use crate::server::{Pause, Server};
+use crate::store::{ExpertStore, Lent};
 use announcer::{Announcer, DataAddresses, Stored};
 use host::{Host, MoveCounts};
 use neighbours::Neighbours;
+use opener::{Opener, open_devices};
 use shard::Shard;
 
 pub use announcer::{ADVERT_INTERVAL, ADVERT_LIFETIME};
@@ -84,6 +87,8 @@ pub struct VolunteerConfig {
     pub max_bandwidth: Option<u64>,
     /// In this time half of the demand for an expert is forgotten.
     pub demand_half_life: Duration,
+    /// Keep the files of hosted experts in the cache, so that experts of a device that was lent can be loaded again.
+    pub keep_files: bool,
     /// What fetches the checkpoint's experts; `None` if it is a folder. Then they are fetched several at a time, ahead of being
     /// loaded.
     pub remote: Option<RemoteModel>,
@@ -114,6 +119,7 @@ impl Default for VolunteerConfig {
             pace: Pace::default(),
             max_bandwidth: None,
             demand_half_life: DEMAND_HALF_LIFE,
+            keep_files: false,
             remote: None,
             shelf: None,
             give_bytes_per_second: None,
@@ -181,6 +187,7 @@ pub struct Volunteer {
     server: Arc<Server>,
     announcer: Arc<Announcer>,
     moves: Arc<MoveCounts>,
+    opener: Arc<Opener>,
     loaded: Option<oneshot::Receiver<Result<(), VolunteerError>>>,
     serving: CancellationToken,
     announcing: CancellationToken,
@@ -223,7 +230,8 @@ impl Volunteer {
         config: VolunteerConfig,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
-        let devices = open_devices(&config, checkpoint).await?;
+        let opener = Arc::new(Opener::new(&config, checkpoint));
+        let devices = open_devices(&opener, &config.device).await?;
         let discovery = Discovery::start(
             identity,
             DiscoveryConfig {
@@ -236,7 +244,7 @@ impl Volunteer {
             },
         )
         .await?;
-        match Self::serve(identity, checkpoint, model, config, devices, discovery.clone(), progress) {
+        match Self::serve(identity, checkpoint, model, config, (opener, devices), discovery.clone(), progress) {
             Ok(volunteer) => Ok(volunteer),
             Err(error) => {
                 discovery.shutdown().await;
@@ -250,7 +258,7 @@ impl Volunteer {
         checkpoint: &Checkpoint,
         model: ModelId,
         config: VolunteerConfig,
-        devices: Vec<Arc<dyn Device>>,
+        (opener, devices): (Arc<Opener>, Vec<Arc<dyn Device>>),
         discovery: Discovery,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
     ) -> Result<Self, VolunteerError> {
@@ -258,7 +266,7 @@ impl Volunteer {
         let endpoint =
             DataEndpoint::bind(identity, config.data_listen.unwrap_or_else(|| default_data_address(&config.listen)))?;
         let bound = endpoint.local_addr().map_err(|e| failed(&e))?;
-        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone(), devices));
+        let shard = Arc::new(Shard::new(checkpoint.clone(), config.remote.clone(), devices, config.keep_files));
         let server = Arc::new(Server {
             network: config.network.clone(),
             model,
@@ -267,7 +275,7 @@ impl Volunteer {
             batcher: Batcher::start(shard.store().clone(), MAX_QUEUED_PAIRS).map_err(|e| failed(&e))?,
             counters: Counters::default(),
             demand: Demand::new(config.demand_half_life, Instant::now()),
-            draining: AtomicBool::new(false),
+            draining: Pause::default(),
             bandwidth: config.max_bandwidth.map(|rate| Bandwidth::new(rate, Instant::now())),
             giving: config.shelf.clone().map(|shelf| Giving::new(shelf, config.give_bytes_per_second)),
         });
@@ -302,10 +310,13 @@ impl Volunteer {
             server,
             announcer,
             moves,
+            opener,
             loaded: Some(loaded),
             serving,
             announcing,
-            tasks: [tokio::spawn(serve), tokio::spawn(announce), tokio::spawn(host)].map(AbortOnDropHandle::new).into(),
+            tasks: [data_runtime().spawn(serve), tokio::spawn(announce), tokio::spawn(host)]
+                .map(AbortOnDropHandle::new)
+                .into(),
         })
     }
 
@@ -327,12 +338,12 @@ impl Volunteer {
         self.discovery.shutdown().await;
     }
 
-    /// Refuses new calls and says so in its advert, until [`Self::resume`]; calls in progress are finished.
+    /// Refuses new calls and says so in its advert, and why, until [`Self::resume`]; calls in progress are finished.
     ///
     /// # Errors
     /// The advert cannot be made; new calls are refused all the same.
-    pub async fn pause(&self) -> Result<(), VolunteerError> {
-        self.server.draining.store(true, Ordering::Relaxed);
+    pub async fn pause(&self, why: Draining) -> Result<(), VolunteerError> {
+        self.server.draining.set(Some(why));
         self.announcer.announce().await
     }
 
@@ -341,7 +352,7 @@ impl Volunteer {
     /// # Errors
     /// The advert cannot be made; calls are taken all the same.
     pub async fn resume(&self) -> Result<(), VolunteerError> {
-        self.server.draining.store(false, Ordering::Relaxed);
+        self.server.draining.set(None);
         self.announcer.announce().await
     }
 
@@ -349,6 +360,31 @@ impl Volunteer {
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.announcer.refuses()
+    }
+
+    /// Gives a device up, with all that lies on it, for another program: its memory is free when this returns, unless a pass is
+    /// computed for longer than `within`. Calls that need it are refused. `None` if it is not used, or has failed.
+    ///
+    /// Dropped, the device is given up all the same.
+    ///
+    /// # Errors
+    /// No thread for it.
+    pub async fn lend(&self, device: &str, within: Duration) -> Result<Option<Lent>, VolunteerError> {
+        let (store, device) = (self.server.store.clone(), device.to_owned());
+        let lent = tokio::task::spawn_blocking(move || store.lend(&device, within)).await;
+        lent.map_err(|e| VolunteerError::Compute(e.to_string()))
+    }
+
+    /// What opens a device anew that was lent, and has its experts loaded again. It blocks for as long as the device takes to open.
+    pub fn taking_back(&self, device: &str) -> impl FnOnce() -> Result<Arc<dyn Device>, VolunteerError> + Send + use<> {
+        let (shard, opener, device) = (self.announcer.shard.clone(), self.opener.clone(), device.to_owned());
+        move || {
+            let choice: DeviceChoice = device.parse().map_err(|e| VolunteerError::Compute(format!("{device}: {e}")))?;
+            let opened = opener.open(&choice)?.into_iter().next();
+            let opened = opened.ok_or_else(|| VolunteerError::Compute(format!("{device} is not there any more")))?;
+            shard.take_back(opened.clone());
+            Ok(opened)
+        }
     }
 
     /// What it moved to keep the network in balance.
@@ -407,7 +443,7 @@ impl Volunteer {
 
     /// Leaves in good order: says that it drains, lets calls in progress end, closes. Returns what it did in all.
     pub async fn shutdown(self) -> Counts {
-        self.server.draining.store(true, Ordering::Relaxed);
+        self.server.draining.set(Some(Draining::Leaving));
         self.announcing.cancel();
         if self.announcer.announce().await.is_ok() {
             tokio::time::sleep(DRAIN_TIME).await;
@@ -422,42 +458,6 @@ impl Volunteer {
         self.discovery.shutdown().await;
         self.server.counters.counts()
     }
-}
-
-/// Opens the devices; a card takes a while. Those that have no room to compute this model's experts are left out.
-async fn open_devices(
-    config: &VolunteerConfig,
-    checkpoint: &Checkpoint,
-) -> Result<Vec<Arc<dyn Device>>, VolunteerError> {
-    let (choice, threads) = (config.device.clone(), config.threads);
-    let spec = checkpoint.spec();
-    let mut blocks: Vec<MoeSpec> = spec.moe_layers().map(|(_, moe)| moe.clone()).collect();
-    blocks.dedup();
-    let hidden_size = spec.hidden_size;
-    let opening = tokio::task::spawn_blocking(move || {
-        let pool = compute_pool(threads).map_err(|e| VolunteerError::Compute(e.to_string()))?;
-        let (mut usable, mut unusable) = (Vec::new(), None);
-        let pool = Arc::new(pool);
-        for device in choice.open(pool.clone())? {
-            let prepare = |moe: &MoeSpec| device.prepare(hidden_size, moe);
-            match blocks.iter().try_for_each(prepare) {
-                Ok(()) => usable.push(device),
-                Err(error) => {
-                    tracing::warn!(%error, "a device is left out");
-                    unusable = Some(error);
-                }
-            }
-        }
-        match unusable {
-            Some(_) if usable.is_empty() && choice == DeviceChoice::Auto => {
-                tracing::warn!("computing on the processor");
-                Ok(DeviceChoice::Cpu.open(pool)?)
-            }
-            Some(error) if usable.is_empty() => Err(error.into()),
-            _ => Ok(usable),
-        }
-    });
-    opening.await.map_err(|e| VolunteerError::Compute(e.to_string()))?
 }
 
 /// A free port on the address of the first control-plane listener that has one.

@@ -1,5 +1,6 @@
 //! Adverts: a member's signed statement of what it hosts and where it is reached.
 
+mod draining;
 mod encoding;
 mod hosted;
 mod popularity;
@@ -15,6 +16,7 @@ use crate::discovery::Reachability;
 use crate::relayed::is_circuit;
 use crate::{Identity, ModelId, Precision, WireDtype, verify_signature};
 
+pub use draining::Draining;
 pub use hosted::{HostedError, HostedExperts, MAX_EXPERTS, MAX_LAYERS};
 pub use popularity::{MAX_POPULARITY, popularity, rows_per_minute};
 
@@ -55,8 +57,8 @@ pub struct Advert {
     pub capacity_rows: u32,
     /// How full it is, 0 to 1000.
     pub load_permille: u16,
-    /// It is leaving: send nothing new.
-    pub draining: bool,
+    /// Why nothing new is to be sent to it, if that is so.
+    pub draining: Option<Draining>,
     /// Rises with every advert of this member: of two, the one with the higher number counts.
     pub sequence: u64,
     /// When it ends to be true, in milliseconds since 1970.

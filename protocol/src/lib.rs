@@ -38,7 +38,7 @@ mod transport;
 mod tree;
 
 pub use advert::{
-    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME,
+    ASSUMED_LIFETIME, Advert, AdvertError, Draining, HostedError, HostedExperts, MAX_ADVERT_BYTES, MAX_ADVERT_LIFETIME,
     MAX_CIRCUIT_BYTES, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_EXPERTS, MAX_LAYERS, MAX_POPULARITY, SignedAdvert,
     popularity, rows_per_minute,
 };
@@ -58,6 +58,6 @@ pub use model_id::{ModelId, ParseModelIdError};
 pub use precision::Precision;
 pub use transport::{
     ALPN, BindError, CallError, ConnectError, DataConnection, DataEndpoint, EstablishError, FrameStream, Path,
-    PendingConnection,
+    PendingConnection, data_runtime,
 };
 pub use tree::{BlobHash, CHAINING_VALUE_BYTES, GROUP_BYTES, GroupTree, ParseHashError, TreeBuilder, group_count};

@@ -4,6 +4,7 @@ mod call;
 mod carrier;
 mod congestion;
 mod connection;
+mod runtime;
 mod settings;
 mod stream;
 mod streams;
@@ -23,6 +24,7 @@ use crate::Identity;
 pub use call::CallError;
 pub use carrier::Path;
 pub use connection::DataConnection;
+pub use runtime::data_runtime;
 pub use stream::FrameStream;
 
 /// The application protocol both sides must offer in TLS.
@@ -126,8 +128,6 @@ pub enum EstablishError {
 impl DataEndpoint {
     /// Opens a UDP socket at `address` (port 0 for any) and listens on it in the name of `identity`.
     ///
-    /// Must be called within a tokio runtime.
-    ///
     /// # Errors
     /// [`BindError`], as its variants say.
     pub fn bind(identity: &Identity, address: SocketAddr) -> Result<Self, BindError> {
@@ -141,6 +141,7 @@ impl DataEndpoint {
         let _ = SockRef::from(&socket).set_recv_buffer_size(settings::SOCKET_BUFFER);
         let _ = SockRef::from(&socket).set_send_buffer_size(settings::SOCKET_BUFFER);
         let crowded = Arc::new(settings::crowded_server(crypto.clone()));
+        let _entered = data_runtime().enter();
         let endpoint =
             Endpoint::new(settings::endpoint(), Some(settings::server(crypto)), socket, Arc::new(TokioRuntime))
                 .map_err(socket_failed)?;
@@ -171,10 +172,12 @@ impl DataEndpoint {
         let found = Arc::new(OnceLock::new());
         let crypto = self.tls.client(peer, found.clone()).map_err(|e| handshake(e.to_string()))?;
         let crypto = QuicClientConfig::try_from(crypto).map_err(|e| handshake(e.to_string()))?;
-        let connecting = self
-            .endpoint
-            .connect_with(settings::client(Arc::new(crypto)), address, tls::SERVER_NAME)
-            .map_err(|error| ConnectError::Address { address, reason: error.to_string() })?;
+        let settings = settings::client(Arc::new(crypto));
+        let connecting = {
+            let _entered = data_runtime().enter();
+            self.endpoint.connect_with(settings, address, tls::SERVER_NAME)
+        };
+        let connecting = connecting.map_err(|error| ConnectError::Address { address, reason: error.to_string() })?;
         match tokio::time::timeout(timeout, connecting).await {
             Err(_) => Err(ConnectError::Timeout { address, after: timeout }),
             Ok(Ok(connection)) => Ok(DataConnection::new(connection, peer)),
@@ -234,9 +237,12 @@ impl PendingConnection {
     pub async fn establish(self, timeout: Duration) -> Result<DataConnection, EstablishError> {
         let address = self.incoming.remote_address();
         let failed = |reason: String| EstablishError::Handshake { address, reason };
-        let connecting = match self.settings {
-            Some(settings) => self.incoming.accept_with(settings),
-            None => self.incoming.accept(),
+        let connecting = {
+            let _entered = data_runtime().enter();
+            match self.settings {
+                Some(settings) => self.incoming.accept_with(settings),
+                None => self.incoming.accept(),
+            }
         };
         let connecting = connecting.map_err(|error| failed(error.to_string()))?;
         let connection = tokio::time::timeout(timeout, connecting)

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use hanse_protocol::{Advert, DataConnection, ExpertRows, HostedExperts, ModelId, Path, PeerId, Precision, Welcome};
+use hanse_protocol::{
+    Advert, DataConnection, Draining, ExpertRows, HostedExperts, ModelId, Path, PeerId, Precision, Welcome,
+};
 use tokio::sync::watch;
 
 use crate::plan::Candidate;
@@ -143,7 +145,7 @@ impl Member {
         match &self.link {
             Some(link) if link.connection.is_closed() => PeerState::Lost,
             Some(_) if self.probe_at.is_some() => PeerState::SetAside,
-            Some(_) if self.advert.draining => PeerState::Draining,
+            Some(_) if self.advert.draining.is_some() => PeerState::Draining,
             Some(_) => PeerState::Connected,
             None if self.lost_at.is_some() => PeerState::Lost,
             None => PeerState::Connecting,
@@ -391,14 +393,14 @@ impl Directory {
     /// Notes that a peer refused a call because it is leaving or paused, before its advert was read that says so.
     pub(crate) fn draining(&self, peer: &PeerId) {
         if let Some(member) = self.write().get_mut(peer) {
-            member.advert.draining = true;
+            member.advert.draining.get_or_insert(Draining::Asked);
         }
         self.changed();
     }
 
     /// Whether the peer takes no calls at present by its own word.
     pub(crate) fn is_draining(&self, peer: &PeerId) -> bool {
-        self.read().get(peer).is_some_and(|member| member.advert.draining)
+        self.read().get(peer).is_some_and(|member| member.advert.draining.is_some())
     }
 
     /// Notes a peer that stores experts in fewer bits than the client accepts.
@@ -436,7 +438,7 @@ impl Directory {
         let usable = |peer: &PeerId, member: &Member| {
             let connected = member.link.as_ref().is_some_and(|link| !link.connection.is_closed());
             let avoided = member.probe_at.is_some() || member.busy_until.is_some_and(|until| now < until);
-            connected && !except.contains(peer) && (also_avoided || !(avoided || member.advert.draining))
+            connected && !except.contains(peer) && (also_avoided || !(avoided || member.advert.draining.is_some()))
         };
         let members = self.read();
         let forms = self.forms_of(&members, layer, wanted);
@@ -474,7 +476,7 @@ impl Directory {
                 .map(|m| Offer {
                     model: m.advert.model,
                     precision: m.advert.precision,
-                    well: m.probe_at.is_none() && !m.advert.draining,
+                    well: m.probe_at.is_none() && m.advert.draining.is_none(),
                 })
                 .collect();
             forms.choose(layer, want.expert, &offers)

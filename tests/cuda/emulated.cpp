@@ -5,6 +5,8 @@
 // 0:20: that launch of that card fails, and everything that is asked of the card from then on. HANSE_EMULATED_COUNTS: a file that always
 // says how many launches, copies to cards and copies from cards there were.
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -126,11 +128,12 @@ static size_t setting(const char *name, size_t other) {
 }
 
 struct Card {
-    size_t total = setting("HANSE_EMULATED_BYTES", size_t(4) << 30), used = 0, launches = 0, fails_at = 0;
+    size_t total = setting("HANSE_EMULATED_BYTES", size_t(4) << 30), used = 0, pinned = 0, launches = 0, fails_at = 0;
+    int contexts = 0;
     bool lost = false;
 };
 static std::mutex mutex;
-static std::map<uintptr_t, std::pair<size_t, Card *>> allocated;
+static std::map<uintptr_t, std::pair<size_t, Card *>> allocated, pinned;
 
 static std::vector<Card> &cards() {
     static std::vector<Card> cards = [] {
@@ -156,6 +159,55 @@ static void count(int kind) {
     std::rewind(file);
     std::fprintf(file, "%zu %zu %zu\n", counts[0], counts[1], counts[2]);
     std::fflush(file);
+}
+
+// What the driver takes of a card for a context, in bytes.
+static const size_t CONTEXT = setting("HANSE_EMULATED_CONTEXT", 0);
+
+static size_t used(const Card &card) { return card.used + (card.contexts ? CONTEXT : 0); }
+
+// What other programs do, as the file HANSE_EMULATED_OTHERS has it: a line for each card with its number, bytes, and percent of the time.
+extern "C" __attribute__((visibility("default"))) void hanse_emulated_others(unsigned card, size_t *bytes, unsigned *percent) {
+    *bytes = *percent = 0;
+    const char *name = std::getenv("HANSE_EMULATED_OTHERS");
+    std::FILE *file = name ? std::fopen(name, "r") : nullptr;
+    if (!file) return;
+    unsigned number, share;
+    for (size_t taken; std::fscanf(file, "%u %zu %u", &number, &taken, &share) == 3;)
+        if (number == card) *bytes = taken, *percent = share;
+    std::fclose(file);
+}
+
+// What this process has of a card, and the card in all.
+extern "C" __attribute__((visibility("default"))) bool hanse_emulated_card(unsigned card, size_t *bytes, size_t *total) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return card < cards().size() && (*bytes = used(cards()[card]), *total = cards()[card].total, true);
+}
+
+static size_t others(const Card &card) {
+    size_t bytes;
+    unsigned percent;
+    return hanse_emulated_others(static_cast<unsigned>(&card - cards().data()), &bytes, &percent), bytes;
+}
+
+// Tells the file HANSE_EMULATED_LOG when this process has the first byte of a card, of its memory or pinned for it, or none any more:
+// the card's number, what it has, and the time in milliseconds.
+static void log(const Card &card, bool had) {
+    const bool has = used(card) + card.pinned > 0;
+    const char *name = std::getenv("HANSE_EMULATED_LOG");
+    std::FILE *file = name && has != had ? std::fopen(name, "a") : nullptr;
+    if (!file) return;
+    const auto now = std::chrono::system_clock::now().time_since_epoch();
+    std::fprintf(file, "%u %s %lld\n", static_cast<unsigned>(&card - cards().data()), has ? "some" : "none",
+                 static_cast<long long>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count()));
+    std::fclose(file);
+}
+
+// Changes what this process has of a card.
+template <typename Change> static void change(Card &card, Change change) {
+    const bool had = used(card) + card.pinned > 0;
+    change();
+    log(card, had);
 }
 
 static thread_local Card *current;
@@ -231,35 +283,65 @@ API cuDeviceGetCount(int *count) { return *count = static_cast<int>(cards().size
 API cuDeviceGet(int *device, int number) { return *device = number, number < static_cast<int>(cards().size()) ? SUCCESS : INVALID_VALUE; }
 API cuDeviceGetName(char *name, int size, int) { return std::snprintf(name, size, "Emulated card"), SUCCESS; }
 API cuDeviceGetAttribute(int *value, int attribute, int) { return *value = attribute == 75 ? 9 : 0, SUCCESS; }
-API cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &cards()[device], SUCCESS; }
-API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+API cuDeviceGetUuid_v2(unsigned char *uuid, int device) { return std::memset(uuid, 0xca, 16), uuid[15] = static_cast<unsigned char>(device), SUCCESS; }
+API cuDevicePrimaryCtxRetain(void **context, int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    Card &card = cards()[device];
+    if (!card.contexts && CONTEXT + others(card) > card.total) return OUT_OF_MEMORY;
+    change(card, [&] { card.contexts++; });
+    return *context = &card, SUCCESS;
+}
+API cuDevicePrimaryCtxRelease_v2(int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    Card &card = cards()[device];
+    if (card.contexts == 0) std::abort();
+    // What is left when a context goes would be freed with it, and whoever frees it later would free what is not there.
+    if (card.contexts == 1 && card.used + card.pinned) std::abort();
+    return change(card, [&] { card.contexts--; }), SUCCESS;
+}
 API cuCtxSetCurrent(void *context) { return current = static_cast<Card *>(context), SUCCESS; }
 API cuMemGetInfo_v2(size_t *free, size_t *total) {
     ALIVE();
     std::lock_guard<std::mutex> lock(mutex);
-    return *free = current->total - current->used, *total = current->total, SUCCESS;
+    const size_t taken = used(*current) + others(*current);
+    return *free = current->total - std::min(current->total, taken), *total = current->total, SUCCESS;
 }
 API cuMemAlloc_v2(uintptr_t *at, size_t bytes) {
     ALIVE();
     std::lock_guard<std::mutex> lock(mutex);
-    if (current->used + bytes > current->total) return OUT_OF_MEMORY;
+    if (used(*current) + others(*current) + bytes > current->total) return OUT_OF_MEMORY;
     // Whoever reads what nobody wrote gets no zeros.
     void *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(memory, 0xff, bytes);
     allocated[*at = reinterpret_cast<uintptr_t>(memory)] = {bytes, current};
-    return current->used += bytes, SUCCESS;
+    return change(*current, [&] { current->used += bytes; }), SUCCESS;
 }
 API cuMemFree_v2(uintptr_t at) {
     std::lock_guard<std::mutex> lock(mutex);
     auto found = allocated.find(at);
     if (found == allocated.end()) std::abort();
-    found->second.second->used -= found->second.first;
+    Card &card = *found->second.second;
+    change(card, [&] { card.used -= found->second.first; });
     allocated.erase(found);
     std::free(reinterpret_cast<void *>(at));
     return SUCCESS;
 }
-API cuMemHostAlloc(void **at, size_t bytes, unsigned) { return *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), *at ? SUCCESS : OUT_OF_MEMORY; }
-API cuMemFreeHost(void *at) { return std::free(at), SUCCESS; }
+API cuMemHostAlloc(void **at, size_t bytes, unsigned) {
+    ALIVE();
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!(*at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096))) return OUT_OF_MEMORY;
+    pinned[reinterpret_cast<uintptr_t>(*at)] = {bytes, current};
+    return change(*current, [&] { current->pinned += bytes; }), SUCCESS;
+}
+API cuMemFreeHost(void *at) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = pinned.find(reinterpret_cast<uintptr_t>(at));
+    if (found == pinned.end()) std::abort();
+    Card &card = *found->second.second;
+    change(card, [&] { card.pinned -= found->second.first; });
+    pinned.erase(found);
+    return std::free(at), SUCCESS;
+}
 API cuStreamCreate(Stream **stream, unsigned) { ALIVE(); return *stream = new Stream{current}, SUCCESS; }
 API cuStreamDestroy_v2(Stream *stream) { return delete stream, SUCCESS; }
 API cuStreamSynchronize(Stream *stream) { return stream->card->lost ? LAUNCH_FAILED : SUCCESS; }

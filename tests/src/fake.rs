@@ -78,7 +78,7 @@ impl FakePeer {
             data_addresses: vec![address],
             capacity_rows: 1000,
             load_permille: 0,
-            draining: false,
+            draining: None,
             sequence: now,
             expires_unix_ms: now + 60_000,
             popularity: Vec::new(),

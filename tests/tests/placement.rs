@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use hanse_model::Routing;
+use hanse_protocol::Draining;
 use hanse_router::{Client, Usage};
 use hanse_tests::net::{Net, eventually, greedy, model_config, runtime, tokens};
 use hanse_tests::reference::tiny_moe;
@@ -94,7 +95,7 @@ fn a_paused_volunteer_is_not_called_and_a_resumed_one_is_again() {
         while let Some(token) = generation.next().await {
             found.push(token.unwrap().id);
             if found.len() == COUNT / 3 {
-                net.volunteers[0].pause().await.unwrap();
+                net.volunteers[0].pause(Draining::Asked).await.unwrap();
             }
         }
         assert_eq!(found, expected, "paused in the middle");

@@ -99,7 +99,7 @@ async fn declare(
         data_addresses: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 4701))],
         capacity_rows: 4096,
         load_permille: 0,
-        draining: false,
+        draining: None,
         sequence: now,
         expires_unix_ms: now + 120_000,
         popularity: Vec::new(),

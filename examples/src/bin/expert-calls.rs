@@ -18,6 +18,10 @@ use hanse_protocol::{Identity, ModelId, Multiaddr};
 use hanse_router::{ExpertLayout, ExpertNetwork, NetworkConfig, Usage};
 use serde_json::json;
 
+/// As in `hanse`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measure calls of experts.
 #[derive(Debug, Parser)]
 struct Args {

@@ -11,7 +11,7 @@ use super::dtype::Dtype;
 use super::panels::{self, CHUNK, Layout};
 use super::plan::{Group, PIECE_ROWS, Piece, Wanted, kernel_name, plan, room};
 use crate::checkpoint::Swiglu;
-use crate::device::{CardReport, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
+use crate::device::{CardReport, CardUse, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
 use crate::expert::Expert;
 use crate::spec::{Activation, MoeSpec};
 
@@ -31,8 +31,20 @@ pub(crate) fn cards() -> Result<Vec<CardReport>, OpenError> {
         .map(|card| {
             let failed = |error| OpenError::Card { card, reason: reason(error) };
             let (device, name, capability) = driver::look(card).map_err(failed)?;
+            let uuid = driver::uuid(device).map_err(failed)?;
             let memory = Context::new(device).and_then(|context| context.memory()).map_err(reason);
-            Ok(CardReport { card, name, capability, memory, driver: version(newest) })
+            Ok(CardReport { card, name, uuid, capability, memory, driver: version(newest) })
+        })
+        .collect()
+}
+
+/// What tells cards from each other, by their numbers. Takes no memory of them.
+pub(crate) fn uuids() -> Result<Vec<[u8; 16]>, OpenError> {
+    let (_, count) = driver::start()?;
+    (0..count as u32)
+        .map(|card| {
+            let uuid = driver::look(card).and_then(|(device, ..)| driver::uuid(device));
+            uuid.map_err(|error| OpenError::Card { card, reason: reason(error) })
         })
         .collect()
 }
@@ -55,6 +67,7 @@ pub(crate) fn open(wanted: &[u32]) -> Result<Vec<Card>, OpenError> {
 #[derive(Debug)]
 pub(crate) struct Card {
     name: String,
+    uuid: [u8; 16],
     context: Arc<Context>,
     kernels: Kernels,
     /// What kernels are part of.
@@ -207,6 +220,7 @@ impl Card {
     }
 
     fn start(name: String, device: cudarc::driver::sys::CUdevice) -> Result<Self, DriverError> {
+        let uuid = driver::uuid(device)?;
         let context = Context::new(device)?;
         let text = CString::new(super::PTX).unwrap_or_default();
         let module = Module::new(&context, &text)?;
@@ -219,6 +233,7 @@ impl Card {
         let upload = || Ok((Pinned::new(&context, UPLOAD_BYTES)?, Stream::new(&context)?));
         Ok(Self {
             name,
+            uuid,
             kernels,
             slots: Mutex::new([slot()?, slot()?]),
             upload: Mutex::new([upload()?, upload()?]),
@@ -292,6 +307,10 @@ impl Device for Card {
 
     fn is_host(&self) -> bool {
         false
+    }
+
+    fn card(&self) -> Option<CardUse> {
+        Some(CardUse { uuid: self.uuid, held_bytes: self.context.held_bytes() })
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, DeviceError> {

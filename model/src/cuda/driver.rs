@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, c_int, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -11,6 +12,8 @@ use crate::device::OpenError;
 
 /// The oldest CUDA whose driver reads the kernels.
 const OLDEST_CUDA: i32 = 11_080;
+/// What drivers round large allocations up to.
+const GRAIN_BYTES: usize = 2 << 20;
 
 /// What the driver says is wrong.
 pub(super) fn reason(error: DriverError) -> String {
@@ -50,11 +53,23 @@ pub(super) fn look(card: u32) -> Result<(sys::CUdevice, String, (i32, i32)), Dri
     Ok((device, result::device::get_name(device)?, capability))
 }
 
+/// What no two cards, or parts of a card, have in common; the order in which they are shown changes nothing of it.
+pub(super) fn uuid(device: sys::CUdevice) -> Result<[u8; 16], DriverError> {
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // The first version gives parts of a card the UUID of the whole.
+    // SAFETY: the pointer is valid, and the device comes from the driver.
+    unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) }.result()?;
+    // `c_char` is signed on some machines.
+    Ok(uuid.bytes.map(|byte| byte as u8))
+}
+
 /// A card in use.
 #[derive(Debug)]
 pub(super) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
+    /// Bytes of its memory that values of this module hold.
+    held: AtomicU64,
 }
 
 // SAFETY: the driver lets any thread use a context.
@@ -74,7 +89,13 @@ impl Context {
     pub(super) fn new(device: sys::CUdevice) -> Result<Arc<Self>, DriverError> {
         // SAFETY: the device comes from the driver; dropping the value releases the context.
         let raw = unsafe { result::primary_ctx::retain(device) }?;
-        Ok(Arc::new(Self { device, raw }))
+        Ok(Arc::new(Self { device, raw, held: AtomicU64::new(0) }))
+    }
+
+    /// Bytes of the card's memory that are allocated in it, as much as the driver took for them; what the driver needs for itself is
+    /// not among them.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.held.load(Ordering::SeqCst)
     }
 
     /// Has what this thread asks of the driver be meant for this card.
@@ -96,6 +117,8 @@ pub(super) struct Memory {
     context: Arc<Context>,
     at: sys::CUdeviceptr,
     bytes: usize,
+    /// What the driver took for it.
+    taken: u64,
 }
 
 impl Drop for Memory {
@@ -105,15 +128,25 @@ impl Drop for Memory {
             // SAFETY: it was allocated once; the driver waits for launches that use it.
             let _ = unsafe { result::free_sync(self.at) };
         }
+        self.context.held.fetch_sub(self.taken, Ordering::SeqCst);
     }
 }
 
 impl Memory {
     pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, DriverError> {
-        context.bind()?;
+        let (before, _) = context.memory()?;
+        // Counted from before it is taken until after it is free: whoever compares with what the card says never takes it for others'.
+        let most = bytes.max(1).next_multiple_of(GRAIN_BYTES) as u64;
+        context.held.fetch_add(most, Ordering::SeqCst);
         // SAFETY: dropping the value frees it.
-        let at = unsafe { result::malloc_sync(bytes.max(1)) }?;
-        Ok(Self { context: Arc::clone(context), at, bytes })
+        let at = unsafe { result::malloc_sync(bytes.max(1)) };
+        let at = at.inspect_err(|_| _ = context.held.fetch_sub(most, Ordering::SeqCst))?;
+        let mut memory = Self { context: Arc::clone(context), at, bytes, taken: most };
+        let (after, _) = context.memory()?;
+        // What other programs took or gave back between the two looks is not counted.
+        memory.taken = before.saturating_sub(after).clamp(bytes as u64, most);
+        context.held.fetch_sub(most - memory.taken, Ordering::SeqCst);
+        Ok(memory)
     }
 
     pub(super) fn address(&self) -> u64 {

@@ -100,7 +100,7 @@ impl fmt::Display for DeviceChoice {
 pub enum OpenError {
     /// This build has no backend for cards.
     #[error(
-        "this build computes on the processor only: build one with `cargo build --release --features cuda`, or take the image of docker/Dockerfile.cuda"
+        "this build computes on the processor only: build one with `cargo build --release --features cuda`, or an image with FEATURES=cuda (docker/README.md)"
     )]
     NotBuilt,
     /// There is no driver.
@@ -159,6 +159,8 @@ pub struct CardReport {
     pub card: u32,
     /// The maker's name for it.
     pub name: String,
+    /// What no other card has.
+    pub uuid: [u8; 16],
     /// Compute capability, major and minor.
     pub capability: (i32, i32),
     /// Bytes free at present, and in all; or why that cannot be told.
@@ -174,6 +176,17 @@ pub struct CardReport {
 pub fn cards() -> Result<Vec<CardReport>, OpenError> {
     #[cfg(feature = "cuda")]
     return crate::cuda::cards();
+    #[cfg(not(feature = "cuda"))]
+    Err(OpenError::NotBuilt)
+}
+
+/// What tells the cards of this machine from each other, by their numbers. Takes no memory of them.
+///
+/// # Errors
+/// As [`cards`].
+pub fn card_uuids() -> Result<Vec<[u8; 16]>, OpenError> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::uuids();
     #[cfg(not(feature = "cuda"))]
     Err(OpenError::NotBuilt)
 }

@@ -19,6 +19,8 @@ struct Joined<'a> {
     slices: Vec<usize>,
     input: Vec<f32>,
     output: Vec<f32>,
+    /// Its device was lent: nothing is computed.
+    lent: bool,
 }
 
 /// A part of an assignment: its place among the work's, and the range of its rows.
@@ -40,7 +42,7 @@ fn parts(work: &Work, pairs: &Range<usize>) -> Vec<Part> {
 }
 
 /// Computes ranges of requests' pairs together, and has the requests advance. Those that needed a device that failed are refused, and
-/// the store gives the device up.
+/// the store gives the device up; those that need one that was lent are refused before anything of theirs is computed there.
 pub(super) fn compute(slices: &[Slice], store: &ExpertStore) {
     let started = Instant::now();
     let all_parts: Vec<Vec<Part>> = slices.iter().map(|(request, pairs)| parts(&request.work, pairs)).collect();
@@ -54,6 +56,7 @@ pub(super) fn compute(slices: &[Slice], store: &ExpertStore) {
                 slices: Vec::new(),
                 input: Vec::with_capacity(rows.len() * work.hidden_size),
                 output: Vec::new(),
+                lent: false,
             });
             expert.slices.push(slice);
             for &row in &assigned.rows[rows.clone()] {
@@ -67,6 +70,10 @@ pub(super) fn compute(slices: &[Slice], store: &ExpertStore) {
         .filter_map(|((layer, expert), rows)| {
             rows.output.resize(rows.input.len(), 0.0);
             let expert = rows.experts.expert(*layer, *expert)?;
+            rows.lent = !store.works(expert.device());
+            if rows.lent {
+                return None;
+            }
             Some(HeldJob { expert, hidden: &rows.input, output: &mut rows.output })
         })
         .collect();
@@ -86,14 +93,16 @@ pub(super) fn compute(slices: &[Slice], store: &ExpertStore) {
             rest = others;
         }
     }
-    let is_lost = |layer: u32, expert: u32| {
-        let held = joined.get(&(layer, expert)).and_then(|rows| rows.experts.expert(layer, expert));
-        held.is_some_and(|held| failures.iter().any(|(device, _)| held.is_on(device)))
+    let lost = |layer: u32, expert: u32| {
+        let rows = joined.get(&(layer, expert))?;
+        let held = rows.experts.expert(layer, expert)?;
+        let failed = failures.iter().any(|(device, _)| held.is_on(device));
+        if failed { Some(WorkError::Device) } else { rows.lent.then_some(WorkError::Lent) }
     };
     for (((request, pairs), parts), outputs) in slices.iter().zip(&all_parts).zip(outputs) {
         let Work { layer, assignments, .. } = &request.work;
-        if parts.iter().any(|(index, _)| is_lost(*layer, assignments[*index].expert)) {
-            request.refuse(WorkError::Device);
+        if let Some(error) = parts.iter().find_map(|(index, _)| lost(*layer, assignments[*index].expert)) {
+            request.refuse(error);
             continue;
         }
         request.advance(pairs.len(), started, computed, |values| add(&request.work, parts, &outputs, values));

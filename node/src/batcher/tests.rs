@@ -124,6 +124,13 @@ fn bundled() -> (Checkpoint, usize) {
     (checkpoint, width)
 }
 
+/// As while a pass is computed, once the last one has ended.
+async fn occupy(batcher: &Batcher) {
+    while std::mem::replace(&mut batcher.shared.lock().computing, true) {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// A store with experts 0, 1 and 2 of layer 0 on the devices.
 fn store_on(checkpoint: &Checkpoint, devices: Vec<Arc<dyn Device>>) -> Arc<ExpertStore> {
     let store = ExpertStore::new(checkpoint.spec().hidden_size, devices);
@@ -193,7 +200,7 @@ async fn a_full_queue_refuses_without_waiting_and_small_work_needs_no_thread() {
     let small = real(&checkpoint, &store, 1, Combine::Peer);
     assert!(batcher.run(small).now_or_never().unwrap().is_ok(), "computed within the first poll");
     // A pass that does not end: whoever comes now queues.
-    batcher.shared.lock().computing = true;
+    occupy(&batcher).await;
     let mut waiting = Box::pin(batcher.run(real(&checkpoint, &store, 3, Combine::Peer)));
     assert!(waiting.as_mut().now_or_never().is_none());
     let mut same = real(&checkpoint, &store, 3, Combine::Peer);
@@ -297,7 +304,7 @@ async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
     let kept = (0..3).find(|&expert| !store.snapshot().expert(0, expert).unwrap().is_on(&failing)).unwrap();
     frail.fails.store(true, Relaxed);
     // Both in one pass: one request needs the device, the other does not.
-    batcher.shared.lock().computing = true;
+    occupy(&batcher).await;
     let all = real(&checkpoint, &store, 5, Combine::Client);
     let mut one = real(&checkpoint, &store, 5, Combine::Client);
     one.assignments.retain(|assigned| assigned.expert == kept);
@@ -316,4 +323,50 @@ async fn a_device_that_fails_loses_its_requests_and_experts_and_no_others() {
     assert!(store.snapshot().expert(0, kept).is_some());
     // And nothing is put there any more.
     assert_eq!(store.add(&checkpoint, &[(0, 9)]).unwrap(), [(0, 9)]);
+}
+
+#[tokio::test]
+async fn a_device_that_is_lent_is_free_when_its_pass_ends_refuses_what_waits_and_gets_its_experts_back() {
+    let (checkpoint, _) = bundled();
+    let frail = Frail::new(3);
+    let (gone, store) = (Arc::downgrade(&frail), store_on(&checkpoint, vec![frail]));
+    let batcher = Batcher::start(store.clone(), 1000).unwrap();
+    let expected = batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values;
+    // The pass and what waits hold the experts.
+    let in_a_pass = store.snapshot();
+    occupy(&batcher).await;
+    let mut waits = std::pin::pin!(batcher.run(real(&checkpoint, &store, 5, Combine::Client)));
+    assert!(waits.as_mut().now_or_never().is_none());
+    let lending = std::thread::spawn({
+        let store = store.clone();
+        move || store.lend("frail", FAR)
+    });
+    store.lost().await;
+    assert!(store.is_empty() && store.devices().is_empty() && gone.strong_count() > 0);
+    assert_eq!(store.lent(), ["frail"]);
+    drop(in_a_pass);
+    batcher.shared.lock().computing = false;
+    batcher.shared.arrived.notify_one();
+    assert_eq!(waits.await.unwrap_err(), WorkError::Lent);
+    let lent = lending.join().unwrap().unwrap();
+    assert_eq!((lent.experts, lent.freed, gone.strong_count()), (3, true, 0));
+    assert_eq!(store.lend("frail", FAR), None, "it is not here");
+    // What should have been put there waits for it too.
+    assert_eq!(store.add(&checkpoint, &[(0, 9)]).unwrap(), [(0, 9)]);
+    let again: Arc<dyn Device> = Frail::new(4);
+    store.take_back(again.clone());
+    assert!(store.lent().is_empty() && store.works(&again));
+    let missing = store.take_missing();
+    assert_eq!(missing, [(0, 0), (0, 1), (0, 2), (0, 9)]);
+    assert!(store.add(&checkpoint, &missing).unwrap().is_empty() && store.take_missing().is_empty());
+    assert!(batcher.run(real(&checkpoint, &store, 5, Combine::Client)).await.unwrap().values == expected);
+}
+
+#[tokio::test]
+async fn who_lends_a_device_waits_no_longer_than_asked_for() {
+    let (checkpoint, _) = bundled();
+    let store = store_on(&checkpoint, vec![Frail::new(3)]);
+    let in_a_pass = store.snapshot();
+    let lent = store.lend("frail", Duration::from_millis(20)).unwrap();
+    assert!((lent.experts, lent.freed) == (3, false) && in_a_pass.expert(0, 0).is_some());
 }

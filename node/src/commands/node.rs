@@ -1,16 +1,17 @@
 //! `hanse node`: volunteer.
 
-mod memory;
+mod cards;
 mod plan;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use hanse_model::Checkpoint;
 use hanse_node::owner::control::{Command, Control, Request};
 use hanse_node::owner::load::{OthersLoad, cpu_time, load_average};
-use hanse_node::owner::{Comfort, DataDirLock, LockError, minute_of_day};
+use hanse_node::owner::{CardWatch, Comfort, DataDirLock, LockError, minute_of_day};
 use hanse_node::placement::ExpertTable;
 use hanse_node::{ExpertsSpec, Hosting, Volunteer, VolunteerConfig};
 use hanse_protocol::discovery::{ReachConfig, ReachPolicy};
@@ -27,6 +28,7 @@ use crate::model::Model;
 use crate::output::say;
 use crate::signals::told_to_end;
 use crate::{output, paths};
+use cards::Cards;
 
 /// A node that was asked to leave has gone after this, whatever its clients do.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
@@ -53,7 +55,6 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     if args.until_stdin_closes {
         hanse_node::testnet::die_with_parent();
     }
-    memory::give_large_blocks_back();
     let data_dir = args.data_dir.clone().map_or_else(paths::data_dir, Ok)?;
     if args.plan {
         return plan::run(&args, &data_dir).await;
@@ -65,6 +66,8 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     tokio::pin!(leaving);
     let control = Control::listen(&data_dir);
     let control = control.map_err(|error| tracing::warn!(%error, "hanse pause will not reach this node")).ok();
+    // Before anything of a card is used.
+    let watch = cards::before(&args).await?;
     // Reading or fetching a large model takes a while, in which the node may be asked to leave as well.
     let opened = async {
         let model = open(&args).await?;
@@ -92,7 +95,7 @@ pub(crate) async fn run(args: NodeArgs) -> anyhow::Result<()> {
     };
     let mut volunteer = Volunteer::join(&identity, checkpoint, id, config, progress).await?;
     let why = tokio::select! {
-        served = serve(&mut volunteer, &args, control, &bar, model.remote()) => match served {
+        served = serve(&mut volunteer, &args, control, watch, &bar, model.remote()) => match served {
             Ok(never) => match never {},
             Err(error) => {
                 // A node that cannot host what it should leaves as politely as any other.
@@ -147,6 +150,7 @@ async fn serve(
     volunteer: &mut Volunteer,
     args: &NodeArgs,
     mut control: Option<Control>,
+    watch: Option<Arc<CardWatch>>,
     bar: &indicatif::ProgressBar,
     remote: Option<&RemoteModel>,
 ) -> anyhow::Result<std::convert::Infallible> {
@@ -154,8 +158,12 @@ async fn serve(
     let cpu_time = || cpu_time().unwrap_or_default();
     let mut others = OthersLoad::new(Instant::now(), cpu_time());
     let mut looks = tokio::time::interval(COMFORT_INTERVAL);
+    let mut cards = match watch {
+        Some(watch) => Some(Cards::watch(watch, volunteer).await?),
+        None => None,
+    };
     let mut is_loaded = false;
-    let mut paused_for = None;
+    let (mut paused_for, mut last_state) = (None, "serving".to_owned());
     loop {
         let request = tokio::select! {
             loaded = volunteer.loaded(), if !is_loaded => {
@@ -166,27 +174,50 @@ async fn serve(
                 continue;
             }
             request = next_request(&mut control) => Some(request),
+            () = changed(&mut cards) => None,
             _ = looks.tick() => None,
         };
         // What watches over this process starts it again.
-        anyhow::ensure!(!volunteer.store().devices().is_empty(), "every device has failed: start the node anew");
+        let store = volunteer.store();
+        anyhow::ensure!(
+            !store.devices().is_empty() || !store.lent().is_empty(),
+            "every device has failed: start the node anew"
+        );
         match request.as_ref().map(|request| request.command) {
             Some(Command::Pause) => comfort.ask(true),
             Some(Command::Resume) => comfort.ask(false),
             Some(Command::Ready) | None => {}
         }
         let load = load_average().map(|average| others.update(Instant::now(), cpu_time(), average));
-        let reason = comfort.reason(minute_of_day(), load);
-        let state = reason.map_or_else(|| "serving".to_owned(), |reason| format!("paused: {reason}"));
-        if reason != paused_for {
-            let changed = if reason.is_some() { volunteer.pause().await } else { volunteer.resume().await };
+        let all_taken = cards.as_mut().and_then(|cards| cards.look(volunteer));
+        let reason = comfort.reason(Instant::now(), minute_of_day(), load, all_taken);
+        let tell = async {
+            let changed = match reason {
+                _ if reason == paused_for => Ok(()),
+                Some(reason) => volunteer.pause(reason.announced()).await,
+                None => volunteer.resume().await,
+            };
             // The next advert, seconds later, says it again.
             changed.unwrap_or_else(|error| tracing::warn!(%error, "advert not renewed"));
+        };
+        let follow = async {
+            match &mut cards {
+                Some(cards) => cards.follow(volunteer).await,
+                None => Ok(()),
+            }
+        };
+        // Who takes a card does not wait for adverts; calls are refused from the first step on.
+        let ((), followed) = tokio::join!(tell, follow);
+        followed?;
+        paused_for = reason;
+        let without = cards.as_ref().map(Cards::text).unwrap_or_default();
+        let state = reason.map_or_else(|| format!("serving{without}"), |reason| format!("paused: {reason}"));
+        if state != last_state {
             tracing::info!(%state, "by the owner's wish");
             if !args.json {
                 say!("{state}");
             }
-            paused_for = reason;
+            last_state.clone_from(&state);
         }
         if let Some(request) = request {
             let is_early = request.command == Command::Ready && !is_loaded;
@@ -194,6 +225,14 @@ async fn serve(
             // Who asked may have gone.
             let _ = request.answer.send(answer);
         }
+    }
+}
+
+/// Completes when others want a card or have left one.
+async fn changed(cards: &mut Option<Cards>) {
+    match cards {
+        Some(cards) => cards.changed().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -259,6 +298,7 @@ fn config(args: &NodeArgs, checkpoint: &Checkpoint) -> anyhow::Result<VolunteerC
         hosting,
         device: args.device.clone(),
         threads,
+        keep_files: limits.yield_to_others,
         max_bandwidth: limits.max_bandwidth.map(|rate| rate.as_u64()),
         ..VolunteerConfig::default()
     })

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
-use hanse_protocol::{Advert, DataConnection, DataEndpoint, Frame, Hello, Identity, ModelId, PeerId, Precision};
+use hanse_protocol::{
+    Advert, DataConnection, DataEndpoint, Draining, Frame, Hello, Identity, ModelId, PeerId, Precision,
+};
 use hanse_router::client::layout_of;
 use hanse_router::network::{bind_any, hosted_models};
 use serde::Serialize;
@@ -63,6 +65,11 @@ struct PeerRow {
     reachability: &'static str,
     /// It is paused or leaving, and counts as a replica of nothing.
     draining: bool,
+    /// Why.
+    why_draining: Option<String>,
+    /// How it is reached, or in a word why it takes no calls.
+    #[serde(skip)]
+    reach: &'static str,
     /// How it stores the experts, the least where they differ.
     precision: Precision,
     /// The published model of which its model is a quantised variant.
@@ -207,7 +214,7 @@ fn layer_rows(adverts: &[(PeerId, Advert)]) -> Vec<LayerRow> {
         layers.extend(&advert.layers);
     }
     let row = |(layer, experts): (u32, u32)| {
-        let serves = |advert: &Advert, expert: u32| !advert.draining && advert.hosted.contains(layer, expert);
+        let serves = |advert: &Advert, expert: u32| advert.draining.is_none() && advert.hosted.contains(layer, expert);
         let replicas = |expert: u32| adverts.iter().filter(|(_, advert)| serves(advert, expert)).count();
         let counts: Vec<usize> = (0..experts).map(replicas).collect();
         let missing = (0..experts).filter(|&expert| counts[expert as usize] == 0).collect();
@@ -245,7 +252,9 @@ async fn peer_row(
         round_trip_ms: round_trip.map(|duration| duration.as_secs_f64() * 1e3),
         load: f64::from(advert.load_permille) / 1000.0,
         reachability,
-        draining: advert.draining,
+        draining: advert.draining.is_some(),
+        why_draining: advert.draining.map(|why| why.to_string()),
+        reach: advert.draining.map_or(reachability, Draining::short),
         precision: advert.precision,
         variant_of: advert.variant_of.map(|model| model.to_string()),
     }

@@ -128,7 +128,7 @@ fn what_others_are_loading_counts_as_a_replica() {
 
 #[test]
 fn members_that_leave_and_adverts_that_expired_do_not_count() {
-    use hanse_protocol::{Advert, ModelId, Precision, WireDtype};
+    use hanse_protocol::{Advert, Draining, ModelId, Precision, WireDtype};
     let advert = |draining, expires_unix_ms| Advert {
         model: ModelId([0; 32]),
         hosted: layers(0..1, 4),
@@ -147,7 +147,7 @@ fn members_that_leave_and_adverts_that_expired_do_not_count() {
         precision: Precision::F32,
         variant_of: None,
     };
-    let adverts = [advert(false, 2000), advert(true, 2000), advert(false, 1000)];
+    let adverts = [advert(None, 2000), advert(Some(Draining::Leaving), 2000), advert(None, 1000)];
     let view = View::of(table(2, 4), &adverts, 1000);
     assert_eq!((view.members(), view.replicas(0, 0), view.replicas(1, 0)), (1, 1, 0));
 }

@@ -38,7 +38,7 @@ impl View {
     pub fn of<'a>(table: Arc<ExpertTable>, adverts: impl IntoIterator<Item = &'a Advert>, now_unix_ms: u64) -> Self {
         let mut view = Self::new(table);
         for advert in adverts {
-            if !advert.draining && advert.expires_unix_ms > now_unix_ms {
+            if advert.draining.is_none() && advert.expires_unix_ms > now_unix_ms {
                 view.add(&advert.hosted, &advert.popularity, &advert.loading);
             }
         }

@@ -108,7 +108,7 @@ pub(super) fn advert(said: &Said, scenario: &Scenario) -> Advert {
         ],
         capacity_rows: 4096,
         load_permille: 100,
-        draining: false,
+        draining: None,
         sequence: now,
         expires_unix_ms: now + 60 * 60 * 1000,
         popularity: said.popularity.clone(),

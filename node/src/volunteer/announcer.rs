@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -145,7 +144,7 @@ impl Announcer {
 
     /// Whether new calls are refused at present.
     pub(super) fn refuses(&self) -> bool {
-        self.server.draining.load(Ordering::Relaxed)
+        self.server.draining.get().is_some()
     }
 
     /// What the owner says; else the bound address, or one address per network interface if it is bound to all, loopback last,
@@ -195,7 +194,7 @@ impl Announcer {
             data_addresses: self.data_addresses(),
             capacity_rows: u32::try_from(batcher.max_pairs()).unwrap_or(u32::MAX),
             load_permille: load.min(1000) as u16,
-            draining: self.refuses(),
+            draining: self.server.draining.get(),
             // Rises also over a restart, as long as the clock does not go back.
             sequence: millis(now),
             expires_unix_ms: millis(now + ADVERT_LIFETIME),
@@ -213,7 +212,7 @@ impl Announcer {
         let advert = self.advert()?;
         let mut keys = Vec::new();
         let models: Vec<ModelId> = [advert.model].into_iter().chain(advert.variant_of).collect();
-        if !advert.draining {
+        if advert.draining.is_none() {
             // Clients of the published model look there, and may accept it.
             keys = models.iter().flat_map(|model| ProviderKey::covering(*model, advert.hosted.layers())).collect();
             keys.push(ProviderKey::volunteers());

@@ -62,7 +62,8 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Chooses and loads, reports when that is done, and from then on rebalances if only a size of memory was asked for.
+    /// Chooses and loads, reports when that is done, and from then on loads what devices that come back held, and rebalances if only a
+    /// size of memory was asked for.
     pub(super) async fn run(
         mut self,
         progress: impl Fn(usize, usize) + Send + Sync + 'static,
@@ -76,10 +77,10 @@ impl Host {
         let begun_well = begun.is_ok();
         // Nobody may wait for it.
         let _ = report.send(begun);
-        if let (true, Hosting::MemoryBytes(budget_bytes)) = (begun_well, self.config.hosting.clone()) {
+        if begun_well {
             tokio::select! {
                 () = cancel.cancelled() => {}
-                () = self.rebalance(budget_bytes) => {}
+                () = self.go_on() => {}
             }
         }
     }
@@ -126,7 +127,7 @@ impl Host {
         }
         // Who had chosen before this one looked may not see its choice any more.
         let earlier = self.neighbours.loading();
-        let first = self.chosen(budget_bytes, &earlier)?;
+        let first = self.chosen(budget_bytes, &earlier).await?;
         self.announcer.shard.claim(&first)?;
         if !connected {
             return Ok(first);
@@ -134,7 +135,7 @@ impl Host {
         self.announcer.announce().await?;
         tokio::time::sleep(SETTLE).await;
         self.neighbours.look(SETTLE).await;
-        let second = self.chosen(budget_bytes, &earlier)?;
+        let second = self.chosen(budget_bytes, &earlier).await?;
         if second != first {
             self.announcer.shard.claim(&second)?;
             self.announcer.announce().await?;
@@ -142,9 +143,9 @@ impl Host {
         Ok(second)
     }
 
-    fn chosen(&self, budget_bytes: u64, earlier: &BTreeSet<PeerId>) -> Result<Vec<(u32, u32)>, VolunteerError> {
+    async fn chosen(&self, budget_bytes: u64, earlier: &BTreeSet<PeerId>) -> Result<Vec<(u32, u32)>, VolunteerError> {
         let table = self.announcer.shard.table();
-        let budget_bytes = self.announcer.shard.budget(budget_bytes);
+        let budget_bytes = self.announcer.shard.budget(budget_bytes).await?;
         let view = self.neighbours.view_for_choice(table, earlier);
         let at_hand = self.announcer.shard.at_hand()?;
         let chosen = placement::choose(&view, &at_hand, budget_bytes, self.neighbours.seed());
@@ -154,14 +155,26 @@ impl Host {
         Ok(chosen)
     }
 
-    /// Moves capacity for ever. Nothing moves while calls are refused.
-    async fn rebalance(&mut self, budget_bytes: u64) {
+    /// Loads what comes back, and moves capacity, for ever. Nothing moves while calls are refused or a device is lent.
+    async fn go_on(&mut self) {
         let started = Instant::now();
+        let budget_bytes = match self.config.hosting {
+            Hosting::Experts(_) => None,
+            Hosting::MemoryBytes(bytes) => Some(bytes),
+        };
         let mut turns = Turns::new(self.config.pace, self.neighbours.seed());
         let mut next = turns.next_look(Duration::ZERO);
         loop {
-            tokio::time::sleep_until(started + next).await;
-            next = if self.announcer.refuses() {
+            let shard = self.announcer.shard.clone();
+            let budget_bytes = tokio::select! {
+                () = shard.came_back() => None,
+                () = tokio::time::sleep_until(started + next), if budget_bytes.is_some() => budget_bytes,
+            };
+            let Some(budget_bytes) = budget_bytes else {
+                self.load_missing().await.unwrap_or_else(|error| tracing::warn!(%error, "not all experts came back"));
+                continue;
+            };
+            next = if self.announcer.refuses() || !shard.store().lent().is_empty() {
                 turns.next_look(started.elapsed())
             } else {
                 self.take_turn(&mut turns, budget_bytes, started).await.unwrap_or_else(|error| {
@@ -170,6 +183,17 @@ impl Host {
                 })
             };
         }
+    }
+
+    /// Loads what was given up with devices that have come back.
+    async fn load_missing(&self) -> Result<(), VolunteerError> {
+        let shard = &self.announcer.shard;
+        let missing = shard.store().take_missing();
+        shard.claim(&missing)?;
+        let loaded = shard.load(&missing, &|_| ()).await;
+        shard.claim(&[])?;
+        loaded?;
+        self.announcer.announce().await
     }
 
     /// Looks, moves if it is time to, and says when to look again.
@@ -188,7 +212,7 @@ impl Host {
             // As if there were enough of them: others that can be had are taken in their place.
             (0..=TARGET_REPLICAS).for_each(|_| view.add(missed, &[], &HostedExperts::new()));
         }
-        let budget_bytes = self.announcer.shard.budget(budget_bytes);
+        let budget_bytes = self.announcer.shard.budget(budget_bytes).await?;
         match turns.step(&view, &own.hosted, budget_bytes, started.elapsed()) {
             Step::LookAt(at) => Ok(at),
             Step::Move(found) => {
@@ -231,7 +255,7 @@ impl Host {
                 shard.claim(&[])?;
                 return self.announcer.announce().await;
             }
-            shard.drop_experts(&found.give).await;
+            shard.drop_experts(&found.give).await?;
             self.moves.given.fetch_add(give as u64, Ordering::Relaxed);
         }
         if let Err(error) = shard.load(&found.take, &|_| ()).await {

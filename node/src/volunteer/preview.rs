@@ -1,5 +1,7 @@
 //! What a volunteer would host, without becoming one.
 
+use std::sync::Arc;
+
 use hanse_model::Checkpoint;
 use hanse_protocol::discovery::{Discovery, DiscoveryConfig};
 use hanse_protocol::{Identity, ModelId};
@@ -7,8 +9,9 @@ use hanse_router::client::layout_of;
 
 use super::host::{LOOK_AROUND, SETTLE};
 use super::neighbours::Neighbours;
+use super::opener::{Opener, open_devices};
 use super::shard::Shard;
-use super::{Hosting, VolunteerConfig, VolunteerError, open_devices};
+use super::{Hosting, VolunteerConfig, VolunteerError};
 use crate::placement::{View, choose};
 
 /// A choice and what it was based on.
@@ -30,7 +33,8 @@ pub async fn preview(
     model: ModelId,
     config: &VolunteerConfig,
 ) -> Result<Preview, VolunteerError> {
-    let shard = Shard::new(checkpoint.clone(), config.remote.clone(), open_devices(config, checkpoint).await?);
+    let devices = open_devices(&Arc::new(Opener::new(config, checkpoint)), &config.device).await?;
+    let shard = Shard::new(checkpoint.clone(), config.remote.clone(), devices, false);
     let joins = !config.bootstrap.is_empty() || config.mdns;
     let discovery = Discovery::start(
         identity,
@@ -50,7 +54,7 @@ pub async fn preview(
     let view = neighbours.view_for_choice(shard.table(), &neighbours.loading());
     let budget_bytes = match &config.hosting {
         Hosting::Experts(_) => u64::MAX,
-        Hosting::MemoryBytes(bytes) => shard.budget(*bytes),
+        Hosting::MemoryBytes(bytes) => shard.budget(*bytes).await?,
     };
     let chosen = match &config.hosting {
         Hosting::Experts(spec) => spec.resolve(&layout_of(checkpoint.spec()), checkpoint.spec().layers.len() as u32)?,

@@ -1,5 +1,6 @@
 //! The experts of a running volunteer: what is loaded, what is on its way, and what is about to go.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,13 +38,24 @@ pub(super) struct Shard {
     table: Arc<ExpertTable>,
     intent: Mutex<Intent>,
     changed: Notify,
+    /// What keeps the files of experts in the cache, if a device that forgets them is to load them again.
+    files: Option<Mutex<BTreeMap<(u32, u32), Pin>>>,
+    came_back: Notify,
 }
 
 impl Shard {
-    pub(super) fn new(checkpoint: Checkpoint, remote: Option<RemoteModel>, devices: Vec<Arc<dyn Device>>) -> Self {
+    /// With `keep_files`, the files of experts that are held, or are to come back, stay in the cache.
+    pub(super) fn new(
+        checkpoint: Checkpoint,
+        remote: Option<RemoteModel>,
+        devices: Vec<Arc<dyn Device>>,
+        keep_files: bool,
+    ) -> Self {
         let store = Arc::new(ExpertStore::new(checkpoint.spec().hidden_size, devices));
         let table = Arc::new(ExpertTable::of(&checkpoint));
-        Self { checkpoint, remote, store, table, intent: Mutex::default(), changed: Notify::new() }
+        let files = keep_files.then(Mutex::default);
+        let (intent, changed, came_back) = (Mutex::default(), Notify::new(), Notify::new());
+        Self { checkpoint, remote, store, table, intent, changed, files, came_back }
     }
 
     fn intent(&self) -> MutexGuard<'_, Intent> {
@@ -74,9 +86,32 @@ impl Shard {
         }
     }
 
-    /// What of a budget the devices have room for.
-    pub(super) fn budget(&self, budget_bytes: u64) -> u64 {
-        budget_bytes.min(self.store.capacity(self.table.largest()))
+    /// What of a budget the devices have room for. They are asked in another thread, as a card takes its time.
+    pub(super) async fn budget(&self, budget_bytes: u64) -> Result<u64, VolunteerError> {
+        let (store, largest) = (self.store.clone(), self.table.largest());
+        Ok(budget_bytes.min(blocking(move || store.capacity(largest)).await?))
+    }
+
+    /// Takes a device that was lent and opened anew; what lay there is loaded by whoever waits for [`Self::came_back`].
+    pub(super) fn take_back(&self, device: Arc<dyn Device>) {
+        self.store.take_back(device);
+        self.came_back.notify_one();
+    }
+
+    /// Completes when a device has come back since the last time.
+    pub(super) async fn came_back(&self) {
+        self.came_back.notified().await;
+    }
+
+    /// Keeps the files of these experts, and those of no experts that have gone for good.
+    fn keep_files(&self, experts: impl IntoIterator<Item = ((u32, u32), Pin)>) {
+        let Some(files) = &self.files else { return };
+        let held = self.store.snapshot();
+        let mut files = files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.extend(experts);
+        let is_coming =
+            |pair: (u32, u32)| self.store.is_missing(pair) || self.intent().loading.contains(pair.0, pair.1);
+        files.retain(|&pair, _| held.expert(pair.0, pair.1).is_some() || is_coming(pair));
     }
 
     /// Completes when more or fewer experts are served than before, or others should hear of a plan.
@@ -118,11 +153,14 @@ impl Shard {
     }
 
     /// Gives up the experts that were retired, and waits a while for their memory.
-    pub(super) async fn drop_experts(&self, experts: &[(u32, u32)]) {
-        let removed = self.store.remove(experts);
+    pub(super) async fn drop_experts(&self, experts: &[(u32, u32)]) -> Result<(), VolunteerError> {
+        let (store, unwanted) = (self.store.clone(), experts.to_vec());
+        let removed = blocking(move || store.remove(&unwanted)).await?;
+        self.keep_files([]);
         self.intent().retiring = HostedExperts::new();
         self.changed.notify_one();
         removed.freed(FREED_WITHIN).await;
+        Ok(())
     }
 
     /// The names of the devices.
@@ -156,7 +194,7 @@ impl Shard {
     ) -> Result<(), VolunteerError> {
         let (send, mut fetched) = mpsc::channel(STEP);
         let _fetching = AbortOnDropHandle::new(tokio::spawn(fetch_ahead(self.remote.clone(), experts.to_vec(), send)));
-        let (mut done, mut left_out, mut step, mut refused) = (0, 0, Vec::with_capacity(STEP), None);
+        let (mut done, mut left_out, mut step, mut refused) = (0, Vec::new(), Vec::with_capacity(STEP), None);
         while fetched.recv_many(&mut step, STEP).await > 0 {
             let (mut wanted, mut pins) = (Vec::with_capacity(STEP), Vec::with_capacity(STEP));
             for found in step.drain(..) {
@@ -173,10 +211,10 @@ impl Shard {
             }
             done += wanted.len();
             let (checkpoint, store) = (self.checkpoint.clone(), self.store.clone());
-            let loaded = tokio::task::spawn_blocking(move || store.add(&checkpoint, &wanted)).await;
-            left_out += loaded.map_err(|e| VolunteerError::Compute(e.to_string()))??.len();
-            // Loaded experts say themselves that they are in use.
-            drop(pins);
+            let pairs = wanted.clone();
+            left_out.extend(blocking(move || store.add(&checkpoint, &wanted)).await??);
+            // What the processor holds says itself that it is in use.
+            self.keep_files(pairs.into_iter().zip(pins).filter_map(|(pair, pin)| Some((pair, pin?))));
             self.changed.notify_one();
             progress(done);
             if let Some(error @ FetchError::Cache(_)) = refused {
@@ -184,6 +222,11 @@ impl Shard {
             }
         }
         self.intent().loading = HostedExperts::new();
+        let (missing, left_out): (Vec<_>, Vec<_>) = left_out.into_iter().partition(|&pair| self.store.is_missing(pair));
+        if !missing.is_empty() {
+            tracing::info!(missing = missing.len(), "some experts are loaded when other programs give the card back");
+        }
+        let left_out = left_out.len();
         if left_out > 0 {
             let devices = self.devices();
             if self.store.is_empty() {
@@ -194,6 +237,11 @@ impl Shard {
         }
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
+}
+
+/// Does what may take a device its time in a thread for that.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, VolunteerError> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| VolunteerError::Compute(e.to_string()))
 }
 
 /// An expert that is at hand, and what keeps it there until it is loaded.

@@ -146,6 +146,8 @@ fn status_shows_what_is_missing_and_who_is_there() {
     let first = Node::start(&tiny_moe(), "0-5:0-7", None);
     let address = first.address();
     let status = || document(["status", "--json", "--bootstrap", &address]);
+    // Its records reach the other members a moment after it is ready.
+    waits_for("its experts are known", || status()["layers"][0]["missing"].as_array().unwrap().len() == 8);
     let half = status();
     assert_eq!(half["model_id"], first.ready["model_id"]);
     let layers = half["layers"].as_array().unwrap();
@@ -156,7 +158,6 @@ fn status_shows_what_is_missing_and_who_is_there() {
         assert_eq!(*layer, expected);
     }
     let _second = Node::start(&tiny_moe(), "0-5:4-15", Some(&address));
-    // Its records reach the other members a moment after it is ready.
     waits_for("both peers are known", || status()["peers"].as_array().unwrap().len() == 2);
     let whole = status();
     for layer in whole["layers"].as_array().unwrap() {

@@ -223,8 +223,21 @@ fn a_card_that_is_not_there_is_refused_with_what_to_do() {
         if cfg!(feature = "cuda") {
             assert!(["NVIDIA driver", "no cuda:63"].iter().any(|why| missing.contains(why)), "{missing}");
         } else {
-            contains(&missing, &["computes on the processor only", "--features cuda", "Dockerfile.cuda"]);
+            contains(&missing, &["computes on the processor only", "--features cuda", "FEATURES=cuda"]);
         }
+    }
+}
+
+#[test]
+fn giving_cards_to_others_needs_cards() {
+    let model = tiny_moe();
+    let node = |more: &[&str]| {
+        let args = ["node", "--json", "--listen", LOOPBACK, "--yield-to-others", "--model", model.to_str().unwrap()];
+        error(args.into_iter().chain(more.iter().copied()))
+    };
+    contains(&node(&["--device", "cpu"]), &["--device cpu none is used", "--yield-above"]);
+    if !cfg!(feature = "cuda") {
+        contains(&node(&[]), &["--yield-to-others cannot be done here", "computes on the processor only"]);
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use libp2p::Multiaddr;
 
 use super::{
-    Advert, AdvertError, HostedError, HostedExperts, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity,
+    Advert, AdvertError, Draining, HostedError, HostedExperts, MAX_CIRCUITS, MAX_DATA_ADDRESSES, MAX_LAYERS, popularity,
 };
 use crate::discovery::Reachability;
 use crate::{ModelId, Precision, WireDtype};
@@ -36,7 +36,7 @@ pub(super) fn encode(advert: &Advert) -> Vec<u8> {
     }
     out.extend(advert.capacity_rows.to_le_bytes());
     out.extend(advert.load_permille.to_le_bytes());
-    out.push(advert.draining.into());
+    out.push(advert.draining.map_or(0, Draining::code));
     out.extend(advert.sequence.to_le_bytes());
     out.extend(advert.expires_unix_ms.to_le_bytes());
     out.extend((advert.layers.len() as u16).to_le_bytes());
@@ -83,9 +83,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Advert, AdvertError> {
         capacity_rows: u32::from_le_bytes(rest.array()?),
         load_permille: rest.u16()?,
         draining: match rest.u8()? {
-            0 => false,
-            1 => true,
-            _ => return Err(AdvertError::OutOfRange("draining flag")),
+            0 => None,
+            code => Some(Draining::from_code(code).ok_or(AdvertError::OutOfRange("draining"))?),
         },
         sequence: u64::from_le_bytes(rest.array()?),
         expires_unix_ms: u64::from_le_bytes(rest.array()?),

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
-use quinn::{ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
+    VarInt,
+};
 
 use super::congestion;
 
@@ -38,6 +41,9 @@ const DATAGRAM: u16 = 65_507 / 10;
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// A peer not heard of for so long is gone: two keep-alives may be lost.
 const IDLE: VarInt = VarInt::from_u32(15_000); // milliseconds
+/// The other side keeps an acknowledgement back for so long at most, for an answer to carry it. A sender whose last packet was lost waits for
+/// it, too, before it asks: with QUIC's 25 ms that is more than the round trip of a path within a country.
+const ACK_DELAY: Duration = Duration::from_millis(5);
 /// Handshakes waiting to be accepted.
 const MAX_INCOMING: usize = 256;
 /// Bytes buffered for each of them, and for all together.
@@ -86,8 +92,12 @@ fn transport() -> TransportConfig {
     cubic.initial_window(INITIAL_WINDOW);
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(DATAGRAM);
+    let mut acks = AckFrequencyConfig::default();
+    // A gap is told at once, as it is without the extension.
+    acks.max_ack_delay(Some(ACK_DELAY)).reordering_threshold(1u32.into());
     let mut config = TransportConfig::default();
     config
+        .ack_frequency_config(Some(acks))
         .max_concurrent_bidi_streams(STREAMS.into())
         // The protocol uses neither.
         .max_concurrent_uni_streams(0u32.into())

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use hanse_protocol::discovery::Reachability;
 use hanse_protocol::{
-    ASSUMED_LIFETIME, Advert, AdvertError, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, ModelId, Precision,
-    SignedAdvert, WireDtype, verify_signature,
+    ASSUMED_LIFETIME, Advert, AdvertError, Draining, HostedError, HostedExperts, Identity, MAX_ADVERT_BYTES, ModelId,
+    Precision, SignedAdvert, WireDtype, verify_signature,
 };
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
@@ -29,7 +29,7 @@ fn advert() -> Advert {
         data_addresses: vec!["192.0.2.7:4700".parse().expect("v4"), "[2001:db8::7]:4701".parse().expect("v6")],
         capacity_rows: 1024,
         load_permille: 250,
-        draining: false,
+        draining: None,
         sequence: 3,
         expires_unix_ms: NOW + 300_000,
         layers: [(0, 16), (5, 8)].into(),
@@ -88,6 +88,35 @@ fn a_signed_advert_tells_who_made_it() {
     let bytes = SignedAdvert::sign(&advert(), &identity).expect("a proper advert").encode();
     let verified = SignedAdvert::decode(&bytes).and_then(|signed| signed.verify(NOW));
     assert_eq!(verified, Ok((identity.peer_id(), advert())));
+}
+
+#[test]
+fn why_a_member_takes_no_calls_is_told_and_unknown_reasons_are_refused() {
+    let identity = Identity::generate();
+    let encoded = |draining| {
+        let advert = Advert { draining, ..advert() };
+        let bytes = SignedAdvert::sign(&advert, &identity).expect("a proper advert").encode();
+        let verified = SignedAdvert::decode(&bytes).and_then(|signed| signed.verify(NOW));
+        assert_eq!(verified, Ok((identity.peer_id(), advert)));
+        bytes[96..].to_vec()
+    };
+    let plain = encoded(None);
+    let codes: Vec<u8> = Draining::ALL
+        .into_iter()
+        .map(|why| {
+            let told = encoded(Some(why));
+            let differs: Vec<usize> = (0..told.len()).filter(|&at| told[at] != plain[at]).collect();
+            let [at] = differs[..] else { panic!("one byte tells {why}: {differs:?}") };
+            assert_eq!(plain[at], 0);
+            for unknown in [6, 255] {
+                let mut other = told.clone();
+                other[at] = unknown;
+                assert_eq!(forged(&identity, &other).verify(NOW), Err(AdvertError::OutOfRange("draining")));
+            }
+            told[at]
+        })
+        .collect();
+    assert_eq!(codes, [1, 2, 3, 4, 5]);
 }
 
 #[test]

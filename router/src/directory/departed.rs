@@ -54,7 +54,7 @@ mod tests {
             data_addresses: Vec::new(),
             capacity_rows: 1,
             load_permille: 0,
-            draining: false,
+            draining: None,
             sequence: 1,
             expires_unix_ms: 0,
             popularity: Vec::new(),

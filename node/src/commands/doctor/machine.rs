@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hanse_model::{CardReport, OpenError, cards};
+use hanse_node::owner::cards::{CardProcess, Meter, MeterError, meter};
 use hanse_node::owner::{DataDirLock, LockError};
 use hanse_protocol::{Identity, IdentityError};
 
@@ -19,6 +20,8 @@ const SAMPLE_BYTES: usize = 32 << 20;
 const SLOW_BYTES_PER_SECOND: f64 = 32.0 * (1 << 20) as f64;
 /// Less room than this is worth a word.
 const LITTLE_BYTES: u64 = 1 << 30;
+/// So many programs that use a card are named.
+const MOST_PROGRAMS: usize = 4;
 
 /// Whether there is a key, and only its owner can read it.
 pub(super) fn key(data_dir: &Path) -> Check {
@@ -60,8 +63,14 @@ pub(super) fn gpu() -> Check {
     let on_cpu = |why: &str| format!("none is used: {why}; the CPU, which has {cores} cores, computes");
     match cards() {
         Ok(cards) => {
-            let shown: Vec<String> = cards.iter().map(card).collect();
-            Check::ok("gpu", format!("{}; the driver knows CUDA {}", shown.join("; "), driver(&cards)))
+            let meter = meter();
+            let shown: Vec<String> = cards.iter().map(|shown| card(shown) + &used(&meter, shown)).collect();
+            let found = format!("{}; the driver knows CUDA {}", shown.join("; "), driver(&cards));
+            match meter {
+                Ok(_) => Check::ok("gpu", found),
+                // All else works.
+                Err(error) => Check::ok("gpu", format!("{found}; --yield-to-others cannot be used: {error}")),
+            }
         }
         // A machine without a card is as good as any.
         Err(error @ OpenError::NoDriver) => Check::ok("gpu", on_cpu(&error.to_string())),
@@ -84,6 +93,27 @@ fn card(card: &CardReport) -> String {
         Err(reason) => reason.clone(),
     };
     format!("cuda:{card} {name} (compute capability {major}.{minor}), {memory}")
+}
+
+/// Which programs use a card, as far as that is told.
+fn used(meter: &Result<Box<dyn Meter>, MeterError>, card: &CardReport) -> String {
+    let told = meter.as_ref().ok().and_then(|meter| meter.processes(&card.uuid).ok());
+    let mut programs: Vec<CardProcess> = told.unwrap_or_default();
+    programs.sort_by_key(|program| std::cmp::Reverse(program.bytes));
+    let more = programs.len().saturating_sub(MOST_PROGRAMS);
+    let shown = programs.iter().take(MOST_PROGRAMS).map(|CardProcess { pid, name, bytes }| {
+        let name = name.as_deref().and_then(|name| Path::new(name).file_name()?.to_str());
+        // Whoever runs a program names it.
+        let plain = |name: &str| name.chars().filter(|c| !c.is_control()).collect();
+        let name = name.map_or_else(|| format!("process {pid}"), plain);
+        bytes.map_or_else(|| name.clone(), |bytes| format!("{name} ({})", output::bytes(bytes)))
+    });
+    let shown: Vec<String> = shown.collect();
+    match (shown.is_empty(), more) {
+        (true, _) => String::new(),
+        (false, 0) => format!(", used by {}", shown.join(", ")),
+        (false, more) => format!(", used by {} and {more} more", shown.join(", ")),
+    }
 }
 
 /// The newest CUDA that the driver knows, and the driver's own version where the system tells it.

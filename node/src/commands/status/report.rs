@@ -76,7 +76,7 @@ fn peers(rows: &[PeerRow]) -> comfy_table::Table {
             row.experts.to_string(),
             row.round_trip_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1} ms")),
             format!("{:.0} %", row.load * 100.0),
-            if row.draining { "paused".to_owned() } else { row.reachability.to_owned() },
+            row.reach.to_owned(),
             row.addresses.first().map_or_else(String::new, |address| ends(address)),
         ]);
     }
@@ -96,6 +96,8 @@ fn ends(address: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use hanse_protocol::Draining;
+
     use super::*;
 
     fn layer(layer: u32, missing: Vec<u32>, replicas: (usize, usize)) -> LayerRow {
@@ -118,6 +120,8 @@ mod tests {
             load: 1.0,
             reachability: "unreachable",
             draining: false,
+            why_draining: None,
+            reach: "unreachable",
             precision: hanse_protocol::Precision::Bf16,
             variant_of: None,
         }
@@ -147,12 +151,8 @@ mod tests {
             hanse_protocol::PeerId::random()
         );
         let far = "[2001:db8:1111:2222:3333:4444:5555:6666]:65535";
-        let peers =
-            [("direct", false), ("relayed", false), ("unreachable", false), ("direct", true), ("relayed", true)]
-                .into_iter()
-                .flat_map(|(reachability, draining)| {
-                    [far, &circuit].map(|address| PeerRow { reachability, draining, ..peer(address) })
-                });
+        let reaches = ["direct", "relayed", "unreachable"].into_iter().chain(Draining::ALL.map(Draining::short));
+        let peers = reaches.flat_map(|reach| [far, &circuit].map(|address| PeerRow { reach, ..peer(address) }));
         let silent = PeerRow { addresses: Vec::new(), round_trip_ms: None, load: 0.0, ..peer("") };
         let peers: Vec<PeerRow> = peers.chain([silent]).collect();
         let document = Document { model_id: Some("c6".repeat(32)), layers: vec![layer(0, vec![], (1, 2))], peers };
@@ -162,8 +162,7 @@ mod tests {
             let tail = &peer.peer_id[peer.peer_id.len() - 10..];
             let rows: Vec<&str> = text.lines().filter(|line| line.contains(tail)).collect();
             let [row] = rows[..] else { panic!("one row for {tail}: {rows:?}") };
-            let reach = if peer.draining { "paused" } else { peer.reachability };
-            assert!(row.contains(reach) && row.contains(" 14848 "), "{row}");
+            assert!(row.contains(peer.reach) && row.contains(" 14848 "), "{row}");
             assert!(row.contains(if peer.load > 0.0 { " 100 % " } else { " 0 % " }), "{row}");
             assert!(row.contains(if peer.round_trip_ms.is_some() { " 1234.5 ms " } else { " - " }), "{row}");
         }

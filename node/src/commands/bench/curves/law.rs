@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-/// A peer of QUIC may keep an acknowledgement back for so long (RFC 9000, section 18.2), so the sender adds it to its patience.
-const MAX_ACK_DELAY_MS: f64 = 25.0;
+/// A peer may keep an acknowledgement back for so long (`protocol/src/transport/settings.rs`), so the sender adds it to its patience.
+const MAX_ACK_DELAY_MS: f64 = 5.0;
 /// The least that is added to the round trip for its variation (RFC 9002, section 6.1.2).
 const GRANULARITY_MS: f64 = 1.0;
 /// A packet is lost when a later one is acknowledged and so many round trips have passed since it was sent (RFC 9002, section 6.1.2).
@@ -222,9 +222,9 @@ mod tests {
     fn loss_costs_nothing_without_loss_and_a_probe_and_a_round_trip_at_the_end_of_a_message() {
         let path = |loss| Path { round_trip_ms: 20.0, loss };
         assert_eq!(path(0.0).call(1, 2).mean(), 0.0);
-        // One packet each way: 2 % of 20 + 1 + 25 + 20 ms, and next to nothing for what is lost twice.
+        // One packet each way: 2 % of 20 + 1 + 5 + 20 ms, and next to nothing for what is lost twice.
         let mean = path(0.01).call(1, 1).mean();
-        assert!((mean - 0.02 * 66.0).abs() < 0.02, "{mean}");
+        assert!((mean - 0.02 * 46.0).abs() < 0.02, "{mean}");
         // A first packet of two is told by the second.
         let gap = path(0.01).call(1, 2).mean() - mean;
         assert!((gap - 0.01 * 22.5).abs() < 0.02, "{gap}");
