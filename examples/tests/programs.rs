@@ -115,6 +115,6 @@ async fn watch_network_tells_who_comes_and_who_goes() {
         if line == format!("- {peer} hosts nothing of {model} any more") {
             break;
         }
-        assert_eq!(line, format!("~ {peer} takes no calls"), "on its way out");
+        assert_eq!(line, format!("~ {peer} takes no calls: it is leaving"), "on its way out");
     }
 }

@@ -33,7 +33,8 @@ parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--seconds", type=float, default=2)
 parser.add_argument("--rows", default="1,16,256,1024")
 parser.add_argument("--clients", default="1,4,16")
-parser.add_argument("--declare", default="100,1000", help="numbers of experts to declare and find")
+parser.add_argument("--kinds", default="swiglu,ffn,empty", help="which experts to call")
+parser.add_argument("--declare", default="100,1000", help="numbers of experts to declare and find; empty for none")
 args = parser.parse_args()
 
 
@@ -118,6 +119,7 @@ with tempfile.TemporaryDirectory() as folder:
     rows, clients = ([int(part) for part in text.split(",")] for text in (args.rows, args.clients))
     points = [("swiglu", r, c, 1) for r in rows for c in clients] + [("swiglu", r, 1, 4) for r in (1, 16)]
     points += [(kind, r, 1, 1) for kind in ("ffn", "empty") for r in rows]
+    points = [point for point in points if point[0] in args.kinds.split(",")]
     print("| expert, rows, clients | Hanse calls/s | hivemind calls/s | times | Hanse p50 ms | hivemind p50 ms |")
     print("|---|---|---|---|---|---|")
     for kind, group in itertools.groupby(points, lambda point: point[0]):
@@ -131,6 +133,6 @@ with tempfile.TemporaryDirectory() as folder:
             process.wait(timeout=60)
     print("\n| experts of 8 members | Hanse: declare, s | hivemind: declare, s | times | Hanse: find, s | hivemind: find, s |")
     print("|---|---|---|---|---|---|")
-    for experts in args.declare.split(","):
+    for experts in filter(None, args.declare.split(",")):
         here = lambda: last([args.programs / "declare-and-find", f"--members={MEMBERS}", f"--experts={experts}"])
         compare(experts, here, lambda: last(side("declare", MEMBERS, experts)), ["declare_s", "find_s"], lambda a, b: b / a)
