@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 
 hanse, model = sys.argv[1:3]
 lengths = [int(length) for length in sys.argv[3:]] or [512, 2000]
@@ -38,6 +39,8 @@ with tempfile.TemporaryDirectory() as data:
             prompt = ",".join(str(random.randrange(vocab)) for _ in range(length))
             ask = ["generate", f"--model={model}", f"--bootstrap={address}", f"--prompt-ids={prompt}", "--max-tokens=4", "--json"]
             subprocess.run([hanse, *ask], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # What is free is kept for a second.
+            time.sleep(3)
             report(node, f"after {length} tokens")
     finally:
         node.stdin.close()

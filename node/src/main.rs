@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod memory;
 mod model;
 mod output;
 mod paths;
@@ -13,11 +14,6 @@ use clap::Parser;
 use cli::{Cli, Command};
 use hanse_node::owner::control::Command as Control;
 
-/// Bodies of calls are blocks of hundreds of kilobytes that come and go: glibc gives each back to the system and takes new pages for the
-/// next, which took half of a call's time. This one keeps them for a moment.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.verbose);
@@ -28,6 +24,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    runtime.spawn(memory::give_back());
     let outcome = runtime.block_on(async {
         match cli.command {
             Command::Demo(args) => commands::demo::run(args).await,
