@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Bodies of calls are blocks of hundreds of kilobytes that come and go: glibc gives each back to the system and takes new pages for the
-/// next, which took half of a call's time. This one keeps them for a second.
+/// next, which took more than a third of a call's time. This one keeps them for a second.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -257,10 +257,12 @@ impl Server {
 
     async fn give(&self, fetch: &Fetch, chunks: Arc<Semaphore>) -> Held {
         let refused = |code, text: &str| (Frame::Refusal(Refusal::new(fetch.request_id, code, text)), None);
-        match &self.giving {
-            Some(_) if self.draining.get().is_some() => refused(RefusalCode::Draining, "this peer is leaving"),
-            Some(giving) => giving.answer(fetch, chunks, self.bandwidth.as_ref()).await,
-            None => refused(RefusalCode::NotHosted, "this peer gives out no weights"),
+        match (&self.giving, self.draining.get()) {
+            (Some(_), Some(why)) => {
+                refused(RefusalCode::Draining, &format!("this peer gives nothing at present: {why}"))
+            }
+            (Some(giving), None) => giving.answer(fetch, chunks, self.bandwidth.as_ref()).await,
+            (None, _) => refused(RefusalCode::NotHosted, "this peer gives out no weights"),
         }
     }
 
