@@ -74,7 +74,7 @@ fn main() -> candle_core::Result<()> {
         let dir = checkpoint(dtype, value_bytes);
         let checkpoint = Checkpoint::open(dir.path()).expect("a checkpoint");
         let experts: Vec<Expert> = (0..EXPERTS).map(|e| Expert::load(&checkpoint, 0, e).expect("an expert")).collect();
-        for rows in [1, 2, 4, 8, 16, 64, 256] {
+        for rows in [1, 2, 4, 8, 16, 64, 256, 1024] {
             let hidden = vec![0.5; rows * HIDDEN];
             let tensor = Tensor::from_slice(&hidden, (rows, HIDDEN), &Device::Cpu)?;
             let (mut middle, mut output) = (vec![0.0; rows * WIDTH], vec![0.0; rows * HIDDEN]);

@@ -1,8 +1,8 @@
 //! Computes experts for all clients: rows that wait for the same expert are joined, and clients take turns.
 //!
-//! Work queues up in one bounded queue with a line for each client. A *pass* takes what has queued, at most so many (row, expert)
-//! pairs and as many of each client, joins the rows of each expert over all requests, and has them computed as one piece of work. A large
-//! request is computed in several passes, so that it keeps nobody waiting for longer than one.
+//! Work queues up in one bounded queue, in the order in which clients would be done with equal shares. A *pass* takes what comes first, at most
+//! so many (row, expert) pairs, joins the rows of each expert over all requests, and has them computed as one piece of work. A large
+//! request is computed in several passes, so that it keeps nobody who asks for less waiting for longer than one.
 //!
 //! While a pass runs, others queue for the next one: a busy batcher reads each expert's weights once for all who wait, and an idle one
 //! adds no delay. Small work that meets an idle batcher is computed at once in the caller's task, as waking a thread would take longer

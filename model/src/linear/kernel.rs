@@ -33,6 +33,31 @@ instantiate! {
 
 #[inline(always)]
 pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
+    let most = if L::WIDE { rows_at_a_time(shape.inputs) } else { shape.rows };
+    let mut first = 0usize;
+    while first < shape.rows {
+        let rows = most.min(shape.rows.wrapping_sub(first));
+        let (x, y) =
+            (x.wrapping_add(first.wrapping_mul(shape.inputs)), y.wrapping_add(first.wrapping_mul(shape.outputs)));
+        unsafe { some_rows::<L, W>(x, w, y, Shape { rows, ..shape }) };
+        first = first.wrapping_add(rows);
+    }
+}
+
+/// Bytes of rows that stay in the second cache while all columns go through.
+const ROW_BYTES: usize = 512 << 10;
+
+/// Rows, a multiple of what a tile has, that fit into [`ROW_BYTES`]; so many at least that reading the weights again for the next ones
+/// takes no time beside computing.
+#[inline(always)]
+fn rows_at_a_time(inputs: usize) -> usize {
+    let fitting = ROW_BYTES / (inputs * size_of::<f32>());
+    (fitting / 4 * 4).max(32)
+}
+
+/// [`multiply`] of rows that stay in the second cache.
+#[inline(always)]
+unsafe fn some_rows<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
     let (mut column, end) = shape.columns;
     unsafe {
         // What a tile reads, each value once, comes from the second cache: with four columns of weights in f32 that and not multiplying would be the limit.

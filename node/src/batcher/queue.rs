@@ -1,6 +1,11 @@
-//! What waits: a line of requests for each client. Pure; the clock is an argument.
+//! What waits, in the order of fair turns. Pure; the clock is an argument.
+//!
+//! Whose request is next is who would be done first if all clients were served at the same time, each at an equal rate (weighted fair
+//! queueing: Parekh and Gallager, 1993). So nobody waits for one who asks for more, and nobody is done later than with such equal parts
+//! but for the pass that runs when they come. Requests are done one after the other, not all at the end: while an answer and the
+//! next request travel, others are computed.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -89,35 +94,48 @@ impl Request {
     }
 }
 
-/// One client's requests.
-#[derive(Default)]
-struct Line {
-    requests: VecDeque<Arc<Request>>,
-    /// Pairs of the first one that passes have taken.
+/// A request in the queue.
+struct Waiting {
+    request: Arc<Request>,
+    /// Pairs of it that passes have taken.
     taken: usize,
-    /// Pairs that wait.
-    pairs: usize,
 }
 
-/// Requests that wait, by client. Clients without any are not in it.
+/// What one client waits for.
+#[derive(Default)]
+struct Line {
+    /// Pairs that wait.
+    pairs: usize,
+    /// When the last of its requests would be done: see [`Queue::served`].
+    finish: u64,
+}
+
+/// A pair counts so much in [`Queue::served`], so that parts of one do.
+const PAIR: u64 = 1 << 10;
+
+/// Requests that wait.
 #[derive(Default)]
 pub(super) struct Queue {
+    /// By when they would be done if all clients were served at the same time, then by their arrival.
+    waiting: BTreeMap<(u64, u64), Waiting>,
+    /// Clients who wait.
     lines: HashMap<PeerId, Line>,
-    /// Whose turn it is, first in front.
-    turns: VecDeque<PeerId>,
+    /// What each client who always waits would have been served at an equal rate.
+    served: u64,
+    arrived: u64,
     pairs: usize,
 }
 
 impl Queue {
     pub(super) fn is_empty(&self) -> bool {
-        self.turns.is_empty()
+        self.waiting.is_empty()
     }
 
     pub(super) fn pairs(&self) -> usize {
         self.pairs
     }
 
-    /// Adds a request at the end of its client's line.
+    /// Adds a request.
     ///
     /// # Errors
     /// [`WorkError::Full`] where more than `max_pairs` would wait. A client that would have no more than its equal share of them is
@@ -134,65 +152,42 @@ impl Queue {
             }
         }
         self.pairs = total;
-        let line = self.lines.entry(client).or_insert_with(|| {
-            self.turns.push_back(client);
-            Line::default()
-        });
+        let line = self.lines.entry(client).or_default();
         line.pairs += request.pairs;
-        line.requests.push_back(request);
+        line.finish = line.finish.max(self.served) + request.pairs as u64 * PAIR;
+        self.arrived += 1;
+        self.waiting.insert((line.finish, self.arrived), Waiting { request, taken: 0 });
         Ok(())
     }
 
-    /// The next pass: as many pairs of each client, and what some leave free to the others. Who found no room is first in the next
-    /// one. Requests that nobody waits for any more are dropped.
+    /// The next pass. Requests that nobody waits for any more are dropped.
     pub(super) fn take(&mut self, now: Instant) -> Vec<Slice> {
         let mut slices = Vec::new();
         let mut room = PAIRS_PER_PASS;
-        while room > 0 && !self.turns.is_empty() {
-            let share = room.div_ceil(self.turns.len());
-            for _ in 0..self.turns.len() {
-                if room == 0 {
-                    break;
-                }
-                let Some(client) = self.turns.pop_front() else { break };
-                let Some(line) = self.lines.get_mut(&client) else { continue };
-                let before = line.pairs;
-                room -= line.take(share.min(room), now, &mut slices);
-                self.pairs -= before - line.pairs;
-                if line.requests.is_empty() {
+        while room > 0
+            && let Some(mut first) = self.waiting.first_entry()
+        {
+            let Waiting { request, taken } = first.get_mut();
+            let left = request.pairs - *taken;
+            let (client, is_over) = (request.work.client, request.is_over(now));
+            let gone = if is_over { left } else { left.min(room) };
+            if !is_over {
+                slices.push((request.clone(), *taken..*taken + gone));
+                room -= gone;
+                self.served += gone as u64 * PAIR / self.lines.len().max(1) as u64;
+            }
+            *taken += gone;
+            if gone == left {
+                first.remove();
+            }
+            self.pairs -= gone;
+            if let Some(line) = self.lines.get_mut(&client) {
+                line.pairs -= gone;
+                if line.pairs == 0 {
                     self.lines.remove(&client);
-                } else {
-                    self.turns.push_back(client);
                 }
             }
         }
         slices
-    }
-}
-
-impl Line {
-    /// Adds up to `most` pairs of the first requests to `slices`; returns how many.
-    fn take(&mut self, most: usize, now: Instant, slices: &mut Vec<Slice>) -> usize {
-        let mut taken = 0;
-        while let Some(request) = self.requests.front() {
-            let left = request.pairs - self.taken;
-            if request.is_over(now) {
-                self.pairs -= left;
-                (self.taken, _) = (0, self.requests.pop_front());
-                continue;
-            }
-            let now_taken = left.min(most - taken);
-            if now_taken == 0 {
-                break;
-            }
-            slices.push((request.clone(), self.taken..self.taken + now_taken));
-            taken += now_taken;
-            self.pairs -= now_taken;
-            self.taken += now_taken;
-            if now_taken == left {
-                (self.taken, _) = (0, self.requests.pop_front());
-            }
-        }
-        taken
     }
 }

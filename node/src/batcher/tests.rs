@@ -46,32 +46,83 @@ fn pass(queue: &mut Queue, clients: &[PeerId]) -> Vec<usize> {
 }
 
 #[test]
-fn clients_share_a_pass_equally_and_what_some_leave_free_goes_to_the_others() {
+fn who_asks_for_less_is_done_first_and_nobody_later_than_with_equal_shares() {
     let clients = [client(), client(), client()];
     let mut queue = Queue::default();
     push(&mut queue, rows(clients[0], 3000)).unwrap();
     push(&mut queue, rows(clients[1], 100)).unwrap();
     push(&mut queue, rows(clients[2], 600)).unwrap();
-    assert_eq!(pass(&mut queue, &clients), [462, 100, 462]);
+    assert_eq!(pass(&mut queue, &clients), [324, 100, 600]);
     assert_eq!(queue.pairs(), 2676);
-    // The first goes on where it was, and has the rest for itself.
-    assert_eq!(pass(&mut queue, &clients), [886, 0, 138]);
+    // The first goes on where it was, but for who comes and asks for less.
+    push(&mut queue, rows(clients[1], 24)).unwrap();
+    assert_eq!(pass(&mut queue, &clients), [1000, 24, 0]);
     assert_eq!(pass(&mut queue, &clients), [1024, 0, 0]);
-    assert_eq!(pass(&mut queue, &clients), [628, 0, 0]);
+    assert_eq!(pass(&mut queue, &clients), [652, 0, 0]);
     assert!(queue.is_empty() && queue.pairs() == 0);
 }
 
 #[test]
-fn more_clients_than_a_pass_has_room_for_take_turns() {
-    let clients: Vec<PeerId> = (0..1100).map(|_| client()).collect();
+fn equal_requests_are_done_one_after_the_other() {
+    let clients: Vec<PeerId> = (0..20).map(|_| client()).collect();
     let mut queue = Queue::default();
     for &client in &clients {
-        push(&mut queue, rows(client, 2)).unwrap();
+        push(&mut queue, rows(client, 200)).unwrap();
     }
     let first = pass(&mut queue, &clients);
-    assert!(first[..1024].iter().all(|&pairs| pairs == 1) && first[1024..].iter().all(|&pairs| pairs == 0));
+    assert_eq!(first[..6], [200, 200, 200, 200, 200, 24]);
     let second = pass(&mut queue, &clients);
-    assert!(second[1024..].iter().all(|&pairs| pairs == 1), "who found no room comes first");
+    assert_eq!(second[5..12], [176, 200, 200, 200, 200, 48, 0]);
+}
+
+/// Clients who always have so many requests of so many rows in the queue: pairs that each was served after so many passes, and the most
+/// passes that one of its requests took.
+fn served(wanted: &[(usize, u32)], passes: usize) -> Vec<(usize, usize)> {
+    let clients: Vec<PeerId> = wanted.iter().map(|_| client()).collect();
+    let mut queue = Queue::default();
+    let mut served = vec![(0, 0); wanted.len()];
+    let mut waiting: Vec<Vec<(Arc<Request>, usize)>> = vec![Vec::new(); wanted.len()];
+    for number in 0..passes {
+        for ((waiting, &client), &(many, pairs)) in waiting.iter_mut().zip(&clients).zip(wanted) {
+            while waiting.len() < many {
+                let request = Request::new(rows(client, pairs)).0;
+                queue.push(request.clone(), usize::MAX / 2).unwrap();
+                waiting.push((request, number));
+            }
+        }
+        for (request, range) in queue.take(Instant::now()) {
+            let index = clients.iter().position(|client| *client == request.work.client).unwrap();
+            served[index].0 += range.len();
+            if range.end == request.pairs {
+                let place = waiting[index].iter().position(|(other, _)| Arc::ptr_eq(other, &request)).unwrap();
+                let (_, since) = waiting[index].remove(place);
+                served[index].1 = served[index].1.max(number + 1 - since);
+            }
+        }
+    }
+    served
+}
+
+#[test]
+fn clients_who_always_wait_get_equal_shares_however_they_ask() {
+    // One large request at a time, many large ones, many small ones, some in between.
+    let wanted = [(1, 1024), (50, 3000), (2000, 1), (3, 700), (64, 100)];
+    let served = served(&wanted, 1000);
+    let all: usize = served.iter().map(|(pairs, _)| pairs).sum();
+    assert_eq!(all, 1000 * queue::PAIRS_PER_PASS);
+    for (pairs, _) in &served {
+        let share = *pairs as f64 * wanted.len() as f64 / all as f64;
+        assert!((0.8..1.25).contains(&share), "{served:?}");
+    }
+}
+
+#[test]
+fn one_row_waits_for_nobody_who_asks_for_much() {
+    let wanted: Vec<(usize, u32)> = std::iter::once((1, 1)).chain((0..16).map(|_| (4, 1024))).collect();
+    let served = served(&wanted, 200);
+    assert_eq!(served[0], (200, 1), "in the next pass, every time");
+    let (least, most) = (served[1..].iter().min().unwrap().0, served[1..].iter().max().unwrap().0);
+    assert!(most - least <= 2 * 1024, "{served:?}");
 }
 
 #[test]
