@@ -1,9 +1,12 @@
 //! One request and its answer on a warm stream.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio_util::task::AbortOnDropHandle;
+
 use super::carrier::Carrier;
+use super::runtime::data_runtime;
 use super::streams::Streams;
 use crate::frame::Encoded;
 use crate::{Frame, FrameError, FrameKind, FrameLimits};
@@ -55,12 +58,12 @@ impl IdleStreams {
 }
 
 /// A stream with a call on it. Unless it is given back, both directions are reset.
-struct Lease<'a> {
+struct Lease {
     streams: Option<Streams>,
-    idle: &'a IdleStreams,
+    idle: Arc<IdleStreams>,
 }
 
-impl Lease<'_> {
+impl Lease {
     fn give_back(mut self) {
         if let Some(streams) = self.streams.take() {
             self.idle.put(streams);
@@ -79,7 +82,7 @@ impl Lease<'_> {
     }
 }
 
-impl Drop for Lease<'_> {
+impl Drop for Lease {
     fn drop(&mut self) {
         if let Some(mut streams) = self.streams.take() {
             streams.cancel();
@@ -88,8 +91,8 @@ impl Drop for Lease<'_> {
 }
 
 pub(super) async fn call(
-    carrier: &Carrier,
-    idle: &IdleStreams,
+    carrier: &Arc<Carrier>,
+    idle: &Arc<IdleStreams>,
     request: &Frame,
     deadline: Duration,
 ) -> Result<Frame, CallError> {
@@ -97,35 +100,11 @@ pub(super) async fn call(
         return Err(CallError::NotARequest(request.kind()));
     }
     let encoded = Encoded::new(request).map_err(CallError::Request)?;
-    tokio::time::timeout(deadline, ask(carrier, idle, request, encoded)).await.unwrap_or(Err(CallError::Late(deadline)))
-}
-
-async fn ask(carrier: &Carrier, idle: &IdleStreams, request: &Frame, encoded: Encoded) -> Result<Frame, CallError> {
-    if let Some(streams) = idle.take() {
-        let mut lease = Lease { streams: Some(streams), idle };
-        match lease.exchange(encoded.clone()).await {
-            // Most likely the server had ended the idle stream before: once more, on a new one. Experts are pure functions, so
-            // that it does no harm if the call was already computed.
-            Err(FrameError::Closed | FrameError::Reset) if carrier.close_reason().is_none() => {}
-            result => return finish(carrier, request, lease, result),
-        }
-    }
-    let streams = carrier.open().await.map_err(CallError::ConnectionLost)?;
-    let mut lease = Lease { streams: Some(streams), idle };
-    let result = lease.exchange(encoded).await;
-    finish(carrier, request, lease, result)
-}
-
-fn finish(
-    carrier: &Carrier,
-    request: &Frame,
-    lease: Lease<'_>,
-    result: Result<Frame, FrameError>,
-) -> Result<Frame, CallError> {
-    let answer = result.map_err(|error| match carrier.close_reason() {
-        Some(reason) => CallError::ConnectionLost(reason),
-        None => CallError::Stream(error),
-    })?;
+    let asking = ask(carrier.clone(), idle.clone(), encoded);
+    let asking = async move { tokio::time::timeout(deadline, asking).await.unwrap_or(Err(CallError::Late(deadline))) };
+    // In the thread of the connection: each part of an answer that arrives would wake the caller's thread up.
+    let asked = AbortOnDropHandle::new(data_runtime().spawn(asking)).await;
+    let (answer, lease) = asked.map_err(|error| CallError::ConnectionLost(error.to_string()))??;
     if !request.is_answered_by(&answer) {
         return Err(CallError::BadAnswer(answer.kind()));
     }
@@ -133,4 +112,28 @@ fn finish(
         lease.give_back();
     }
     Ok(answer)
+}
+
+/// The answer, and the stream that it came on.
+async fn ask(carrier: Arc<Carrier>, idle: Arc<IdleStreams>, encoded: Encoded) -> Result<(Frame, Lease), CallError> {
+    if let Some(streams) = idle.take() {
+        let mut lease = Lease { streams: Some(streams), idle: idle.clone() };
+        match lease.exchange(encoded.clone()).await {
+            // Most likely the server had ended the idle stream before: once more, on a new one. Experts are pure functions, so
+            // that it does no harm if the call was already computed.
+            Err(FrameError::Closed | FrameError::Reset) if carrier.close_reason().is_none() => {}
+            result => return result.map(|answer| (answer, lease)).map_err(|error| why(&carrier, error)),
+        }
+    }
+    let streams = carrier.open().await.map_err(CallError::ConnectionLost)?;
+    let mut lease = Lease { streams: Some(streams), idle };
+    let answer = lease.exchange(encoded).await.map_err(|error| why(&carrier, error))?;
+    Ok((answer, lease))
+}
+
+fn why(carrier: &Carrier, error: FrameError) -> CallError {
+    match carrier.close_reason() {
+        Some(reason) => CallError::ConnectionLost(reason),
+        None => CallError::Stream(error),
+    }
 }

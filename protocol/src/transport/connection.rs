@@ -25,9 +25,9 @@ pub struct DataConnection {
 
 #[derive(Debug)]
 struct Inner {
-    carrier: Carrier,
+    carrier: Arc<Carrier>,
     peer_id: PeerId,
-    idle: IdleStreams,
+    idle: Arc<IdleStreams>,
     body_budget: Arc<Semaphore>,
 }
 
@@ -44,7 +44,7 @@ impl DataConnection {
 
     fn over(carrier: Carrier, peer_id: PeerId) -> Self {
         let body_budget = Arc::new(Semaphore::new(BODY_BUDGET_KIB as usize));
-        Self { inner: Arc::new(Inner { carrier, peer_id, idle: IdleStreams::default(), body_budget }) }
+        Self { inner: Arc::new(Inner { carrier: Arc::new(carrier), peer_id, idle: Arc::default(), body_budget }) }
     }
 
     /// Who is on the other side, as its handshake proves.
