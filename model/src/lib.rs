@@ -42,8 +42,8 @@ mod cache;
 mod carve;
 mod chat_template;
 mod checkpoint;
-#[cfg(any(feature = "cuda", test))]
-mod cuda;
+#[cfg(any(cards, test))]
+mod cards;
 mod device;
 mod expert;
 mod experts;
