@@ -78,8 +78,8 @@ fn compare(held: &[HeldExpert], experts: &[Expert], rows: &[usize], seed: u32, w
     assert!(failed.is_empty(), "{what}: {failed:?}");
     for ((expert, input), output) in experts.iter().zip(&inputs).zip(&outputs) {
         assert!(output.iter().all(|value| value.is_finite()), "{what}: all can be compared");
-        let assert = if held.iter().any(|held| flushes(held.device().as_ref())) { assert_near } else { assert_same };
-        assert(output, &on_cpu(expert, input), &format!("{what}, {rows:?} rows"));
+        let check = if held.iter().any(|held| flushes(held.device().as_ref())) { assert_near } else { assert_same };
+        check(output, &on_cpu(expert, input), &format!("{what}, {rows:?} rows"));
     }
 }
 

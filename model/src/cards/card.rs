@@ -230,7 +230,8 @@ impl Card {
         if free_bytes.saturating_sub(MARGIN_BYTES) < bytes {
             return Err(no_room());
         }
-        let failed = |error| if driver::is_out_of_memory(&error) { no_room() } else { self.failed("allocating memory")(error) };
+        let failed =
+            |error| if driver::is_out_of_memory(&error) { no_room() } else { self.failed("allocating memory")(error) };
         make().map_err(failed)
     }
 
@@ -345,12 +346,7 @@ impl Card {
 
     /// # Safety
     /// As [`Self::compute`]; after an error both streams have to be waited for.
-    unsafe fn compute_in(
-        &self,
-        slots: &mut [Slot; 2],
-        pieces: &[Piece],
-        rows: &mut impl Rows,
-    ) -> Result<(), Error> {
+    unsafe fn compute_in(&self, slots: &mut [Slot; 2], pieces: &[Piece], rows: &mut impl Rows) -> Result<(), Error> {
         for (number, piece) in pieces.iter().enumerate() {
             if let Some(last) = number.checked_sub(2) {
                 slots[number % 2].end(&pieces[last], rows)?;

@@ -15,7 +15,7 @@ use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_foundation::{NSError, NSProcessInfo, NSString};
 use objc2_metal::{
-    MTLBuffer, MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue, MTLCompileOptions,
+    MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue, MTLCompileOptions,
     MTLComputeCommandEncoder, MTLComputePipelineState, MTLCreateSystemDefaultDevice, MTLDevice, MTLGPUFamily,
     MTLLanguageVersion, MTLLibrary, MTLMathFloatingPointFunctions, MTLMathMode, MTLResidencySet,
     MTLResidencySetDescriptor, MTLSize,
@@ -23,7 +23,7 @@ use objc2_metal::{
 
 use crate::device::{CardReport, OpenError};
 
-/// Without this framework Metal shows no GPU to programs that draw nothing.
+// Without this framework Metal shows no GPU to programs that draw nothing.
 #[link(name = "CoreGraphics", kind = "framework")]
 unsafe extern "C" {}
 
@@ -171,8 +171,7 @@ impl Context {
 }
 
 /// A command buffer that is being written, and what writes it.
-type Open =
-    (Retained<ProtocolObject<dyn MTLCommandBuffer>>, Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>);
+type Open = (Retained<ProtocolObject<dyn MTLCommandBuffer>>, Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>);
 
 /// A queue of launches, done one after the other.
 #[derive(Debug)]

@@ -300,7 +300,10 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),
         (&["node", "--model", model, "--experts", "0-"], "0-"),
-        (&["generate", "--model", model, "--local", "--prompt", "x", "--device", "metal:0"], "one card, such as cuda:0"),
+        (
+            &["generate", "--model", model, "--local", "--prompt", "x", "--device", "metal:0"],
+            "one card, such as cuda:0",
+        ),
         (&["node", "--model", model, "--device", "metal:0"], "is no device"),
         (&["node", "--model", model, "--device", "cuda:0,cpu"], "stands alone"),
         (&["node", "--model", model, "--experts", "all", "--memory", "1GiB"], "--memory"),
