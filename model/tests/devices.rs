@@ -44,6 +44,10 @@ fn flushes(device: &dyn Device) -> bool {
 fn assert_near(found: &[f32], expected: &[f32], what: &str) {
     let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     let difference = largest_difference(found, expected);
+    let different =
+        found.iter().zip(expected).filter(|(found, expected)| found.to_bits() != expected.to_bits()).count();
+    let part = difference / largest;
+    println!("{what}: {different} of {} values differ, by at most {part:e} of the largest", found.len());
     assert!(difference <= largest * 1e-6, "{what}: differs by {difference:e} where the largest is {largest:e}");
 }
 
