@@ -37,7 +37,7 @@ fn expert(checkpoint: &Checkpoint, expert: usize) -> Expert {
 
 /// Whether a device takes floats below 2^-126 for zero, as Apple's GPUs do. Then a sum that has such a part may be rounded the other way.
 fn flushes(device: &dyn Device) -> bool {
-    device.name() == "metal" || std::env::var_os("HANSE_EMULATED_FLUSH").is_some()
+    device.name() == "metal" || std::env::var_os("HANSE_EMULATED_FLUSH").is_some_and(|value| value == "1")
 }
 
 /// The same values but for what sums may differ by that are rounded the other way: the tolerance is of the largest value.
