@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What can be told of the Metal backend without a Mac, beside what emulated.sh computes: that kernels.metal keeps address spaces apart, and
-# that the driver's side compiles for one. Needs python3 with pip and PyPI, for a C compiler that knows Apple's headers, and Rust's standard
+# that the driver's side, and the program, compile for one. Needs python3 with pip and PyPI, for a C compiler that knows Apple's headers, and Rust's standard
 # library for the target (`rustup target add aarch64-apple-darwin`; or its source, and the option -Zbuild-std).
 #
 #   tests/cuda/metal/check.sh [OPTIONS OF CARGO]
@@ -28,7 +28,8 @@ for option in "\$@"; do case "\$option" in --target=* | -mmacosx-version-min=*) 
 exec "$zig" cc -target aarch64-macos "\${options[@]}"
 END
 chmod +x "$compiler"
-export CC_aarch64_apple_darwin="$compiler" AR_aarch64_apple_darwin="$compiler-ar" SDKROOT="$tools"
+export CC_aarch64_apple_darwin="$compiler" CXX_aarch64_apple_darwin="$compiler" AR_aarch64_apple_darwin="$compiler-ar" SDKROOT="$tools"
 printf '#!/usr/bin/env bash\nexec "%s" ar "$@"\n' "$zig" > "$compiler-ar"
 chmod +x "$compiler-ar"
 cargo check --target aarch64-apple-darwin -p hanse-model --features metal --all-targets "$@"
+cargo check --target aarch64-apple-darwin -p hanse-node --features metal "$@"
