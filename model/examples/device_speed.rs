@@ -1,5 +1,5 @@
 //! How fast a device computes experts beside the processor:
-//! `cargo run --release -p hanse-model --features cuda --example device_speed -- cuda:0`.
+//! `cargo run --release -p hanse-model --features cuda --example device_speed -- cuda:0`, or `--features metal` and `metal`.
 //!
 //! Passes of eight experts of 2048 x 768, as a node gets them, with as many rows for each as the line says; other experts each time. The
 //! time is that of a pass as the batcher sees it, with copies there and back: the best of some. Bytes are those of the weights

@@ -22,7 +22,7 @@ use std::sync::Arc;
 pub use config::ConfigError;
 pub use dtype::StoredDtype;
 pub use error::{CheckpointError, LoadError};
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(cards, test))]
 pub(crate) use experts::Biases;
 pub(crate) use experts::{Swiglu, WrittenMatrix, WrittenTensor};
 pub use mapping::Mapping;

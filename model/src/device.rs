@@ -9,10 +9,10 @@ use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-#[cfg(feature = "cuda")]
+#[cfg(cards = "cuda")]
 pub(crate) use choice::version;
 pub use choice::{CardReport, DeviceChoice, DeviceChoiceError, OpenError, card_uuids, cards};
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(cards, test))]
 pub(crate) use matrices::MatrixDevice;
 pub use matrices::TrunkCard;
 use rayon::ThreadPool;
@@ -60,7 +60,7 @@ pub struct CardUse {
 
 /// Something that holds experts and computes them. A row's bits are the same on all of them.
 pub trait Device: fmt::Debug + Send + Sync {
-    /// As `--device` has it: `cpu`, `cuda:0`.
+    /// As `--device` has it: `cpu`, `cuda:0`, `metal`.
     fn name(&self) -> &str;
 
     /// Whether the threads of this process compute, so that it may be done in the caller's.

@@ -39,11 +39,11 @@ compile_error!("weights are used in place and are little-endian");
 mod activation;
 mod attention;
 mod cache;
+#[cfg(any(cards, test))]
+mod cards;
 mod carve;
 mod chat_template;
 mod checkpoint;
-#[cfg(any(feature = "cuda", test))]
-mod cuda;
 mod device;
 mod expert;
 mod experts;

@@ -175,7 +175,7 @@ impl Matrix {
     }
 
     /// The bits of one row of a matrix in f16 or bf16; `None` in others.
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(cards, test))]
     pub(crate) fn half_row(&self, row: usize) -> Option<&[u16]> {
         use half::slice::HalfFloatSliceExt;
         let range = row * self.inputs..(row + 1) * self.inputs;
@@ -187,7 +187,7 @@ impl Matrix {
     }
 
     /// The bytes of one row of a matrix in few bits, and of its scales where they lie by themselves; `None` in others.
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(cards, test))]
     pub(crate) fn stored_row(&self, row: usize) -> Option<(&[u8], &[u8])> {
         match &self.values {
             Values::F32(_) | Values::F16(_) | Values::Bf16(_) => None,

@@ -123,8 +123,9 @@ pub(crate) struct ClientArgs {
     /// client with f32, peer with the others.
     #[arg(long, value_name = "WHO", value_parser = parse_combine)]
     pub(crate) combine: Option<Combine>,
-    /// What multiplies with the trunk's matrices, to the same bits: `cpu`; one NVIDIA card such as cuda:0; `auto` for the card with most
-    /// free memory if there is one and this build can use it. Where the card has no room, and once it has failed, the processor does.
+    /// What multiplies with the trunk's matrices, to the same bits: `cpu`; one NVIDIA card such as cuda:0; `metal` for the GPU of a machine
+    /// by Apple; `auto` for the card with most free memory if there is one and this build can use it. Where the card has no room, and
+    /// once it has failed, the processor does.
     #[arg(long, default_value = "cpu", value_name = "DEVICE", value_parser = trunk_device)]
     pub(crate) device: DeviceChoice,
     /// Threads for the trunk; 0 takes one per core.
@@ -288,7 +289,8 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<bytesize::ByteSize>,
     /// What holds and computes the experts: `cpu`; `cuda` for all NVIDIA cards of the machine, or some of them such as
-    /// cuda:0,cuda:1; `auto` for all cards if there are any and this build can use them, else the processor.
+    /// cuda:0,cuda:1; `metal` for the GPU of a machine by Apple; `auto` for all cards if there are any and this build can use them, else
+    /// the processor.
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub(crate) device: DeviceChoice,
     /// Control-plane address to listen on; may be given more than once.
@@ -519,14 +521,13 @@ fn threads(text: &str) -> Result<usize, String> {
 
 /// Where a trunk may lie.
 fn trunk_device(text: &str) -> Result<DeviceChoice, String> {
-    use DeviceChoiceError::{Metal, NotAlone, TooMany, Twice};
+    use DeviceChoiceError::{NotAlone, TooMany, Twice};
     let what = match text.parse::<DeviceChoice>() {
         Ok(choice) if choice.is_for_a_trunk() => return Ok(choice),
         Ok(_) | Err(NotAlone(_) | Twice(_) | TooMany) => "a trunk is not divided among devices",
-        Err(Metal) => "metal is not there yet",
         Err(_) => "it is no device",
     };
-    Err(format!("{what}: name auto, cpu, or one card, such as cuda:0"))
+    Err(format!("{what}: name auto, cpu, metal, or one card, such as cuda:0"))
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

@@ -1,9 +1,11 @@
 // A driver without a card: libcuda.so.1 for tests. It has the functions that hanse calls, keeps a card's memory in the host's, and
-// runs model/src/cuda/kernels.cu itself, thread by thread, so that everything but the hardware is tried. See emulated.sh.
+// runs the kernels of model/src/cards themselves, thread by thread, so that everything but the hardware is tried: cuda/kernels.cu, or
+// metal/kernels.metal where HANSE_METAL is defined. See emulated.sh.
 //
 // HANSE_EMULATED_CARDS: how many cards (1). HANSE_EMULATED_BYTES: memory of each (4 GiB). HANSE_EMULATED_FAIL: card:launch, such as
 // 0:20: that launch of that card fails, and everything that is asked of the card from then on. HANSE_EMULATED_COUNTS: a file that always
-// says how many launches, copies to cards and copies from cards there were.
+// says how many launches, copies to cards and copies from cards there were. HANSE_EMULATED_FLUSH=1: kernels take subnormal floats for zero
+// and write none, as on Apple's GPUs.
 
 #include <algorithm>
 #include <chrono>
@@ -17,25 +19,18 @@
 #include <string>
 #include <vector>
 
-// --- what the source takes for CUDA ---
+#include <xmmintrin.h>
 
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(threads)
+// --- what kernels have, in whichever language ---
 
 struct uint4 {
     unsigned x, y, z, w;
 };
-struct Index {
-    unsigned x;
-};
-static thread_local Index blockIdx, threadIdx, blockDim;
 
 // Memory that kernels may read; everything else ends the process, as it would the launch.
 static void check_read(const void *at, size_t bytes);
 
-template <class T> static inline T __ldg(const T *from) {
+template <class T> static inline T checked_load(const T *from) {
     if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) {
         std::fprintf(stderr, "a load of %zu bytes from an address that is no multiple of it\n", sizeof(T));
         std::abort();
@@ -43,32 +38,11 @@ template <class T> static inline T __ldg(const T *from) {
     check_read(from, sizeof(T));
     return *from;
 }
-static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-static inline float __uint_as_float(unsigned bits) {
+static inline float float_of(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
-static inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-static inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : static_cast<int>(std::nearbyint(value)); }
-// Selectors without sign.
-static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-    const uint64_t bytes = uint64_t(y) << 32 | x;
-    unsigned result = 0;
-    for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-    return result;
-}
-static inline float emulated_half(unsigned short bits) {
-    const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-    const float size = exponent ? std::ldexp(static_cast<float>(1024 + mantissa), static_cast<int>(exponent) - 25)
-                                : std::ldexp(static_cast<float>(mantissa), -24);
-    return sign ? -size : size;
-}
-#define half_to_float emulated_half
 
 // The threads of a warp take turns: each runs until it gives a value to another one. What a function keeps for its caller goes on
 // the stack, and the stack is changed.
@@ -106,7 +80,8 @@ static thread_local struct Warp {
 
 static void give_way() { hanse_switch_stack(&warp.threads[warp.now], warp.scheduler); }
 
-static float __shfl_xor_sync(unsigned, float value, int mask) {
+// What the thread whose number differs by `mask` gives.
+static float exchange(float value, int mask) {
     const int thread = warp.now;
     warp.given[thread] = value;
     give_way();
@@ -115,7 +90,21 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {
     return taken;
 }
 
-#include "../../model/src/cuda/kernels.cu"
+// Where a launch, and a thread of it, is.
+static thread_local struct {
+    unsigned block, thread, threads;
+} here;
+
+#ifdef HANSE_METAL
+#include "../../model/src/cards/metal/kernels.metal"
+#undef device
+#undef constant
+#undef thread
+#undef fetch
+#else
+#include "as_cuda.h"
+#include "../../model/src/cards/cuda/kernels.cu"
+#endif
 
 // --- the card ---
 
@@ -230,7 +219,11 @@ static void check_read(const void *at, size_t bytes) {
     std::abort();
 }
 
+#ifdef HANSE_METAL
+typedef void (*KernelFunction)(const Group *, const unsigned &, const float *, float *, const unsigned &, unsigned, unsigned, unsigned, unsigned);
+#else
 typedef void (*KernelFunction)(const Group *, unsigned, const float *, float *, unsigned);
+#endif
 #define ENTRY(name, rows) {"expert_" #name "_" #rows, expert_##name##_##rows}
 #define BOTH(name) ENTRY(name, 2), ENTRY(name, 8)
 static const std::map<std::string, KernelFunction> KERNELS_BY_NAME = {BOTH(f32), BOTH(f16), BOTH(bf16), BOTH(q8_0), BOTH(q4_k), BOTH(fp8), BOTH(mxfp4)};
@@ -245,7 +238,11 @@ static thread_local struct Call {
 } call;
 
 static void thread_body() {
+#ifdef HANSE_METAL
+    call.function(call.groups, call.count, call.input, call.output, call.is_down, here.block, here.thread / 32, here.threads / 32, here.thread % 32);
+#else
     call.function(call.groups, call.count, call.input, call.output, call.is_down);
+#endif
     warp.done[warp.now] = true;
     give_way();
 }
@@ -265,7 +262,7 @@ static void run_warp(unsigned first_thread) {
         left = 0;
         for (warp.now = 0; warp.now < 32; warp.now++) {
             if (warp.done[warp.now]) continue;
-            threadIdx.x = first_thread + warp.now;
+            here.thread = first_thread + warp.now;
             hanse_switch_stack(&warp.scheduler, warp.threads[warp.now]);
             left += !warp.done[warp.now];
         }
@@ -370,8 +367,12 @@ API cuLaunchKernel(const KernelFunction *function, unsigned blocks, unsigned, un
         return SUCCESS;
     }
     call = {*function, *static_cast<const Group **>(arguments[0]), *static_cast<unsigned *>(arguments[1]), *static_cast<const float **>(arguments[2]), *static_cast<float **>(arguments[3]), *static_cast<unsigned *>(arguments[4])};
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+    static const bool flushes = setting("HANSE_EMULATED_FLUSH", 0);
+    const unsigned control = _mm_getcsr();
+    if (flushes) _mm_setcsr(control | 0x8040);
+    here.threads = threads;
+    for (here.block = 0; here.block < blocks; here.block++)
         for (unsigned thread = 0; thread < threads; thread += 32) run_warp(thread);
+    _mm_setcsr(control);
     return SUCCESS;
 }

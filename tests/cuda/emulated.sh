@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything about cards but the cards: a library that stands in for the driver (emulated.cpp) runs the kernels on the processor, thread
-# by thread, and the tests and the program use it as they would a card. Finds wrong results, reads beyond what was allocated, rows that
+# by thread, and the tests and the program use it as they would a card. Metal's kernels are run so as well, by CUDA's stand-in. Finds wrong results, reads beyond what was allocated, rows that
 # depend on others, and what a card that fails, is full, or is taken by another program does to a network. Does not find what only
 # hardware does: speed, races.
 #
@@ -29,11 +29,14 @@ library() {
     local name=$1
     shift
     g++ -std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -shared -fPIC -fvisibility=hidden \
-        -Wl,-soname,"$name" -o "$scratch/$name" "$@"
+        -Wl,-soname,"${name##*/}" -o "$scratch/$name" "$@"
 }
 library libcuda.so.1 tests/cuda/emulated.cpp
+mkdir "$scratch/metal"
+library metal/libcuda.so.1 -DHANSE_METAL -Itests/cuda/metal -Wno-attributes tests/cuda/emulated.cpp
 
 emulated=(env "LD_LIBRARY_PATH=$scratch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
+emulated_metal=(env "LD_LIBRARY_PATH=$scratch/metal${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
 
 say "kernels and batcher: the processor's bits"
 export HANSE_TEST_DEVICE=cuda HANSE_EMULATED_CARDS=2
@@ -48,6 +51,14 @@ unset HANSE_TEST_DEVICE
 say "trunks: the processor's bits, and how many launches and copies a layer takes"
 HANSE_TEST_TRUNK=cuda:1 "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test trunk_on_device -- --include-ignored
 HANSE_EMULATED_COUNTS="$scratch/counts" "${emulated[@]}" cargo test --quiet -p hanse-model --features cuda --test trunk_counts -- --include-ignored
+
+say "Metal's kernels: the processor's bits, and where subnormal floats count as zero the same but for that"
+export HANSE_TEST_DEVICE=cuda:0 HANSE_TEST_TRUNK=cuda:0
+for flush in "" HANSE_EMULATED_FLUSH=1; do
+    "${emulated_metal[@]}" $flush cargo test --quiet -p hanse-model --features cuda --test devices -- --include-ignored
+    "${emulated_metal[@]}" $flush cargo test --quiet -p hanse-model --features cuda --test trunk_on_device every -- --include-ignored
+done
+unset HANSE_TEST_DEVICE HANSE_TEST_TRUNK
 
 cargo build --quiet -p hanse-node --features cuda
 hanse="${CARGO_TARGET_DIR:-target}/debug/hanse"

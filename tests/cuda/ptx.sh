@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes model/src/cuda/kernels.ptx of model/src/cuda/kernels.cu, to be committed with it. Needs python3 with pip, x86-64 Linux and
+# Makes model/src/cards/cuda/kernels.ptx of model/src/cards/cuda/kernels.cu, to be committed with it. Needs python3 with pip, x86-64 Linux and
 # PyPI; no card, no driver, no toolkit. With "assemble" it also has ptxas translate the result for cards of every generation, and
 # shows what that takes of registers; nothing may be spilled.
 #
@@ -17,8 +17,8 @@ if [ ! -e "$tools/ready" ]; then
     touch "$tools/ready"
 fi
 
-source=model/src/cuda/kernels.cu
-ptx=model/src/cuda/kernels.ptx
+source=model/src/cards/cuda/kernels.cu
+ptx=model/src/cards/cuda/kernels.ptx
 made=$(mktemp)
 trap 'rm -f "$made"' EXIT
 hash=$(PYTHONPATH="$tools" python3 -c 'import sys, blake3; print(blake3.blake3(open(sys.argv[1], "rb").read()).hexdigest())' "$source")

@@ -19,19 +19,18 @@ pub enum DeviceChoice {
     /// The processor.
     #[default]
     Cpu,
-    /// These cards, by the driver's numbers; all of them if none is named.
+    /// These NVIDIA cards, by the driver's numbers; all of them if none is named.
     Cuda(Vec<u32>),
+    /// The GPU of a machine by Apple.
+    Metal,
 }
 
 /// A text that names no devices.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceChoiceError {
-    /// Apple's cards.
-    #[error("metal is not there yet: name auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")]
-    Metal,
     /// The processor beside a card, or any beside `auto`.
-    #[error("{0:?} stands alone: name auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")]
+    #[error("{0:?} stands alone: name auto, cpu, cuda, cuda:0, cuda:0,cuda:1, or metal")]
     NotAlone(String),
     /// A card twice.
     #[error("cuda:{0} is named twice")]
@@ -40,7 +39,7 @@ pub enum DeviceChoiceError {
     #[error("at most {MAX_CARDS} cards may be named")]
     TooMany,
     /// Something else.
-    #[error("{0:?} is no device: name auto, cpu, cuda, cuda:0, or cuda:0,cuda:1")]
+    #[error("{0:?} is no device: name auto, cpu, cuda, cuda:0, cuda:0,cuda:1, or metal")]
     Unknown(String),
 }
 
@@ -55,7 +54,7 @@ impl FromStr for DeviceChoice {
                 "auto" => Self::Auto,
                 "cpu" => Self::Cpu,
                 "cuda" => Self::Cuda(Vec::new()),
-                _ if name.split(':').next() == Some("metal") => return Err(DeviceChoiceError::Metal),
+                "metal" => Self::Metal,
                 _ => {
                     let unknown = || DeviceChoiceError::Unknown((*name).to_owned());
                     let digits = name.strip_prefix("cuda:").ok_or_else(unknown)?;
@@ -85,6 +84,7 @@ impl fmt::Display for DeviceChoice {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Cpu => f.write_str("cpu"),
+            Self::Metal => f.write_str("metal"),
             Self::Cuda(cards) if cards.is_empty() => f.write_str("cuda"),
             Self::Cuda(cards) => {
                 let names: Vec<String> = cards.iter().map(|card| format!("cuda:{card}")).collect();
@@ -99,10 +99,23 @@ impl fmt::Display for DeviceChoice {
 #[non_exhaustive]
 pub enum OpenError {
     /// This build has no backend for cards.
-    #[error(
-        "this build computes on the processor only: build one with `cargo build --release --features cuda`, or an image with FEATURES=cuda (docker/README.md)"
-    )]
+    #[error("this build computes on the processor only: build one with {HOW_TO_BUILD}")]
     NotBuilt,
+    /// Metal is Apple's.
+    #[error("metal is for GPUs of machines by Apple, and this program was not built for one")]
+    NotApple,
+    /// Metal shows no GPU.
+    #[error("no GPU is here: Metal shows none")]
+    NoGpu,
+    /// The GPU is not one of those that the kernels are written for.
+    #[error("metal cannot be used: {gpu} is no GPU of Apple's, or older than M1")]
+    OldGpu {
+        /// Its name.
+        gpu: String,
+    },
+    /// The system is older than what the kernels' memory is managed with.
+    #[error("metal cannot be used: macOS 15 or later is needed")]
+    OldSystem,
     /// There is no driver.
     #[error("no NVIDIA driver is here: the system finds no libcuda.so.1, which comes with the driver")]
     NoDriver,
@@ -138,14 +151,21 @@ pub enum OpenError {
         capability: (i32, i32),
     },
     /// The card does not start.
-    #[error("cuda:{card} cannot be used: {reason}")]
+    #[error("{device} cannot be used: {reason}")]
     Card {
-        /// Its number.
-        card: u32,
+        /// As `--device` has it.
+        device: String,
         /// What the driver says.
         reason: String,
     },
 }
+
+/// How to build with cards.
+const HOW_TO_BUILD: &str = if cfg!(target_vendor = "apple") {
+    "`cargo build --release --features metal`"
+} else {
+    "`cargo build --release --features cuda`, or an image with FEATURES=cuda (docker/README.md)"
+};
 
 /// CUDA's version as people write it.
 pub(crate) fn version(number: i32) -> String {
@@ -155,28 +175,28 @@ pub(crate) fn version(number: i32) -> String {
 /// What the driver tells of a card.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CardReport {
-    /// The driver's number.
-    pub card: u32,
+    /// As `--device` has it: `cuda:0`, `metal`.
+    pub device: String,
     /// The maker's name for it.
     pub name: String,
     /// What no other card has.
     pub uuid: [u8; 16],
-    /// Compute capability, major and minor.
-    pub capability: (i32, i32),
+    /// Its generation in its maker's words: `compute capability 9.0`, `Apple family 7`.
+    pub kind: String,
     /// Bytes free at present, and in all; or why that cannot be told.
     pub memory: Result<(u64, u64), String>,
-    /// The newest CUDA that the driver knows, such as `12.4`.
+    /// What is known of what drives it: `the driver knows CUDA 12.4`, `macOS 15.1`.
     pub driver: String,
 }
 
-/// All cards of this machine.
+/// All cards of this machine, in the order of their numbers.
 ///
 /// # Errors
 /// [`OpenError::NotBuilt`], or what keeps the driver from telling.
 pub fn cards() -> Result<Vec<CardReport>, OpenError> {
-    #[cfg(feature = "cuda")]
-    return crate::cuda::cards();
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(cards)]
+    return crate::cards::cards();
+    #[cfg(not(cards))]
     Err(OpenError::NotBuilt)
 }
 
@@ -185,9 +205,9 @@ pub fn cards() -> Result<Vec<CardReport>, OpenError> {
 /// # Errors
 /// As [`cards`].
 pub fn card_uuids() -> Result<Vec<[u8; 16]>, OpenError> {
-    #[cfg(feature = "cuda")]
-    return crate::cuda::uuids();
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(cards)]
+    return crate::cards::uuids();
+    #[cfg(not(cards))]
     Err(OpenError::NotBuilt)
 }
 
@@ -199,10 +219,13 @@ impl DeviceChoice {
     pub fn open(&self, pool: Arc<ThreadPool>) -> Result<Vec<Arc<dyn Device>>, OpenError> {
         match self {
             Self::Cpu => Ok(vec![Arc::new(Cpu::new(pool))]),
-            Self::Cuda(cards) => open_cards(cards),
+            Self::Cuda(_) | Self::Metal => {
+                self.check_system()?;
+                open_cards(self.card_numbers())
+            }
             Self::Auto => {
                 let mut devices = Vec::new();
-                for CardReport { card, .. } in usable() {
+                for (card, _) in (0..).zip(usable()) {
                     match open_cards(&[card]) {
                         Ok(opened) => devices.extend(opened),
                         Err(error) => tracing::warn!(%error, "a card is left out"),
@@ -215,25 +238,45 @@ impl DeviceChoice {
             }
         }
     }
+
+    /// The cards that are named, by their numbers; none where all are meant, or no cards.
+    pub(super) fn card_numbers(&self) -> &[u32] {
+        match self {
+            Self::Auto | Self::Cpu => &[],
+            Self::Cuda(cards) => cards,
+            // One is all that such a machine has.
+            Self::Metal => &[0],
+        }
+    }
+
+    /// Whether a system such as this one can have what is named.
+    pub(super) fn check_system(&self) -> Result<(), OpenError> {
+        let is_apple = cfg!(target_vendor = "apple");
+        match self {
+            Self::Metal if !is_apple => Err(OpenError::NotApple),
+            Self::Cuda(_) if is_apple => Err(OpenError::NoDriver),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// All cards; none where that cannot be told, which is said if there is a driver.
 pub(super) fn usable() -> Vec<CardReport> {
     cards().unwrap_or_else(|error| {
-        if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver) {
+        if !matches!(error, OpenError::NotBuilt | OpenError::NoDriver | OpenError::NoGpu) {
             tracing::warn!(%error, "computing on the processor");
         }
         Vec::new()
     })
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(cards)]
 fn open_cards(cards: &[u32]) -> Result<Vec<Arc<dyn Device>>, OpenError> {
-    let cards = crate::cuda::open(cards)?;
+    let cards = crate::cards::open(cards)?;
     Ok(cards.into_iter().map(|card| Arc::new(card) as Arc<dyn Device>).collect())
 }
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(cards))]
 fn open_cards(_cards: &[u32]) -> Result<Vec<Arc<dyn Device>>, OpenError> {
     Err(OpenError::NotBuilt)
 }
@@ -250,6 +293,7 @@ mod tests {
             ("cuda", DeviceChoice::Cuda(vec![])),
             ("cuda:0", DeviceChoice::Cuda(vec![0])),
             ("cuda:3,cuda:1", DeviceChoice::Cuda(vec![3, 1])),
+            ("metal", DeviceChoice::Metal),
         ] {
             assert_eq!(text.parse(), Ok(choice.clone()));
             assert_eq!(choice.to_string(), text);
@@ -259,14 +303,15 @@ mod tests {
 
     #[test]
     fn what_is_no_device_is_refused_with_the_names_of_those_that_are() {
-        use DeviceChoiceError::{Metal, NotAlone, TooMany, Twice, Unknown};
+        use DeviceChoiceError::{NotAlone, TooMany, Twice, Unknown};
         let refused = |text: &str| text.parse::<DeviceChoice>().unwrap_err();
-        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda:0,", "cuda:99999999999", "cuda:0;cuda:1"]
-        {
+        let numbers = ["cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda:0,", "cuda:99999999999", "cuda:0;cuda:1"];
+        for text in numbers.into_iter().chain(["", "gpu", "metal:0", "Metal"]) {
             assert!(matches!(refused(text), Unknown(_)), "{text:?}");
-            assert!(refused(text).to_string().contains("cuda:0,cuda:1"));
+            assert!(refused(text).to_string().contains("cuda:0,cuda:1, or metal"));
         }
-        assert_eq!((refused("metal"), refused("metal:0")), (Metal, Metal));
+        assert_eq!(refused("metal,cpu"), NotAlone("metal".into()));
+        assert_eq!(refused("cuda:0,metal"), NotAlone("metal".into()));
         assert_eq!(refused("cpu,cuda:0"), NotAlone("cpu".into()));
         assert_eq!(refused("cuda:0,auto"), NotAlone("auto".into()));
         assert_eq!(refused("cuda:1,cuda:0,cuda:1"), Twice(1));
@@ -275,7 +320,15 @@ mod tests {
     }
 
     #[test]
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(not(target_vendor = "apple"))]
+    fn metal_is_refused_where_there_cannot_be_any() {
+        let pool = Arc::new(crate::compute_pool(1).unwrap());
+        assert_eq!(DeviceChoice::Metal.open(pool).unwrap_err(), OpenError::NotApple);
+        assert_eq!(DeviceChoice::Metal.open_for_trunk().unwrap_err(), OpenError::NotApple);
+    }
+
+    #[test]
+    #[cfg(not(any(cards, target_vendor = "apple")))]
     fn a_build_without_cards_says_how_to_get_one_with_them() {
         let pool = Arc::new(crate::compute_pool(1).unwrap());
         let error = DeviceChoice::Cuda(vec![0]).open(pool.clone()).unwrap_err();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Device, DeviceError, HeldExpert, HeldJob, OpenError, Weights, run_held};
+use super::{CardReport, Device, DeviceError, HeldExpert, HeldJob, OpenError, Weights, run_held};
 use crate::checkpoint::Swiglu;
 use crate::device::DeviceChoice;
 use crate::linear::Matrix;
@@ -29,12 +29,12 @@ pub struct TrunkCard {
 }
 
 impl TrunkCard {
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(cards, test))]
     pub(crate) fn new(device: Arc<dyn MatrixDevice>) -> Self {
         Self { device, has_failed: Arc::default() }
     }
 
-    /// As `--device` has it: `cuda:0`.
+    /// As `--device` has it: `cuda:0`, `metal`.
     #[must_use]
     pub fn name(&self) -> &str {
         self.device.name()
@@ -103,15 +103,16 @@ impl DeviceChoice {
     pub fn open_for_trunk(&self) -> Result<Option<TrunkCard>, OpenError> {
         match self {
             Self::Cpu => Ok(None),
-            Self::Cuda(cards) => match cards[..] {
-                [card] => open_card(card).map(Some),
+            Self::Cuda(_) | Self::Metal => match self.card_numbers()[..] {
+                [card] => self.check_system().and_then(|()| open_card(card)).map(Some),
                 _ => Err(OpenError::SeveralCards),
             },
             Self::Auto => {
-                let mut reports = super::choice::usable();
-                reports.sort_by_key(|report| std::cmp::Reverse(report.memory.as_ref().map_or(0, |(free, _)| *free)));
-                let opened = reports.into_iter().find_map(|report| {
-                    let opened = open_card(report.card);
+                let mut reports: Vec<_> = (0..).zip(super::choice::usable()).collect();
+                let free = |report: &CardReport| report.memory.as_ref().map_or(0, |(free, _)| *free);
+                reports.sort_by_key(|(_, report)| std::cmp::Reverse(free(report)));
+                let opened = reports.into_iter().find_map(|(card, _)| {
+                    let opened = open_card(card);
                     opened.inspect_err(|error| tracing::warn!(%error, "a card is left out")).ok()
                 });
                 Ok(opened)
@@ -120,13 +121,13 @@ impl DeviceChoice {
     }
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(cards)]
 fn open_card(card: u32) -> Result<TrunkCard, OpenError> {
-    let opened = crate::cuda::open(&[card])?.pop();
+    let opened = crate::cards::open(&[card])?.pop();
     opened.map(|card| TrunkCard::new(Arc::new(card))).ok_or(OpenError::NoSuchCard { card, cards: 0 })
 }
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(cards))]
 fn open_card(_card: u32) -> Result<TrunkCard, OpenError> {
     Err(OpenError::NotBuilt)
 }

@@ -24,7 +24,7 @@ impl Place {
     }
 
     /// `len` bytes from its byte `at` on.
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(cards, test))]
     fn bytes(&self, at: usize, len: usize) -> &[u8] {
         &self.map[self.start + at..][..len]
     }
@@ -147,7 +147,7 @@ impl Quantised {
     }
 
     /// See [`super::Matrix::stored_row`].
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(cards, test))]
     pub(super) fn stored_row(&self, row: usize) -> (&[u8], &[u8]) {
         assert!(row < self.outputs, "a row of the matrix");
         let scale_bytes = match self.dtype {

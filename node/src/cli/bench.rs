@@ -18,7 +18,7 @@ pub(crate) struct BenchArgs {
     /// A model folder; by default the small model that comes with the source.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
-    /// In the part trunk, what is measured beside the processor: one NVIDIA card such as cuda:0, or `auto` for one if there is any.
+    /// In the part trunk, what is measured beside the processor: one NVIDIA card such as cuda:0, `metal`, or `auto` for one if there is any.
     #[arg(long, default_value = "cpu", value_name = "DEVICE", value_parser = super::trunk_device)]
     pub(crate) device: DeviceChoice,
     /// How many loopback volunteers to start; the experts are split evenly among them.

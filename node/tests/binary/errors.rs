@@ -226,6 +226,12 @@ fn a_card_that_is_not_there_is_refused_with_what_to_do() {
             contains(&missing, &["computes on the processor only", "--features cuda", "FEATURES=cuda"]);
         }
     }
+    if !cfg!(target_vendor = "apple") {
+        let metal = |args: &[&str]| error(args.iter().map(|arg| if *arg == "cuda:63" { "metal" } else { *arg }));
+        for missing in [metal(&node), metal(&client)] {
+            contains(&missing, &["metal is for GPUs of machines by Apple"]);
+        }
+    }
 }
 
 #[test]
@@ -287,7 +293,6 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
             "--fallback fetch",
         ),
         (&["generate", "--model", model, "--mdns", "--prompt", "x", "--fallback", "nobody"], "nobody"),
-        (&["generate", "--model", model, "--local", "--prompt", "x", "--device", "metal"], "metal is not there yet"),
         (&["generate", "--model", model, "--local", "--prompt", "x", "--device", "cuda:0,cuda:1"], "one card, such as"),
         (&["gateway", "--model", model, "--local", "--device", "cuda"], "one card, such as cuda:0"),
         (&["chat", "--model", model, "--local", "--device", "cuda:0,cpu"], "one card, such as cuda:0"),
@@ -295,7 +300,11 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wrong() {
         (&["score", "--model", model], "--prompt"),
         (&["status"], "--bootstrap"),
         (&["node", "--model", model, "--experts", "0-"], "0-"),
-        (&["node", "--model", model, "--device", "metal"], "metal is not there yet"),
+        (
+            &["generate", "--model", model, "--local", "--prompt", "x", "--device", "metal:0"],
+            "one card, such as cuda:0",
+        ),
+        (&["node", "--model", model, "--device", "metal:0"], "is no device"),
         (&["node", "--model", model, "--device", "cuda:0,cpu"], "stands alone"),
         (&["node", "--model", model, "--experts", "all", "--memory", "1GiB"], "--memory"),
         (&["demo", "--nodes", "2", "--replicas", "2"], "--replicas"),

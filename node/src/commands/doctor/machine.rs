@@ -65,7 +65,7 @@ pub(super) fn gpu() -> Check {
         Ok(cards) => {
             let meter = meter();
             let shown: Vec<String> = cards.iter().map(|shown| card(shown) + &used(&meter, shown)).collect();
-            let found = format!("{}; the driver knows CUDA {}", shown.join("; "), driver(&cards));
+            let found = format!("{}; {}", shown.join("; "), driver(&cards));
             match meter {
                 Ok(_) => Check::ok("gpu", found),
                 // All else works.
@@ -73,9 +73,14 @@ pub(super) fn gpu() -> Check {
             }
         }
         // A machine without a card is as good as any.
-        Err(error @ OpenError::NoDriver) => Check::ok("gpu", on_cpu(&error.to_string())),
+        Err(error @ (OpenError::NoDriver | OpenError::NoGpu)) => Check::ok("gpu", on_cpu(&error.to_string())),
         Err(OpenError::NotBuilt) => {
-            Check::ok("gpu", on_cpu("this build computes on the CPU only (one for NVIDIA cards: --features cuda)"))
+            let other = if cfg!(target_vendor = "apple") {
+                "one for Apple's GPUs: --features metal"
+            } else {
+                "one for NVIDIA cards: --features cuda"
+            };
+            Check::ok("gpu", on_cpu(&format!("this build computes on the CPU only ({other})")))
         }
         Err(error) => Check::warn(
             "gpu",
@@ -87,12 +92,12 @@ pub(super) fn gpu() -> Check {
 
 /// What is there, and how much of it is free.
 fn card(card: &CardReport) -> String {
-    let CardReport { card, name, capability: (major, minor), memory, .. } = card;
+    let CardReport { device, name, kind, memory, .. } = card;
     let memory = match memory {
         Ok((free, total)) => format!("{} of {} free", output::bytes(*free), output::bytes(*total)),
         Err(reason) => reason.clone(),
     };
-    format!("cuda:{card} {name} (compute capability {major}.{minor}), {memory}")
+    format!("{device} {name} ({kind}), {memory}")
 }
 
 /// Which programs use a card, as far as that is told.
@@ -116,13 +121,13 @@ fn used(meter: &Result<Box<dyn Meter>, MeterError>, card: &CardReport) -> String
     }
 }
 
-/// The newest CUDA that the driver knows, and the driver's own version where the system tells it.
+/// What is known of the driver, and its own version where the system tells it.
 fn driver(cards: &[CardReport]) -> String {
-    let newest = cards.first().map_or("", |card| card.driver.as_str());
+    let known = cards.first().map_or("", |card| card.driver.as_str());
     let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
     let is_version = |word: &&str| word.contains('.') && word.bytes().all(|b| b.is_ascii_digit() || b == b'.');
     let own = text.split_whitespace().find(is_version);
-    own.map_or_else(|| newest.to_owned(), |own| format!("{newest} (version {own})"))
+    own.map_or_else(|| known.to_owned(), |own| format!("{known} (version {own})"))
 }
 
 /// Whether the disk that holds `dir`, which need not exist yet, is fast enough and has `needed` bytes.

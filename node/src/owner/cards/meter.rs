@@ -54,6 +54,9 @@ pub enum MeterError {
         "NVML, which tells what other programs do on a card, does not start: {0} (libnvidia-ml.so.1 comes with the driver)"
     )]
     NoNvml(String),
+    /// Metal has nothing of the kind.
+    #[error("Metal does not tell what other programs do with a GPU; --yield-above is for the processor")]
+    Metal,
     /// A card that the driver shows is unknown to the library, or tells nothing.
     #[error("NVML tells nothing of a card: {0}")]
     Card(String),
@@ -65,8 +68,11 @@ pub enum MeterError {
 /// What this machine has to tell how its cards are used.
 ///
 /// # Errors
-/// [`MeterError::NoNvml`], or [`MeterError::Cards`] in a build without cards.
+/// [`MeterError::NoNvml`], [`MeterError::Metal`], or [`MeterError::Cards`] in a build without cards.
 pub fn meter() -> Result<Box<dyn Meter>, MeterError> {
+    if cfg!(all(feature = "metal", target_vendor = "apple")) {
+        return Err(MeterError::Metal);
+    }
     #[cfg(feature = "cuda")]
     return super::nvml::NvmlMeter::new().map(|meter| Box::new(meter) as Box<dyn Meter>);
     #[cfg(not(feature = "cuda"))]

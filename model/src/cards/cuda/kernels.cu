@@ -15,9 +15,9 @@
 #define COLUMNS 8
 #define WHOLE_WARP 0xffffffffu
 
-// The rows of one expert. `model/src/cuda/plan.rs` has the same.
+// The rows of one expert. `model/src/cards/plan.rs` has the same.
 struct Group {
-    // Panels of sixteen columns as `model/src/cuda/panels.rs` lays them.
+    // Panels of sixteen columns as `model/src/cards/panels.rs` lays them.
     const uint4 *gate_up;
     const uint4 *down;
     // Of gate_proj, of up_proj, both padded as the outputs are, and of down_proj; null where there are none.
@@ -420,7 +420,7 @@ __device__ __forceinline__ void expert(const Group *groups, unsigned count, cons
         expert<weights, rows>(groups, count, input, output, is_down != 0);                                                            \
     }
 
-// `Dtype` in model/src/cuda/plan.rs has the same.
+// `Dtype` in model/src/cards/dtype.rs has the same.
 #define KERNELS(rows, threads)                                                                                                        \
     KERNEL(f32, F32, rows, threads)                                                                                                   \
     KERNEL(f16, F16, rows, threads)                                                                                                   \

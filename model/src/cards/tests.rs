@@ -101,7 +101,7 @@ fn covered(rows: u32, side: u32, class: Class, panels: usize) -> u32 {
 
 #[test]
 fn the_ptx_is_made_of_the_source_and_has_every_kernel() {
-    let hash = blake3::hash(include_bytes!("kernels.cu"));
+    let hash = blake3::hash(include_bytes!("cuda/kernels.cu"));
     let first = super::PTX.lines().next().unwrap();
     assert!(first.contains(&hash.to_hex().to_string()), "kernels.cu has changed: run tests/cuda/ptx.sh; {first}");
     for (many, dtype) in [false, true].into_iter().flat_map(|many| Dtype::ALL.map(|dtype| (many, dtype))) {
@@ -115,6 +115,17 @@ fn the_ptx_is_made_of_the_source_and_has_every_kernel() {
         assert!(!super::PTX.contains(inexact), "{inexact}");
     }
     assert_eq!(CHUNK, 16);
+}
+
+#[test]
+fn metals_source_has_every_kernel() {
+    for dtype in Dtype::ALL {
+        assert!(super::METAL.contains(&format!("    KERNEL({}, ", dtype.name())), "{dtype:?}");
+    }
+    for many in [false, true] {
+        let class = Class { many, up: Dtype::F32, down: Dtype::F32 };
+        assert!(super::METAL.contains(&format!("\nKERNELS({}, {})\n", class.tile(), class.threads())), "{class:?}");
+    }
 }
 
 #[test]

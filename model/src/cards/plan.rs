@@ -14,7 +14,7 @@ pub(super) const PIECE_ROWS: usize = 256;
 /// Rows up to which an expert counts as one with few: what a warp of the kernels for few computes at a time.
 pub(super) const FEW: usize = 2;
 
-/// The rows of one expert, as the kernels read it. `Group` in `kernels.cu` is the same.
+/// The rows of one expert, as the kernels read it. `Group` in their sources is the same.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Group {
@@ -89,7 +89,7 @@ fn tile(many: bool) -> usize {
     if many { 8 } else { FEW }
 }
 
-/// The name of a kernel in `kernels.cu`.
+/// The name of a kernel.
 pub(super) fn kernel_name(many: bool, dtype: Dtype) -> String {
     format!("expert_{}_{}", dtype.name(), tile(many))
 }

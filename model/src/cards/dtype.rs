@@ -3,7 +3,7 @@
 use super::panels::{OCTET, PANEL};
 use crate::checkpoint::StoredDtype;
 
-/// What there are kernels for, in the order of `kernels.cu`.
+/// What there are kernels for, in the order of the kernels' sources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Dtype {
     F32,

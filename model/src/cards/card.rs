@@ -1,17 +1,14 @@
 //! A card as a device: what it holds, and how a pass is computed on it.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::result::DriverError;
-
-use super::driver::{self, Context, Kernel, Memory, Module, Pinned, Stream, reason};
+use super::driver::{self, Context, Error, Gpu, Kernel, Memory, Mirror, Module, Stream, Upload, reason};
 use super::dtype::Dtype;
 use super::panels::{self, CHUNK, Layout};
 use super::plan::{Group, PIECE_ROWS, Piece, Wanted, kernel_name, plan, room};
 use crate::checkpoint::Swiglu;
-use crate::device::{CardReport, CardUse, Device, DeviceError, HeldJob, OpenError, Weights, not_held, version};
+use crate::device::{CardReport, CardUse, Device, DeviceError, HeldJob, OpenError, Weights, not_held};
 use crate::expert::Expert;
 use crate::spec::{Activation, MoeSpec};
 
@@ -19,51 +16,39 @@ use crate::spec::{Activation, MoeSpec};
 const MARGIN_BYTES: u64 = 512 << 20;
 /// Weights are handed over in pieces of so many bytes; while one is copied, the next is laid out.
 pub(super) const UPLOAD_BYTES: usize = 4 << 20;
-/// The oldest cards that the kernels are compiled for.
-const OLDEST_CAPABILITY: (i32, i32) = (6, 0);
 /// Rows begin at a multiple of this after the groups that go with them.
 const ALIGNMENT: usize = 256;
 
 /// What the driver tells of all cards.
 pub(crate) fn cards() -> Result<Vec<CardReport>, OpenError> {
-    let (newest, count) = driver::start()?;
-    (0..count as u32)
-        .map(|card| {
-            let failed = |error| OpenError::Card { card, reason: reason(error) };
-            let (device, name, capability) = driver::look(card).map_err(failed)?;
-            let uuid = driver::uuid(device).map_err(failed)?;
-            let memory = Context::new(device).and_then(|context| context.memory()).map_err(reason);
-            Ok(CardReport { card, name, uuid, capability, memory, driver: version(newest) })
-        })
-        .collect()
+    driver::gpus()?.into_iter().map(|gpu| gpu.report().map_err(unusable(&gpu))).collect()
 }
 
 /// What tells cards from each other, by their numbers. Takes no memory of them.
 pub(crate) fn uuids() -> Result<Vec<[u8; 16]>, OpenError> {
-    let (_, count) = driver::start()?;
-    (0..count as u32)
-        .map(|card| {
-            let uuid = driver::look(card).and_then(|(device, ..)| driver::uuid(device));
-            uuid.map_err(|error| OpenError::Card { card, reason: reason(error) })
-        })
-        .collect()
+    driver::gpus()?.into_iter().map(|gpu| gpu.uuid().map_err(unusable(&gpu))).collect()
 }
 
 /// Opens cards by their numbers, or all of them.
 pub(crate) fn open(wanted: &[u32]) -> Result<Vec<Card>, OpenError> {
-    let (_, cards) = driver::start()?;
-    let all: Vec<u32> = (0..cards as u32).collect();
-    let wanted = if wanted.is_empty() { &all } else { wanted };
-    if wanted.is_empty() {
-        return Err(OpenError::NoSuchCard { card: 0, cards });
+    let gpus = driver::gpus()?;
+    let none = |card| OpenError::NoSuchCard { card, cards: gpus.len() };
+    if gpus.is_empty() {
+        return Err(none(0));
     }
-    wanted
-        .iter()
-        .map(|&card| if all.contains(&card) { Card::open(card) } else { Err(OpenError::NoSuchCard { card, cards }) })
-        .collect()
+    if wanted.is_empty() {
+        return gpus.iter().map(Card::open).collect();
+    }
+    let gpu = |&card: &u32| gpus.get(card as usize).ok_or_else(|| none(card));
+    wanted.iter().map(|card| gpu(card).and_then(Card::open)).collect()
 }
 
-/// An NVIDIA card.
+fn unusable(gpu: &Gpu) -> impl Fn(Error) -> OpenError {
+    let device = gpu.name();
+    move |error| OpenError::Card { device: device.clone(), reason: reason(error) }
+}
+
+/// A card in use.
 #[derive(Debug)]
 pub(crate) struct Card {
     name: String,
@@ -74,7 +59,7 @@ pub(crate) struct Card {
     _module: Module,
     /// Two, so that one is filled while the other is computed.
     slots: Mutex<[Slot; 2]>,
-    upload: Mutex<[(Pinned, Stream); 2]>,
+    upload: Mutex<Upload>,
 }
 
 /// Kernels for few rows and for many, of each dtype.
@@ -92,66 +77,62 @@ struct OnCard {
 struct Slot {
     stream: Stream,
     /// Groups, and then rows.
-    input: Pinned,
-    output: Pinned,
-    input_on_card: Memory,
-    inner_on_card: Memory,
-    output_on_card: Memory,
+    input: Mirror,
+    inner: Memory,
+    output: Mirror,
 }
 
 impl Slot {
-    fn new(context: &Arc<Context>, (x, inner, y): (usize, usize, usize)) -> Result<Self, DriverError> {
+    fn new(context: &Arc<Context>, (x, inner, y): (usize, usize, usize)) -> Result<Self, Error> {
         let input = (PIECE_ROWS * size_of::<Group>()).next_multiple_of(ALIGNMENT) + 4 * x;
         Ok(Self {
             stream: Stream::new(context)?,
-            input: Pinned::new(context, input)?,
-            output: Pinned::new(context, 4 * y)?,
-            input_on_card: Memory::new(context, input)?,
-            inner_on_card: Memory::new(context, 4 * inner)?,
-            output_on_card: Memory::new(context, 4 * y)?,
+            input: Mirror::new(context, input)?,
+            inner: Memory::new(context, 4 * inner)?,
+            output: Mirror::new(context, 4 * y)?,
         })
     }
 
     /// Floats of input, of what lies between, and of output that there is room for.
     fn room(&self) -> (usize, usize, usize) {
-        let input = self.input_on_card.bytes() - (PIECE_ROWS * size_of::<Group>()).next_multiple_of(ALIGNMENT);
-        (input / 4, self.inner_on_card.bytes() / 4, self.output_on_card.bytes() / 4)
+        let input = self.input.on_card().bytes() - (PIECE_ROWS * size_of::<Group>()).next_multiple_of(ALIGNMENT);
+        (input / 4, self.inner.bytes() / 4, self.output.on_card().bytes() / 4)
     }
 
     /// Copies a piece's rows over and has it computed and copied back; does not wait.
     ///
     /// # Safety
     /// The weights that the piece names live until the stream was waited for, and so does this.
-    unsafe fn begin<R: Rows>(&mut self, kernels: &Kernels, piece: &Piece, rows: &R) -> Result<(), DriverError> {
-        let groups = driver::bytes_of(&piece.groups);
+    unsafe fn begin<R: Rows>(&mut self, kernels: &Kernels, piece: &Piece, rows: &R) -> Result<(), Error> {
+        let groups = bytes_of(&piece.groups);
         let rows_at = groups.len().next_multiple_of(ALIGNMENT);
         self.input.bytes()[..groups.len()].copy_from_slice(groups);
         rows.fill(piece, &mut self.input.floats()[rows_at / 4..][..piece.x]);
-        let (first, x) = (self.input_on_card.address(), self.input_on_card.address() + rows_at as u64);
-        let (inner, y) = (self.inner_on_card.address(), self.output_on_card.address());
+        // SAFETY: there is room for the piece (`Card::compute` looks), the groups name places within it and weights that live, and
+        // what is copied from and to is not touched before the stream was waited for.
+        unsafe { self.stream.send(&mut self.input, rows_at + 4 * piece.x)? };
+        let first = self.input.on_card();
+        let (x, inner, y) = ((first, rows_at), (&self.inner, 0), (self.output.on_card(), 0));
         // Whether it is down, what it reads, what it writes.
         let both = [(false, x, inner), (true, inner, y)];
         let stages = if R::HALVES { &both[..] } else { &[(true, x, y)] };
-        // SAFETY: there is room for the piece (`Card::compute` looks), the groups name places within it and weights that live, and
-        // what is copied from and to is not touched before the stream was waited for.
-        unsafe {
-            self.stream.copy_to(&mut self.input, rows_at + 4 * piece.x, &self.input_on_card, 0)?;
-            for &(is_down, input, output) in stages {
-                for launch in &piece.launches {
-                    let class = launch.class;
-                    let (dtype, blocks) =
-                        if is_down { (class.down, launch.down_blocks) } else { (class.up, launch.up_blocks) };
-                    let kernel = &kernels[&(class.many, dtype)];
-                    let groups = (first + (launch.groups.start * size_of::<Group>()) as u64, launch.groups.len());
-                    self.stream.launch(kernel, (blocks, class.threads()), groups, (input, output), is_down)?;
-                }
+        for &(is_down, input, output) in stages {
+            for launch in &piece.launches {
+                let class = launch.class;
+                let (dtype, blocks) =
+                    if is_down { (class.down, launch.down_blocks) } else { (class.up, launch.up_blocks) };
+                let kernel = &kernels[&(class.many, dtype)];
+                let groups = ((first, launch.groups.start * size_of::<Group>()), launch.groups.len());
+                // SAFETY: as above.
+                unsafe { self.stream.launch(kernel, (blocks, class.threads()), groups, (input, output), is_down)? };
             }
-            self.stream.copy_from(&self.output_on_card, 4 * piece.y, &mut self.output)
         }
+        // SAFETY: as above.
+        unsafe { self.stream.fetch(&mut self.output, 4 * piece.y) }
     }
 
     /// Waits for a piece and hands its rows out.
-    fn end(&mut self, piece: &Piece, rows: &mut impl Rows) -> Result<(), DriverError> {
+    fn end(&mut self, piece: &Piece, rows: &mut impl Rows) -> Result<(), Error> {
         self.stream.wait()?;
         rows.take(piece, self.output.floats());
         Ok(())
@@ -210,39 +191,31 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Card {
-    fn open(card: u32) -> Result<Self, OpenError> {
-        let failed = |error| OpenError::Card { card, reason: reason(error) };
-        let (device, _, capability) = driver::look(card).map_err(failed)?;
-        if capability < OLDEST_CAPABILITY {
-            return Err(OpenError::OldCard { card, capability });
-        }
-        Self::start(format!("cuda:{card}"), device).map_err(failed)
+    fn open(gpu: &Gpu) -> Result<Self, OpenError> {
+        let context = gpu.open()?;
+        Self::start(gpu, context).map_err(unusable(gpu))
     }
 
-    fn start(name: String, device: cudarc::driver::sys::CUdevice) -> Result<Self, DriverError> {
-        let uuid = driver::uuid(device)?;
-        let context = Context::new(device)?;
-        let text = CString::new(super::PTX).unwrap_or_default();
-        let module = Module::new(&context, &text)?;
+    fn start(gpu: &Gpu, context: Arc<Context>) -> Result<Self, Error> {
+        let uuid = gpu.uuid()?;
+        let module = Module::new(&context)?;
         let mut kernels = BTreeMap::new();
         for (many, dtype) in [false, true].into_iter().flat_map(|many| Dtype::ALL.map(|dtype| (many, dtype))) {
-            let name = CString::new(kernel_name(many, dtype)).unwrap_or_default();
-            kernels.insert((many, dtype), module.kernel(name)?);
+            kernels.insert((many, dtype), module.kernel(&kernel_name(many, dtype))?);
         }
         let slot = || Slot::new(&context, (0, 0, 0));
-        let upload = || Ok((Pinned::new(&context, UPLOAD_BYTES)?, Stream::new(&context)?));
         Ok(Self {
-            name,
+            name: gpu.name(),
             uuid,
             kernels,
             slots: Mutex::new([slot()?, slot()?]),
-            upload: Mutex::new([upload()?, upload()?]),
+            upload: Mutex::new(Upload::new(&context, UPLOAD_BYTES)?),
             _module: module,
             context,
         })
     }
 
-    pub(super) fn failed(&self, what: &'static str) -> impl Fn(DriverError) -> DeviceError + '_ {
+    pub(super) fn failed(&self, what: &'static str) -> impl Fn(Error) -> DeviceError + '_ {
         move |error| DeviceError::Failed { device: self.name.clone(), what, reason: reason(error) }
     }
 
@@ -251,16 +224,15 @@ impl Card {
     }
 
     /// Allocates where the margin stays free.
-    fn allocate<T>(&self, bytes: u64, make: impl FnOnce() -> Result<T, DriverError>) -> Result<T, DeviceError> {
+    fn allocate<T>(&self, bytes: u64, make: impl FnOnce() -> Result<T, Error>) -> Result<T, DeviceError> {
         let free_bytes = self.free()?;
         let no_room = || DeviceError::NoRoom { device: self.name.clone(), wanted_bytes: bytes, free_bytes };
         if free_bytes.saturating_sub(MARGIN_BYTES) < bytes {
             return Err(no_room());
         }
-        make().map_err(|error| match error.0 {
-            cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => no_room(),
-            _ => self.failed("allocating memory")(error),
-        })
+        let failed =
+            |error| if driver::is_out_of_memory(&error) { no_room() } else { self.failed("allocating memory")(error) };
+        make().map_err(failed)
     }
 
     /// Makes room for pieces, if there is not enough.
@@ -277,26 +249,16 @@ impl Card {
         Ok(())
     }
 
-    /// Copies weights over, which `write` writes piece by piece.
-    pub(super) fn upload(
+    /// Takes in weights of `bytes` bytes, which `write` writes piece by piece.
+    pub(super) fn take_in(
         &self,
+        bytes: usize,
         pieces: &[panels::Piece],
         write: impl Fn(&panels::Piece, &mut [u8]),
-        memory: &Memory,
-    ) -> Result<(), DriverError> {
-        let mut buffers = lock(&self.upload);
-        for (number, piece) in pieces.iter().enumerate() {
-            let (pinned, stream) = &mut buffers[number % 2];
-            // The copy before the last, from the same buffer.
-            stream.wait()?;
-            if pinned.bytes().len() < piece.bytes {
-                *pinned = Pinned::new(&self.context, piece.bytes)?;
-            }
-            write(piece, &mut pinned.bytes()[..piece.bytes]);
-            // SAFETY: the buffer is waited for before it is used or dropped, here and below, and the memory outlives this call.
-            unsafe { stream.copy_to(pinned, piece.bytes, memory, piece.at)? };
-        }
-        buffers.iter().try_for_each(|(_, stream)| stream.wait())
+    ) -> Result<Memory, DeviceError> {
+        let mut memory = self.allocate(bytes as u64, || Memory::new(&self.context, bytes))?;
+        lock(&self.upload).copy(pieces, write, &mut memory).map_err(self.failed("copying weights"))?;
+        Ok(memory)
     }
 }
 
@@ -322,7 +284,7 @@ impl Device for Card {
     }
 
     fn hold(&self, expert: Expert) -> Result<Weights, DeviceError> {
-        self.take_in(&expert.swiglu)
+        self.take_in_swiglu(&expert.swiglu)
     }
 
     fn run(&self, jobs: &mut [HeldJob<'_>]) -> Result<(), DeviceError> {
@@ -346,18 +308,12 @@ impl Device for Card {
 
 impl Card {
     /// Takes a SwiGLU's weights in.
-    pub(super) fn take_in(&self, swiglu: &Swiglu) -> Result<Weights, DeviceError> {
+    pub(super) fn take_in_swiglu(&self, swiglu: &Swiglu) -> Result<Weights, DeviceError> {
         let layout = Layout::of(swiglu);
         self.make_room(room(layout.hidden_size, layout.inner_size))?;
-        let memory = self.memory(layout.bytes())?;
         let write = |piece: &panels::Piece, to: &mut [u8]| layout.write(swiglu, piece, to);
-        self.upload(&layout.pieces(UPLOAD_BYTES), write, &memory).map_err(self.failed("copying weights"))?;
+        let memory = self.take_in(layout.bytes(), &layout.pieces(UPLOAD_BYTES), write)?;
         Ok(Box::new(OnCard { layout, activation: swiglu.activation, memory }))
-    }
-
-    /// Memory where the margin stays free.
-    pub(super) fn memory(&self, bytes: usize) -> Result<Memory, DeviceError> {
-        self.allocate(bytes as u64, || Memory::new(&self.context, bytes))
     }
 
     /// Whether the memory is this card's.
@@ -383,19 +339,14 @@ impl Card {
         let done = unsafe { self.compute_in(&mut slots, &pieces, rows) };
         if done.is_err() {
             // Nothing of what was asked for may still use memory that its owners let go of.
-            slots.iter().for_each(|slot| _ = slot.stream.wait());
+            slots.iter_mut().for_each(|slot| _ = slot.stream.wait());
         }
         done.map_err(self.failed("computing"))
     }
 
     /// # Safety
     /// As [`Self::compute`]; after an error both streams have to be waited for.
-    unsafe fn compute_in(
-        &self,
-        slots: &mut [Slot; 2],
-        pieces: &[Piece],
-        rows: &mut impl Rows,
-    ) -> Result<(), DriverError> {
+    unsafe fn compute_in(&self, slots: &mut [Slot; 2], pieces: &[Piece], rows: &mut impl Rows) -> Result<(), Error> {
         for (number, piece) in pieces.iter().enumerate() {
             if let Some(last) = number.checked_sub(2) {
                 slots[number % 2].end(&pieces[last], rows)?;
@@ -408,4 +359,10 @@ impl Card {
         }
         Ok(())
     }
+}
+
+/// Bytes of groups, as the card reads them.
+fn bytes_of(groups: &[Group]) -> &[u8] {
+    // SAFETY: plain numbers without gaps.
+    unsafe { std::slice::from_raw_parts(groups.as_ptr().cast(), size_of_val(groups)) }
 }

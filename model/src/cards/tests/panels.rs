@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::cards::dtype::Dtype;
+use crate::cards::panels::Layout;
 use crate::checkpoint::{Biases, Mapping, StoredDtype, Swiglu};
-use crate::cuda::dtype::Dtype;
-use crate::cuda::panels::Layout;
 use crate::linear::Matrix;
 use crate::linear::reference::{e2m1, e4m3};
 use crate::spec::Activation;

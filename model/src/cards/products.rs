@@ -46,14 +46,13 @@ impl MatrixDevice for Card {
     fn hold_matrix(&self, matrix: &Matrix) -> Result<Weights, DeviceError> {
         let plain = Plain::of(matrix);
         self.make_room(plain.room())?;
-        let memory = self.memory(plain.bytes())?;
         let write = |piece: &panels::Piece, to: &mut [u8]| plain.write(matrix, piece, to);
-        self.upload(&plain.pieces(UPLOAD_BYTES), write, &memory).map_err(self.failed("copying weights"))?;
+        let memory = self.take_in(plain.bytes(), &plain.pieces(UPLOAD_BYTES), write)?;
         Ok(Box::new(OnCard { plain, memory }))
     }
 
     fn hold_swiglu(&self, swiglu: &Swiglu) -> Result<Weights, DeviceError> {
-        self.take_in(swiglu)
+        self.take_in_swiglu(swiglu)
     }
 
     fn multiply(&self, x: &[f32], held: &[&Weights], results: &mut [&mut [f32]]) -> Result<(), DeviceError> {
