@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hanse_model::{
-    Checkpoint, CheckpointError, DeviceError, DraftHead, Experts, GenerationDefaults, GenerationDefaultsError,
-    LoadError, LocalExperts, ModelSpec, Tokenizer, TokenizerError, Trunk, TrunkCard, compute_pool, log_softmax_at,
+    Checkpoint, CheckpointError, ComputeError, DeviceError, DraftHead, Experts, GenerationDefaults,
+    GenerationDefaultsError, LoadError, LocalExperts, ModelSpec, Tokenizer, TokenizerError, Trunk, TrunkCard,
+    compute_pool, log_softmax_at,
 };
 use hanse_protocol::{Identity, ModelId};
 use rayon::ThreadPool;
@@ -50,9 +51,9 @@ pub enum ClientError {
     /// The card that the trunk was to lie on does not work.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The compute threads could not be started.
+    /// Nothing can be computed here.
     #[error("cannot start the compute threads: {0}")]
-    Threads(String),
+    Threads(#[from] ComputeError),
     /// The network could not be joined.
     #[error(transparent)]
     Join(#[from] JoinError),
@@ -412,7 +413,7 @@ impl RequestExperts {
 }
 
 fn start_pool(threads: usize) -> Result<Arc<ThreadPool>, ClientError> {
-    compute_pool(threads).map(Arc::new).map_err(|e| ClientError::Threads(e.to_string()))
+    Ok(Arc::new(compute_pool(threads)?))
 }
 
 fn has_tokenizer(dir: &Path) -> bool {
