@@ -9,7 +9,7 @@ use std::path::Path;
 use common::{Golden, Local, bits, fixture};
 use hanse_model::{
     Checkpoint, CheckpointError, ConfigError, Expert, LoadError, PartHashes, Piece, Tokenizer, Trunk, compute_pool,
-    known_families, weight_map_of_headers,
+    known_families, tensor_shapes, weight_map_of_headers,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
