@@ -23,6 +23,22 @@ pub(super) struct Piece {
     abort: Option<AbortHandle>,
 }
 
+impl Piece {
+    fn of(assignments: Vec<ExpertRows>) -> Self {
+        Self {
+            parent: ROOT,
+            children: Vec::new(),
+            open_children: 0,
+            assignments,
+            tried: Vec::new(),
+            resolved: false,
+            failed: false,
+            answer: None,
+            abort: None,
+        }
+    }
+}
+
 /// Pieces by number; each was added after the one above it.
 #[derive(Default)]
 pub(super) struct Tree(Vec<Piece>);
@@ -44,7 +60,7 @@ impl IndexMut<usize> for Tree {
 impl Tree {
     /// Begins it with all of the work.
     pub(super) fn plant(&mut self, assignments: Vec<ExpertRows>) {
-        self.push(ROOT, assignments, Vec::new(), None);
+        self.0.push(Piece::of(assignments));
     }
 
     /// The number of the piece that is added next.
@@ -60,31 +76,11 @@ impl Tree {
         tried: Vec<PeerId>,
         abort: Option<AbortHandle>,
     ) -> usize {
-        let piece = self.push(parent, assignments, tried, abort);
+        let piece = self.next();
+        self.0.push(Piece { parent, tried, abort, ..Piece::of(assignments) });
         self[parent].children.push(piece);
         self[parent].open_children += 1;
         piece
-    }
-
-    fn push(
-        &mut self,
-        parent: usize,
-        assignments: Vec<ExpertRows>,
-        tried: Vec<PeerId>,
-        abort: Option<AbortHandle>,
-    ) -> usize {
-        self.0.push(Piece {
-            parent,
-            children: Vec::new(),
-            open_children: 0,
-            assignments,
-            tried,
-            resolved: false,
-            failed: false,
-            answer: None,
-            abort,
-        });
-        self.0.len() - 1
     }
 
     /// Whether the piece's own call is still wanted and in flight.
