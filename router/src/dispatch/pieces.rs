@@ -93,6 +93,7 @@ impl<'a> Layer<'a> {
         if !wanted.is_empty() {
             self.call_peers(wanted).await?;
         }
+        self.note_forms();
         let resident = match computing {
             Some(computing) => Some(computing.await.map_err(|e| DispatchError::Resident(e.to_string()))?),
             None => None,
@@ -251,11 +252,19 @@ impl<'a> Layer<'a> {
         Ok(())
     }
 
+    /// Notes how the experts were stored whose answers count: of two that came for the same work only one does.
+    fn note_forms(&mut self) {
+        for (assigned, answer) in self.pieces.answers() {
+            let Some(precision) = answer.precision else { continue };
+            assigned.iter().for_each(|assigned| self.usage.note_form(self.layer, assigned.expert, precision));
+        }
+    }
+
     fn add_up(&self, resident: Option<(Vec<ExpertRows>, Vec<f32>)>) -> Vec<f32> {
         let width = self.network.directory.layout().hidden_size as usize;
         let mut output = vec![0.0; self.hidden.len()];
-        let answers = self.pieces.answers();
-        let answers = answers.iter().map(|(assigned, (rows, values))| (*assigned, rows.as_slice(), values.as_slice()));
+        let answers = self.pieces.answers().into_iter();
+        let answers = answers.map(|(assigned, answer)| (assigned, answer.rows.as_slice(), answer.values.as_slice()));
         let resident = resident.as_ref().map(|(assigned, values)| (assigned.as_slice(), &[][..], values.as_slice()));
         add_answers(self.network.combine(), width, answers.chain(resident), &mut output);
         output

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use hanse_protocol::Precision;
 
+use super::tree::Answer;
 use super::{Layer, Why};
 use crate::dispatch::combine::as_answer;
 use crate::dispatch::{CallFailure, DispatchError, Outgoing};
@@ -71,9 +72,9 @@ impl Layer<'_> {
             Event::Hopeless(piece) if self.pieces.is_waiting(piece) => self.rescue(piece),
             Event::Hopeless(_) => Ok(()),
             Event::FellBack { piece, result } => match result {
-                Ok(answer) => {
+                Ok((rows, values)) => {
                     if !self.pieces[piece].resolved {
-                        self.pieces[piece].answer = Some(answer);
+                        self.pieces[piece].answer = Some(Answer { rows, values, precision: None });
                         self.pieces.resolve(piece);
                     }
                     Ok(())
@@ -95,12 +96,7 @@ impl Layer<'_> {
                 let rows = values.len() / width.max(1);
                 self.usage.counts.bytes_received += (rows * self.network.config.wire.row_bytes(width)) as u64;
                 if !self.pieces[piece].resolved {
-                    if let Some(precision) = precision {
-                        for assignment in &self.pieces[piece].assignments {
-                            self.usage.note_form(self.layer, assignment.expert, precision);
-                        }
-                    }
-                    self.pieces[piece].answer = Some((outgoing.rows, values));
+                    self.pieces[piece].answer = Some(Answer { rows: outgoing.rows, values, precision });
                     self.pieces.resolve(piece);
                 }
                 Ok(())

@@ -3,12 +3,18 @@
 use std::ops::{Index, IndexMut};
 
 use futures::future::AbortHandle;
-use hanse_protocol::{ExpertRows, PeerId};
+use hanse_protocol::{ExpertRows, PeerId, Precision};
 
 pub(super) const ROOT: usize = 0;
 
-/// Rows, and what came back for them.
-pub(super) type Answer = (Vec<u32>, Vec<f32>);
+/// What came back for some work.
+pub(super) struct Answer {
+    /// Rows of the layer, ascending.
+    pub(super) rows: Vec<u32>,
+    pub(super) values: Vec<f32>,
+    /// How the peer that computed it stores experts, where that matters.
+    pub(super) precision: Option<Precision>,
+}
 
 pub(super) struct Piece {
     parent: usize,
@@ -151,12 +157,12 @@ mod tests {
     }
 
     fn answer(tree: &mut Tree, piece: usize) {
-        tree[piece].answer = Some((vec![0], vec![piece as f32]));
+        tree[piece].answer = Some(Answer { rows: vec![0], values: vec![piece as f32], precision: None });
         tree.resolve(piece);
     }
 
     fn values(tree: &Tree) -> Vec<usize> {
-        tree.answers().iter().map(|(_, (_, values))| values[0] as usize).collect()
+        tree.answers().iter().map(|(_, answer)| answer.values[0] as usize).collect()
     }
 
     #[test]
