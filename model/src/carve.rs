@@ -128,7 +128,10 @@ fn plan(checkpoint: &Checkpoint, slices: usize) -> Result<(Vec<NewTensor>, Vec<S
         let stored = checkpoint.dtype(&name, &shape)?;
         let quantised = || CarveError::Quantised { tensor: name.clone() };
         let Some((layer, matrix)) = feed_forward(&name) else {
-            tensors.push(NewTensor::stored(name.clone(), stored, shape.clone()).ok_or_else(quantised)?);
+            let as_it_is = || NewTensor::stored(&name, stored, shape.clone());
+            // Scales that lie elsewhere are no tensors of this list.
+            let is_alone = stored.plain().is_some() || stored.suffix().is_some();
+            tensors.push(is_alone.then(as_it_is).flatten().ok_or_else(quantised)?);
             sources.push(Source { name, shape, part: None });
             continue;
         };

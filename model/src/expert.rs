@@ -4,7 +4,7 @@ use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::activation::{add_bias, clamped_swiglu};
 use crate::checkpoint::{Checkpoint, LoadError, Swiglu};
-use crate::lanes::Isa;
+use crate::lanes::{Isa, IsaError, check_isa};
 use crate::linear::{SharedMut, column_ranges, kernel, run_tasks};
 use crate::share::Pending;
 use crate::spec::Activation;
@@ -192,10 +192,23 @@ unsafe fn add_to_columns(y: *mut f32, width: usize, rows: usize, columns: (usize
     }
 }
 
+/// Why nothing can be computed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ComputeError {
+    /// Other instructions are asked for than there are.
+    #[error(transparent)]
+    Isa(#[from] IsaError),
+    /// The system refuses to start the threads.
+    #[error(transparent)]
+    Threads(#[from] ThreadPoolBuildError),
+}
+
 /// A pool of `threads` threads for computing; 0 takes as many as there are cores.
 ///
 /// # Errors
-/// If the system refuses to start the threads.
-pub fn compute_pool(threads: usize) -> Result<ThreadPool, ThreadPoolBuildError> {
-    ThreadPoolBuilder::new().num_threads(threads).thread_name(|number| format!("compute-{number}")).build()
+/// [`ComputeError`], as its variants say.
+pub fn compute_pool(threads: usize) -> Result<ThreadPool, ComputeError> {
+    check_isa()?;
+    Ok(ThreadPoolBuilder::new().num_threads(threads).thread_name(|number| format!("compute-{number}")).build()?)
 }

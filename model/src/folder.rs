@@ -1,43 +1,18 @@
-//! Writing a model folder: safetensors files of bounded size, tensor after tensor, under another name until all is there.
+//! Writing a model folder: safetensors files of bounded size, tensor after tensor, under another name until all is there. One that is to go on
+//! where it was left is written by [`quantise`](crate::quantise), with the same [`shards`].
 
-use std::collections::BTreeMap;
+pub(crate) mod shards;
+
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
-use serde_json::json;
-
-use crate::checkpoint::StoredDtype;
+pub(crate) use shards::NewTensor;
 
 /// Bytes of a safetensors file, unless a single tensor has more.
 const MAX_SHARD_BYTES: u64 = 4 << 30;
 /// Bytes that are collected before they are written.
 const BUFFER: usize = 1 << 20;
-
-/// A tensor to be written.
-#[derive(Debug, Clone)]
-pub(crate) struct NewTensor {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-}
-
-impl NewTensor {
-    /// A tensor of the model that is stored so; `None` if it cannot be, as rows are no whole blocks or have scales elsewhere.
-    pub(crate) fn stored(name: String, stored: StoredDtype, mut shape: Vec<usize>) -> Option<Self> {
-        if let Some(dtype) = stored.plain() {
-            return Some(Self { name, dtype, shape });
-        }
-        let columns = shape.last_mut()?;
-        *columns = stored.bytes(*columns)?;
-        Some(Self { name: name + stored.suffix()?, dtype: Dtype::U8, shape })
-    }
-
-    fn bytes(&self) -> u64 {
-        self.shape.iter().product::<usize>() as u64 * self.dtype.bitsize() as u64 / 8
-    }
-}
 
 /// Why a model folder could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -126,16 +101,13 @@ impl NewFolder {
         tensors: &[NewTensor],
         mut fill: impl FnMut(usize, &mut dyn Write) -> Result<(), Filling<E>>,
     ) -> Result<(), E> {
-        let shards = shards(tensors, MAX_SHARD_BYTES);
-        let mut index = BTreeMap::new();
+        let shards = shards::cut(tensors, MAX_SHARD_BYTES);
+        let mut index = Vec::with_capacity(tensors.len());
         for (number, shard) in shards.iter().enumerate() {
-            let name = match shards.len() {
-                1 => "model.safetensors".to_owned(),
-                all => format!("model-{:05}-of-{all:05}.safetensors", number + 1),
-            };
+            let name = shards::name(number, shards.len());
             let path = self.temporary.join(&name);
             let mut file = BufWriter::with_capacity(BUFFER, File::create(&path).map_err(failed(&path))?);
-            file.write_all(&header(tensors, shard)).map_err(failed(&path))?;
+            file.write_all(&shards::header(shard.iter().map(|&number| &tensors[number]))).map_err(failed(&path))?;
             for &number in shard {
                 let tensor = &tensors[number];
                 let mut counted = Counted { file: &mut file, bytes: 0 };
@@ -147,15 +119,13 @@ impl NewFolder {
                 if found != expected {
                     return Err(WriteError::Bytes { tensor: tensor.name.clone(), expected, found }.into());
                 }
-                index.insert(tensor.name.as_str(), name.clone());
+                index.push((tensor, name.clone()));
             }
             let file = file.into_inner().map_err(io::IntoInnerError::into_error).map_err(failed(&path))?;
             file.sync_all().map_err(failed(&path))?;
         }
         if shards.len() > 1 {
-            let bytes: u64 = tensors.iter().map(NewTensor::bytes).sum();
-            let text = json!({ "metadata": { "total_size": bytes }, "weight_map": index });
-            self.file("model.safetensors.index.json", format!("{text:#}\n").as_bytes())?;
+            self.file(shards::INDEX, shards::index(index).as_bytes())?;
         }
         Ok(())
     }
@@ -218,60 +188,11 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> WriteError + use<> {
     move |source| WriteError::Write { path, source }
 }
 
-/// Which tensors each file holds. In a file those with the largest values are first, so that all are aligned.
-fn shards(tensors: &[NewTensor], most: u64) -> Vec<Vec<usize>> {
-    let (mut shards, mut bytes) = (vec![Vec::new()], 0);
-    for (number, tensor) in tensors.iter().enumerate() {
-        if bytes > 0 && bytes + tensor.bytes() > most {
-            shards.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += tensor.bytes();
-        if let Some(last) = shards.last_mut() {
-            last.push(number);
-        }
-    }
-    for shard in &mut shards {
-        shard.sort_by_key(|number| std::cmp::Reverse(tensors[*number].dtype.bitsize()));
-    }
-    shards
-}
-
-/// Length and text of a file's header.
-fn header(tensors: &[NewTensor], shard: &[usize]) -> Vec<u8> {
-    let mut entries = serde_json::Map::new();
-    entries.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
-    let mut start = 0;
-    for &number in shard {
-        let NewTensor { name, dtype, shape } = &tensors[number];
-        let end = start + tensors[number].bytes();
-        entries.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
-        start = end;
-    }
-    let mut text = serde_json::Value::Object(entries).to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let mut header = (text.len() as u64).to_le_bytes().to_vec();
-    header.append(&mut text);
-    header
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use safetensors::Dtype;
 
-    #[test]
-    fn files_end_where_the_limit_is_and_larger_values_are_first() {
-        let tensor = |name: &str, dtype, len| NewTensor { name: name.to_owned(), dtype, shape: vec![len] };
-        let tensors = [
-            tensor("a", Dtype::F16, 3),
-            tensor("b", Dtype::F32, 2),
-            tensor("c", Dtype::F32, 9),
-            tensor("d", Dtype::F16, 1),
-        ];
-        assert_eq!(shards(&tensors, 14), [vec![1, 0], vec![2], vec![3]]);
-        let parsed: serde_json::Value = serde_json::from_slice(&header(&tensors, &[1, 0])[8..]).unwrap();
-        assert_eq!(parsed["a"], json!({ "dtype": "F16", "shape": [3], "data_offsets": [8, 14] }));
-    }
+    use super::*;
 
     #[test]
     fn a_folder_that_is_not_finished_leaves_nothing_and_one_that_is_there_is_kept() {

@@ -156,15 +156,48 @@ pub(crate) enum Isa {
     Portable,
 }
 
+/// The variable that names instructions.
+const VARIABLE: &str = "HANSE_ISA";
+
+/// The variable `HANSE_ISA` names instructions that this machine has not, or that nobody knows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{VARIABLE} is {named:?}, and here it can be {}", available.join(" or "))]
+pub struct IsaError {
+    /// What it names.
+    pub named: String,
+    /// What it can name on this machine, best first.
+    pub available: Vec<String>,
+}
+
+/// Checks the variable `HANSE_ISA`, which names the instructions that kernels are run with (`avx512`, `avx2`, `portable`), for measurements.
+/// It is read once in a process; empty is as unset.
+///
+/// # Errors
+/// If it names none of those that this machine has. What is computed nevertheless, is computed with the best.
+pub fn check_isa() -> Result<(), IsaError> {
+    Isa::chosen().as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
 impl Isa {
-    /// The best that this machine has, or the one that the variable `HANSE_ISA` names if it is among them: for measurements.
+    /// The one that the variable names, or else the best that this machine has.
     pub(crate) fn detect() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            let (available, wanted) = (Self::available(), std::env::var("HANSE_ISA").unwrap_or_default());
-            let named = available.iter().find(|isa| format!("{isa:?}").eq_ignore_ascii_case(&wanted));
-            *named.unwrap_or(&available[0])
-        })
+        Self::chosen().as_ref().map_or_else(|_| Self::available()[0], |isa| *isa)
+    }
+
+    fn chosen() -> &'static Result<Self, IsaError> {
+        static CHOSEN: OnceLock<Result<Isa, IsaError>> = OnceLock::new();
+        CHOSEN.get_or_init(|| Self::named(&std::env::var_os(VARIABLE).unwrap_or_default().to_string_lossy()))
+    }
+
+    /// By its name in any case; the best if that is empty.
+    fn named(name: &str) -> Result<Self, IsaError> {
+        let available = Self::available();
+        if name.is_empty() {
+            return Ok(available[0]);
+        }
+        let names = || available.iter().map(|isa| format!("{isa:?}").to_lowercase());
+        let found = names().zip(&available).find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.map(|(_, isa)| *isa).ok_or_else(|| IsaError { named: name.to_owned(), available: names().collect() })
     }
 
     /// All that this machine has, best first.
@@ -213,3 +246,21 @@ macro_rules! instantiate {
     };
 }
 pub(crate) use instantiate;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_that_are_not_there_are_refused_with_those_that_are() {
+        let best = Isa::available()[0];
+        assert_eq!(Isa::named(""), Ok(best));
+        assert_eq!(Isa::named(&format!("{best:?}").to_uppercase()), Ok(best));
+        assert_eq!(Isa::named("portable"), Ok(Isa::Portable));
+        for name in ["avx-512", "portable ", "neon", "avx1024"] {
+            let error = Isa::named(name).unwrap_err();
+            assert_eq!((error.named.as_str(), error.available.len()), (name, Isa::available().len()));
+            assert!(error.to_string().ends_with("portable"), "{error}");
+        }
+    }
+}

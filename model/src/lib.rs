@@ -75,13 +75,14 @@ pub use device::{
     CardReport, CardUse, Cpu, Device, DeviceChoice, DeviceChoiceError, DeviceError, HeldExpert, HeldJob, OpenError,
     TrunkCard, Weights, card_uuids, cards, run_held,
 };
-pub use expert::{Expert, ExpertJob, compute_pool, run_experts};
+pub use expert::{ComputeError, Expert, ExpertJob, compute_pool, run_experts};
 pub use experts::{Experts, ExpertsError, LocalExperts, add_weighted};
 pub use families::known as known_families;
 pub use folder::WriteError;
 pub use gate::Routing;
 pub use generation::{GenerationDefaults, GenerationDefaultsError};
 pub use gguf::{GgufError, Imported, import_gguf};
+pub use lanes::{IsaError, check_isa};
 pub use quantise::{FolderError, Precision, QuantiseError, Written, quantise, quantise_folder};
 pub use sampling::{Sampler, SamplingError, SamplingParams, log_softmax_at, top_log_softmax};
 pub use spec::{

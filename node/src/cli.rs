@@ -5,9 +5,12 @@ mod convert;
 mod draft;
 mod examples;
 mod gateway;
+mod limits;
+mod look;
 mod quantize;
 #[cfg(unix)]
 mod testnet;
+mod text;
 mod tools;
 
 use std::net::SocketAddr;
@@ -22,14 +25,16 @@ pub(crate) use draft::DraftArgs;
 pub(crate) use gateway::GatewayArgs;
 use hanse_model::{DeviceChoice, DeviceChoiceError};
 use hanse_node::ExpertsSpec;
-use hanse_node::owner::QuietHours;
 use hanse_protocol::discovery::keys::{DEFAULT_NETWORK, MAX_NETWORK_NAME, is_network_name};
 use hanse_protocol::{Combine, Multiaddr, WireDtype};
 use hanse_router::weights::Repository;
 use hanse_router::{NetworkConfig, PrecisionPolicy};
+pub(crate) use limits::{ControlArgs, LimitArgs};
+pub(crate) use look::{InspectArgs, ManifestArgs, StatusArgs};
 pub(crate) use quantize::QuantizeArgs;
 #[cfg(unix)]
 pub(crate) use testnet::{ChaosArgs, OrderArgs, TestnetCommand, TestnetStatusArgs, UpArgs};
+pub(crate) use text::{ChatArgs, DemoArgs, GenerateArgs, SamplingArgs, ScoreArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, ManArgs};
 
 use crate::model::ModelRef;
@@ -220,49 +225,6 @@ impl ClientArgs {
     }
 }
 
-/// How tokens are drawn. What is not given is taken from the model's generation_config.json.
-#[derive(Debug, Args)]
-pub(crate) struct SamplingArgs {
-    /// 0 always takes the likeliest token.
-    #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
-    pub(crate) temperature: Option<f32>,
-    /// Draw among the K likeliest tokens only.
-    #[arg(long, value_name = "K")]
-    pub(crate) top_k: Option<usize>,
-    /// Draw among the likeliest tokens that together have probability P.
-    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
-    pub(crate) top_p: Option<f32>,
-    /// The same seed gives the same text.
-    #[arg(long, value_name = "S", allow_negative_numbers = true)]
-    pub(crate) seed: Option<u64>,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = examples::DEMO)]
-pub(crate) struct DemoArgs {
-    /// A model folder; by default the small model that comes with the source.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: Option<PathBuf>,
-    /// The text to continue.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: Option<String>,
-    /// How many volunteer processes to start.
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u16).range(2..=64))]
-    pub(crate) nodes: u16,
-    /// How many volunteers host each expert.
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=63))]
-    pub(crate) replicas: u16,
-    /// Kill one volunteer in the middle of the answer.
-    #[arg(long)]
-    pub(crate) kill: bool,
-    /// How many tokens to generate.
-    #[arg(long, default_value_t = 96, value_name = "N")]
-    pub(crate) max_tokens: usize,
-    /// One JSON document on standard output and nothing else.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = examples::NODE)]
 pub(crate) struct NodeArgs {
@@ -339,176 +301,6 @@ pub(crate) struct NodeArgs {
     pub(crate) until_stdin_closes: bool,
 }
 
-/// What the owner of the machine keeps for other things.
-#[derive(Debug, Args)]
-pub(crate) struct LimitArgs {
-    /// Compute on N cores at most.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) max_cores: Option<u16>,
-    /// Hold no more than this in experts, whatever else is asked for.
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) max_memory: Option<bytesize::ByteSize>,
-    /// Send no more than this in a second, such as 2MiB.
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) max_bandwidth: Option<bytesize::ByteSize>,
-    /// Pause between these times of the day, local time, such as 22:00-07:00.
-    #[arg(long, value_name = "FROM-TO")]
-    pub(crate) quiet_hours: Option<QuietHours>,
-    /// Pause while other programs keep more than so many cores busy (load average over a minute, without this node's part).
-    #[arg(long, value_name = "CORES")]
-    pub(crate) yield_above: Option<f64>,
-    /// Give a card back while another program takes it: within two seconds its calls are refused and all its memory is free. When others
-    /// have been quiet it is used again. Asks NVML, which comes with the driver.
-    #[arg(long)]
-    pub(crate) yield_to_others: bool,
-    /// Memory of a card that others may take, beyond what they had when this node opened it, before it is given to them.
-    #[arg(long, default_value = "256MiB", value_name = "SIZE", requires = "yield_to_others")]
-    pub(crate) yield_memory: bytesize::ByteSize,
-    /// The share of a second in which others may compute on a card before it is given to them.
-    #[arg(long, default_value_t = 30, value_name = "PERCENT", requires = "yield_to_others",
-          value_parser = clap::value_parser!(u8).range(1..=100))]
-    pub(crate) yield_busy: u8,
-    /// Seconds for which others must take less than three quarters of that before a card is used again.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", requires = "yield_to_others",
-          value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub(crate) yield_quiet: u64,
-}
-
-/// Which running node is meant.
-#[derive(Debug, Args)]
-pub(crate) struct ControlArgs {
-    /// The node's data folder; by default hanse in the user's data folder.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) data_dir: Option<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids"])))]
-#[command(after_help = examples::GENERATE)]
-pub(crate) struct GenerateArgs {
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-    #[command(flatten)]
-    pub(crate) draft: DraftArgs,
-    /// The text to continue.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: Option<String>,
-    /// The prompt as token ids, such as 1,2,3.
-    #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
-    pub(crate) prompt_ids: Option<Vec<u32>>,
-    /// The most tokens to add.
-    #[arg(long, default_value_t = 128, value_name = "N")]
-    pub(crate) max_tokens: usize,
-    #[command(flatten)]
-    pub(crate) sampling: SamplingArgs,
-    /// Stop before this text; may be given more than once.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) stop: Vec<String>,
-    /// Go on after an end-of-sequence token.
-    #[arg(long)]
-    pub(crate) ignore_eos: bool,
-    /// One JSON document on standard output and nothing else.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = examples::CHAT)]
-pub(crate) struct ChatArgs {
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-    #[command(flatten)]
-    pub(crate) draft: DraftArgs,
-    /// What the model is told before the conversation.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) system: Option<String>,
-    /// The most tokens of one answer.
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub(crate) max_tokens: usize,
-    #[command(flatten)]
-    pub(crate) sampling: SamplingArgs,
-}
-
-#[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("text").required(true).args(["prompt", "prompt_ids", "file"])))]
-#[command(after_help = examples::SCORE)]
-pub(crate) struct ScoreArgs {
-    /// Without --bootstrap the experts are computed in this process.
-    #[command(flatten)]
-    pub(crate) client: ClientArgs,
-    /// The text.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: Option<String>,
-    /// The text as token ids, such as 1,2,3.
-    #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
-    pub(crate) prompt_ids: Option<Vec<u32>>,
-    /// A file with the text.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) file: Option<PathBuf>,
-    /// Write the logits at every position to this safetensors file: tensor `logits`, [tokens, vocab], f32.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) logits_out: Option<PathBuf>,
-    /// Compare with the logits that an earlier call has written for the same text: KL divergence of the next token's distribution from
-    /// theirs, and how often the likeliest token is the same.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) compare: Option<PathBuf>,
-    /// One JSON document on standard output and nothing else.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = examples::STATUS)]
-pub(crate) struct StatusArgs {
-    #[command(flatten)]
-    pub(crate) join: JoinArgs,
-    /// A model folder or a model id; needed only when the network hosts several models.
-    #[arg(long, value_name = "DIR|ID")]
-    pub(crate) model: Option<String>,
-    /// Look again and again, every two seconds or as many as given.
-    #[arg(long, value_name = "SECONDS", conflicts_with = "web", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub(crate) watch: Option<u64>,
-    /// Show the network on a web page, live, until ctrl-C; by default at 127.0.0.1:8081.
-    #[arg(long, value_name = "IP:PORT", num_args = 0..=1, default_missing_value = "127.0.0.1:8081")]
-    pub(crate) web: Option<SocketAddr>,
-    /// One JSON document on standard output and nothing else; with --watch, a line for each look; with --web, one line when the page is
-    /// served.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = examples::INSPECT)]
-pub(crate) struct InspectArgs {
-    /// A Hugging Face model folder.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
-    /// One JSON document on standard output and nothing else.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = examples::MANIFEST)]
-pub(crate) struct ManifestArgs {
-    /// A Hugging Face model folder.
-    #[arg(value_name = "DIR")]
-    pub(crate) model: PathBuf,
-    /// Where to write it; by default hanse-manifest.json in the folder.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) out: Option<PathBuf>,
-    /// Where the key is kept that signs it; by default hanse in the user's data folder.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) data_dir: Option<PathBuf>,
-    /// One JSON document on standard output and nothing else.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-fn token_id(text: &str) -> Result<u32, String> {
-    text.trim().parse().map_err(|_| "it is not a token id".to_owned())
-}
-
 fn network_name(text: &str) -> Result<String, String> {
     let rule = || format!("use 1 to {MAX_NETWORK_NAME} characters of a-z, 0-9 and -");
     is_network_name(text).then(|| text.to_owned()).ok_or_else(rule)
@@ -528,16 +320,6 @@ fn trunk_device(text: &str) -> Result<DeviceChoice, String> {
         Err(_) => "it is no device",
     };
     Err(format!("{what}: name auto, cpu, metal, or one card, such as cuda:0"))
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    let valid = |t: &f32| t.is_finite() && *t >= 0.0;
-    text.parse().ok().filter(valid).ok_or_else(|| "it is not a number of at least 0".to_owned())
-}
-
-fn probability(text: &str) -> Result<f32, String> {
-    let valid = |p: &f32| (0.0..=1.0).contains(p);
-    text.parse().ok().filter(valid).ok_or_else(|| "it is not a number from 0 to 1".to_owned())
 }
 
 fn parse_combine(text: &str) -> Result<Combine, String> {

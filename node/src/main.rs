@@ -17,6 +17,10 @@ use hanse_node::owner::control::Command as Control;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(cli.verbose);
+    if let Err(error) = hanse_model::check_isa() {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
     let runtime = match runtime(&cli.command) {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -1,181 +1,50 @@
 //! A volunteer: joins a network, loads experts, serves them, and leaves in good order.
 
 mod announcer;
+mod config;
+mod error;
 mod host;
 mod neighbours;
 mod opener;
 mod preview;
 mod shard;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hanse_model::{Checkpoint, Device, DeviceChoice, DeviceError, LoadError, OpenError};
-use hanse_protocol::discovery::keys::DEFAULT_NETWORK;
-use hanse_protocol::discovery::{Discovery, DiscoveryConfig, DiscoveryError, ReachConfig, Reachability};
-use hanse_protocol::{
-    AdvertError, BindError, DataEndpoint, Draining, HostedError, Identity, ModelId, Multiaddr, PeerId, data_runtime,
-};
-use hanse_router::weights::{FetchError, RemoteModel, Shelf};
+use hanse_model::{Checkpoint, Device, DeviceChoice};
+use hanse_protocol::discovery::{Discovery, DiscoveryConfig, Reachability};
+use hanse_protocol::{DataEndpoint, Draining, Identity, ModelId, Multiaddr, PeerId, data_runtime};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::batcher::Batcher;
 use crate::counters::{Counters, Counts, Demand};
-use crate::experts_spec::{ExpertsSpec, ExpertsSpecError};
 use crate::giving::Giving;
 use crate::owner::Bandwidth;
-use crate::placement::Pace;
 use crate::server::{Pause, Server};
 use crate::store::{ExpertStore, Lent};
 use announcer::{Announcer, DataAddresses, Stored};
+use config::default_data_address;
 use host::{Host, MoveCounts};
 use neighbours::Neighbours;
 use opener::{Opener, open_devices};
 use shard::Shard;
 
 pub use announcer::{ADVERT_INTERVAL, ADVERT_LIFETIME};
+pub use config::{Hosting, VolunteerConfig};
+pub use error::VolunteerError;
 pub use host::Moves;
 pub use preview::{Preview, preview};
 
 /// (row, expert) pairs that may wait to be computed.
 const MAX_QUEUED_PAIRS: usize = 16 * 1024;
-/// Ten minutes of calls say more about what is wanted than the last question.
-const DEMAND_HALF_LIFE: Duration = Duration::from_secs(600);
 /// How long a leaving volunteer goes on answering: clients read its advert every few seconds.
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How long calls in progress may take to end once no new ones are accepted.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Which experts to host.
-#[derive(Debug, Clone)]
-pub enum Hosting {
-    /// These.
-    Experts(ExpertsSpec),
-    /// As many as fit into so many bytes, and onto the devices, rarest in the network first.
-    MemoryBytes(u64),
-}
-
-/// How a volunteer takes part.
-#[derive(Debug, Clone)]
-pub struct VolunteerConfig {
-    /// The network's name.
-    pub network: String,
-    /// Control-plane addresses to listen on.
-    pub listen: Vec<Multiaddr>,
-    /// The data plane's address; `None` takes a free UDP port on the address of the first of `listen`.
-    pub data_listen: Option<SocketAddr>,
-    /// Data-plane addresses to announce in place of the bound ones: where others reach this node through a port forwarding.
-    pub advertise: Vec<SocketAddr>,
-    /// Members to join through; none for the first member of a network.
-    pub bootstrap: Vec<Multiaddr>,
-    /// Whether to look for members on the local network by multicast DNS.
-    pub mdns: bool,
-    /// How to deal with home routers.
-    pub reach: ReachConfig,
-    /// Which experts to host.
-    pub hosting: Hosting,
-    /// What holds experts and computes them. Several devices are one volunteer.
-    pub device: DeviceChoice,
-    /// Computing threads, where the processor computes; 0 takes one per core.
-    pub threads: usize,
-    /// With [`Hosting::MemoryBytes`]: how fast capacity moves to where it is missed.
-    pub pace: Pace,
-    /// Bytes of answers and weights sent in a second at most; `None` for as many as the line takes.
-    pub max_bandwidth: Option<u64>,
-    /// In this time half of the demand for an expert is forgotten.
-    pub demand_half_life: Duration,
-    /// Keep the files of hosted experts in the cache, so that experts of a device that was lent can be loaded again.
-    pub keep_files: bool,
-    /// What fetches the checkpoint's experts; `None` if it is a folder. Then they are fetched several at a time, ahead of being
-    /// loaded.
-    pub remote: Option<RemoteModel>,
-    /// The model's manifest and weights, to be given to those who ask for them; `None` gives out nothing.
-    pub shelf: Option<Arc<Shelf>>,
-    /// Bytes of weights given out per second; `None` for as many as answers leave of `max_bandwidth`.
-    pub give_bytes_per_second: Option<u64>,
-}
-
-impl Default for VolunteerConfig {
-    /// All experts, computed by the processor, on free loopback ports, alone.
-    fn default() -> Self {
-        let loopback = Multiaddr::from(Ipv4Addr::LOCALHOST);
-        let quic = loopback
-            .with(hanse_protocol::multiaddr::Protocol::Udp(0))
-            .with(hanse_protocol::multiaddr::Protocol::QuicV1);
-        Self {
-            network: DEFAULT_NETWORK.to_owned(),
-            listen: vec![quic],
-            data_listen: None,
-            advertise: Vec::new(),
-            bootstrap: Vec::new(),
-            mdns: false,
-            reach: ReachConfig::default(),
-            hosting: Hosting::Experts(ExpertsSpec::All),
-            device: DeviceChoice::Cpu,
-            threads: 0,
-            pace: Pace::default(),
-            max_bandwidth: None,
-            demand_half_life: DEMAND_HALF_LIFE,
-            keep_files: false,
-            remote: None,
-            shelf: None,
-            give_bytes_per_second: None,
-        }
-    }
-}
-
-/// Why a volunteer did not start.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum VolunteerError {
-    /// The control plane did not start.
-    #[error(transparent)]
-    Discovery(#[from] DiscoveryError),
-    /// The data plane did not start.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The experts wanted are not in the model.
-    #[error(transparent)]
-    Spec(#[from] ExpertsSpecError),
-    /// Not even one expert fits.
-    #[error("{budget_bytes} bytes hold no expert of this model: the smallest takes {expert_bytes} bytes")]
-    TooLittleMemory {
-        /// The memory given.
-        budget_bytes: u64,
-        /// The size of the model's smallest expert.
-        expert_bytes: u64,
-    },
-    /// A device that was named cannot be used.
-    #[error(transparent)]
-    Device(#[from] OpenError),
-    /// No device has room to compute.
-    #[error("nothing can be computed: {0}")]
-    Unusable(#[from] DeviceError),
-    /// Not even one of the experts wanted fits onto the devices, or all of these failed.
-    #[error("no expert fits on {devices}: see `hanse doctor` for what is free there")]
-    NoRoom {
-        /// Their names.
-        devices: String,
-    },
-    /// An expert's weights cannot be read.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// Some experts that nobody gives, or a cache that cannot take them. Those that could be fetched are hosted.
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
-    /// The model has more layers or experts than an advert can say.
-    #[error(transparent)]
-    Hosted(#[from] HostedError),
-    /// The advert cannot be made.
-    #[error(transparent)]
-    Advert(#[from] AdvertError),
-    /// Threads could not be started, or a task died.
-    #[error("cannot start computing: {0}")]
-    Compute(String),
-}
 
 /// A running volunteer. Dropped without [`Volunteer::shutdown`] it vanishes rudely, as a crash would.
 #[derive(Debug)]
@@ -458,19 +327,4 @@ impl Volunteer {
         self.discovery.shutdown().await;
         self.server.counters.counts()
     }
-}
-
-/// A free port on the address of the first control-plane listener that has one.
-fn default_data_address(listen: &[Multiaddr]) -> SocketAddr {
-    let ip = listen.iter().find_map(ip_of).unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-    SocketAddr::new(ip, 0)
-}
-
-fn ip_of(address: &Multiaddr) -> Option<IpAddr> {
-    use hanse_protocol::multiaddr::Protocol;
-    address.iter().find_map(|part| match part {
-        Protocol::Ip4(ip) => Some(IpAddr::V4(ip)),
-        Protocol::Ip6(ip) => Some(IpAddr::V6(ip)),
-        _ => None,
-    })
 }

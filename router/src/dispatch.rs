@@ -56,8 +56,8 @@ fn reason_text(reason: &Option<String>) -> String {
 pub struct Usage {
     pub(crate) counts: NetworkUse,
     pub(crate) answered_by: BTreeSet<PeerId>,
-    /// How each expert was stored that was computed by peers; empty where only the published form is accepted.
-    forms: HashMap<(u32, u32), Precision>,
+    /// How each expert was stored that was computed by peers, the first time and the last; empty where only the published form is accepted.
+    forms: HashMap<(u32, u32), [Precision; 2]>,
     /// The pass in progress, if it is one of those that are written down.
     recording: Option<Recording>,
 }
@@ -67,17 +67,22 @@ impl Usage {
     pub(crate) fn add(&mut self, other: &Self) {
         self.counts.add(&other.counts);
         self.answered_by.extend(&other.answered_by);
-        for (&(layer, expert), &precision) in &other.forms {
-            self.note_form(layer, expert, precision);
+        for (&expert, &theirs) in &other.forms {
+            self.went_on(expert, theirs);
         }
     }
 
     /// Notes how an expert was stored that was computed.
     fn note_form(&mut self, layer: u32, expert: u32, precision: Precision) {
         self.counts.precisions.insert(precision);
-        if self.forms.insert((layer, expert), precision).is_some_and(|before| before != precision) {
-            self.counts.mixed += 1;
-        }
+        self.went_on((layer, expert), [precision; 2]);
+    }
+
+    /// Counts a change between what an expert was and the first of what it was then; those after that are counted already.
+    fn went_on(&mut self, expert: (u32, u32), [first, last]: [Precision; 2]) {
+        let known = self.forms.entry(expert).or_insert([first; 2]);
+        self.counts.mixed += u64::from(known[1] != first);
+        known[1] = last;
     }
 
     /// The counts so far.
@@ -302,4 +307,35 @@ async fn call(
 
 fn failure_text(peer: PeerId, error: &CallError) -> String {
     format!("{peer} did not answer: {error}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(forms: &[Precision]) -> Usage {
+        let mut usage = Usage::default();
+        forms.iter().for_each(|form| usage.note_form(0, 7, *form));
+        usage
+    }
+
+    #[test]
+    fn a_change_of_precision_counts_once_also_when_a_request_takes_over_what_a_pass_has_counted() {
+        use Precision::{Bf16, Q4K, Q8_0};
+        let all = [Bf16, Bf16, Q8_0, Q8_0, Q4K, Bf16, Bf16];
+        assert_eq!(usage(&all).counts.mixed, 3);
+        for cut in 0..=all.len() {
+            let (before, after) = all.split_at(cut);
+            let mut request = usage(before);
+            request.add(&usage(after));
+            assert_eq!(request.counts.mixed, 3, "cut before {cut}");
+            request.add(&usage(&[Q8_0]));
+            assert_eq!(request.counts.mixed, 4, "the last is remembered, cut before {cut}");
+            assert_eq!(request.counts.precisions, [Bf16, Q8_0, Q4K].into());
+        }
+        let mut request = usage(&[Bf16]);
+        request.note_form(0, 8, Q8_0);
+        request.note_form(1, 7, Q8_0);
+        assert_eq!(request.counts.mixed, 0, "other experts");
+    }
 }

@@ -82,11 +82,17 @@ impl StoredDtype {
 
     /// The same among those that safetensors files have for plain values; `None` for quantised ones.
     pub(crate) fn plain(self) -> Option<Dtype> {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16).then(|| self.in_file())
+    }
+
+    /// The dtype of a tensor of a safetensors file that holds such values: bytes for blocks.
+    pub(crate) fn in_file(self) -> Dtype {
         match self {
-            Self::F32 => Some(Dtype::F32),
-            Self::F16 => Some(Dtype::F16),
-            Self::Bf16 => Some(Dtype::BF16),
-            _ => None,
+            Self::F32 => Dtype::F32,
+            Self::F16 => Dtype::F16,
+            Self::Bf16 => Dtype::BF16,
+            Self::F8E4m3 => Dtype::F8_E4M3,
+            Self::Q8_0 | Self::Q4K | Self::F4E2m1 | Self::F8E8m0 => Dtype::U8,
         }
     }
 
@@ -146,7 +152,7 @@ impl StoredDtype {
     ///
     /// # Errors
     /// `Blocks` if its rows are no whole blocks.
-    pub(super) fn of_tensor<'a>(
+    pub(crate) fn of_tensor<'a>(
         name: &'a str,
         dtype: Dtype,
         shape: &[usize],

@@ -1,29 +1,20 @@
 //! The safetensors files of a checkpoint: which tensor lies where.
 
+mod files;
+mod header;
+
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use safetensors::{SafeTensorError, SafeTensors};
-use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde_json::Value;
+use safetensors::tensor::Dtype;
 
 use super::dtype::StoredDtype;
 use super::error::CheckpointError;
 use super::mapping::Mapping;
 use super::parts::{Part, PartSource, TrunkPart, Verifier};
-use super::{open_file, read_text};
 use crate::linear::{FP8_TILE, Matrix};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-const MAX_INDEX_BYTES: u64 = 256 << 20;
-/// Bytes before the header: its length.
-const PREFIX: usize = 8;
 
 #[derive(Debug)]
 pub(super) struct TensorFiles {
@@ -92,95 +83,6 @@ impl TensorFiles {
             this.tensors.insert(name, tensor);
         }
         Ok(this)
-    }
-
-    /// What the headers of safetensors files say; the tensors themselves cannot be read. `headers` are file names and
-    /// the first bytes of each, up to the end of the header.
-    pub(super) fn of_headers(headers: Vec<(String, Vec<u8>)>) -> Result<Self, CheckpointError> {
-        let mut this = Self::none();
-        for (name, bytes) in headers {
-            let path = PathBuf::from(name);
-            let text = bytes.get(PREFIX..).unwrap_or_default();
-            let metadata: Metadata =
-                serde_json::from_slice(text).map_err(|error| malformed(&path, text, error.to_string()))?;
-            this.insert(path, bytes.len(), &metadata, None)?;
-        }
-        Ok(this)
-    }
-
-    pub(super) fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let mut this = Self::none();
-        if dir.join(SINGLE).exists() {
-            this.add(dir.join(SINGLE))?;
-            return Ok(this);
-        }
-        let index_path = dir.join(INDEX);
-        if !index_path.exists() {
-            return Err(CheckpointError::NoWeights { dir: dir.to_owned() });
-        }
-        let malformed = |reason: String| CheckpointError::Index { path: index_path.clone(), reason };
-        let text = read_text(&index_path, MAX_INDEX_BYTES)?;
-        let index: Index = serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))?;
-        let mut shards: BTreeMap<&str, &str> = BTreeMap::new();
-        for (tensor, file) in &index.weight_map {
-            // A name with a directory in it could make us map a file outside the folder.
-            if file.is_empty() || file.contains(['/', '\\', '\0']) || file == "." || file == ".." {
-                return Err(malformed(format!("`{tensor}` is said to be in {file:?}, which is not a plain file name")));
-            }
-            shards.entry(file).or_insert(tensor);
-        }
-        if shards.is_empty() {
-            return Err(malformed("its `weight_map` is empty".into()));
-        }
-        for (file, tensor) in shards {
-            let path = dir.join(file);
-            if !path.exists() {
-                return Err(CheckpointError::MissingFile { path, tensor: tensor.to_owned() });
-            }
-            this.add(path)?;
-        }
-        for (tensor, file) in &index.weight_map {
-            let path = dir.join(file);
-            let found = this.tensors.get(tensor).or_else(|| this.tensors.get(StoredDtype::without_suffix(tensor)));
-            if found.is_none_or(|found| this.files[found.file].path != path) {
-                return Err(CheckpointError::NotInShard { path, tensor: tensor.clone() });
-            }
-        }
-        Ok(this)
-    }
-
-    fn add(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
-        let map = Arc::new(map(&path)?);
-        let (data_start, metadata) = read_header(&path, &map)?;
-        self.insert(path, data_start, &metadata, Some(map))
-    }
-
-    fn insert(
-        &mut self,
-        path: PathBuf,
-        data_start: usize,
-        metadata: &Metadata,
-        map: Option<Arc<Mapping>>,
-    ) -> Result<(), CheckpointError> {
-        let file = self.files.len();
-        for (name, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            let too_far = || CheckpointError::Overlapping { path: path.clone(), tensor: name.clone() };
-            // Only a header whose file was not looked at can overflow.
-            let range = data_start + start..data_start.checked_add(end).ok_or_else(too_far)?;
-            let (name, dtype, shape) = StoredDtype::of_tensor(&name, info.dtype, &info.shape)?;
-            let tensor = Tensor { file, dtype, written: info.dtype, shape, range };
-            match self.tensors.entry(name.to_owned()) {
-                Entry::Vacant(slot) => slot.insert(tensor),
-                Entry::Occupied(slot) => {
-                    // Of this file, if it has it under two names.
-                    let first = self.files.get(slot.get().file).map_or_else(|| path.clone(), |file| file.path.clone());
-                    return Err(CheckpointError::Duplicate { tensor: slot.key().clone(), first, second: path });
-                }
-            };
-        }
-        self.files.push(TensorFile { path, map });
-        Ok(())
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Tensor> {
@@ -296,21 +198,6 @@ pub(crate) fn finite(values: &[f32], first: usize, what: impl FnOnce() -> String
     }
 }
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
-fn map(path: &Path) -> Result<Mapping, CheckpointError> {
-    let failed = |source| CheckpointError::Read { path: path.to_owned(), source };
-    let file = open_file(path)?;
-    let len = file.metadata().map_err(failed)?.len();
-    if len < PREFIX as u64 {
-        return Err(CheckpointError::Truncated { path: path.to_owned(), expected: PREFIX as u64, found: len });
-    }
-    Mapping::of(&file).map_err(failed)
-}
-
 /// A part of exactly `bytes` bytes.
 pub(super) fn open_part(
     source: &dyn PartSource,
@@ -325,94 +212,4 @@ pub(super) fn open_part(
 /// `None` where it would overflow.
 fn byte_count(shape: &[usize], value_bytes: usize) -> Option<usize> {
     shape.iter().try_fold(value_bytes, |bytes, &size| bytes.checked_mul(size))
-}
-
-/// Where the data starts, and what the header says. All offsets have been checked against the file.
-fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), CheckpointError> {
-    let header = |reason: String| CheckpointError::Header { path: path.to_owned(), reason };
-    let found = bytes.len() as u64;
-    let (length, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| match error {
-        SafeTensorError::InvalidOffset(tensor) => CheckpointError::Overlapping { path: path.to_owned(), tensor },
-        SafeTensorError::InvalidHeaderLength => CheckpointError::Truncated {
-            path: path.to_owned(),
-            expected: header_length(bytes).saturating_add(PREFIX as u64),
-            found,
-        },
-        SafeTensorError::MetadataIncompleteBuffer => incomplete(path, bytes),
-        other => {
-            let end = usize::try_from(header_length(bytes).saturating_add(PREFIX as u64)).unwrap_or(usize::MAX);
-            malformed(path, bytes.get(PREFIX..end).unwrap_or_default(), other.to_string())
-        }
-    })?;
-    let text = bytes.get(PREFIX..PREFIX + length).unwrap_or_default();
-    let names: Names = serde_json::from_slice(text).map_err(|error| header(error.to_string()))?;
-    if let Some(tensor) = names.repeated {
-        return Err(CheckpointError::Duplicate { tensor, first: path.to_owned(), second: path.to_owned() });
-    }
-    Ok((PREFIX + length, metadata))
-}
-
-/// The error for a header that the safetensors library refuses, saying `reason`. Where a tensor's size is at fault, the
-/// library does not say which tensor's.
-fn malformed(path: &Path, header: &[u8], reason: String) -> CheckpointError {
-    let entries: BTreeMap<String, Value> = serde_json::from_slice(header).unwrap_or_default();
-    let wrong = entries.into_iter().find_map(|(name, entry)| {
-        let TensorInfo { dtype, shape, data_offsets: (start, end) } = TensorInfo::deserialize(entry).ok()?;
-        let bits = byte_count(&shape, dtype.bitsize());
-        (bits.is_none() || bits != end.checked_sub(start)?.checked_mul(8)).then_some(name)
-    });
-    match wrong {
-        Some(tensor) => CheckpointError::WrongSize { path: path.to_owned(), tensor },
-        None => CheckpointError::Header { path: path.to_owned(), reason },
-    }
-}
-
-fn header_length(bytes: &[u8]) -> u64 {
-    bytes.first_chunk::<PREFIX>().map_or(0, |prefix| u64::from_le_bytes(*prefix))
-}
-
-/// The header is sound, but the file has another length than it calls for.
-fn incomplete(path: &Path, bytes: &[u8]) -> CheckpointError {
-    let found = bytes.len() as u64;
-    let data_start = header_length(bytes).saturating_add(PREFIX as u64);
-    let text = usize::try_from(data_start).ok().and_then(|end| bytes.get(PREFIX..end)).unwrap_or_default();
-    let data = serde_json::from_slice::<Metadata>(text).map_or(0, |metadata| metadata.data_len() as u64);
-    let expected = data_start.saturating_add(data);
-    if found < expected {
-        CheckpointError::Truncated { path: path.to_owned(), expected, found }
-    } else {
-        CheckpointError::TrailingBytes { path: path.to_owned(), extra: found - expected }
-    }
-}
-
-/// The keys of a header, to see whether one is there twice, which a JSON map would hide.
-struct Names {
-    repeated: Option<String>,
-}
-
-impl<'de> Deserialize<'de> for Names {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(NamesVisitor)
-    }
-}
-
-struct NamesVisitor;
-
-impl<'de> Visitor<'de> for NamesVisitor {
-    type Value = Names;
-
-    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("an object of tensors")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Names, A::Error> {
-        let mut seen = std::collections::HashSet::new();
-        let mut repeated = None;
-        while let Some((key, _)) = map.next_entry::<String, IgnoredAny>()? {
-            if let Some(key) = seen.replace(key) {
-                repeated = Some(key);
-            }
-        }
-        Ok(Names { repeated })
-    }
 }

@@ -16,7 +16,9 @@ pub(super) const N_ROUTED_EXPERTS: [&str; 2] = ["n_routed_experts", "num_local_e
 
 /// Upper bounds of sizes. Their products stay far below the range of `usize`.
 pub(super) const MAX_LAYERS: usize = 1024;
+/// Routed experts of a layer, as in adverts.
 pub(super) const MAX_EXPERTS: usize = 4096;
+/// Values of one row, or outputs of a matrix.
 pub(super) const MAX_SIZE: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_HEADS: usize = 1 << 14;

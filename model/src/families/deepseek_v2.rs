@@ -27,7 +27,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     if config.text("topk_method")? == Some("group_limited_greedy") {
         moe.gate.groups = read_groups(config, moe.experts, moe.top_k, 1)?;
     }
-    moe.shared = read_shared(config, moe.intermediate_size)?;
+    moe.shared = read_shared(config, "n_shared_experts", 0, moe.intermediate_size)?;
     let feed_forward = read_feed_forward(config, decoder.layers, &moe)?;
     Ok(decoder.uniform(FAMILY.name, AttentionSpec::Latent(attention), feed_forward))
 }

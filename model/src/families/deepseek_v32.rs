@@ -1,6 +1,6 @@
 //! DeepSeek V3.2: V3 whose tokens see only the positions that an indexer chooses. Source: arXiv:2512.02556, section 2.1.
 
-use super::decoder::{Defaults, MAX_EXPERTS, MAX_HEAD_DIM, MAX_SIZE};
+use super::decoder::{Defaults, MAX_HEAD_DIM, MAX_HEADS, MAX_POSITIONS};
 use super::latent::{self, read_corrected_moe, read_feed_forward};
 use super::{Family, deepseek_v3};
 use crate::checkpoint::config::{Config, ConfigError};
@@ -20,7 +20,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
         let reason = format!("`qk_rope_head_dim` ({}) of them rotate", attention.qk_rope_head_dim);
         return Err(config.invalid("index_head_dim", reason));
     }
-    let (heads, top_k) = (config.size("index_n_heads", MAX_EXPERTS)?, config.size("index_topk", MAX_SIZE)?);
+    let (heads, top_k) = (config.size("index_n_heads", MAX_HEADS)?, config.size("index_topk", MAX_POSITIONS)?);
     attention.indexer = Some(IndexerSpec { heads, head_dim, top_k });
     let moe = read_corrected_moe(config, true)?;
     let feed_forward = read_feed_forward(config, decoder.layers, &moe)?;

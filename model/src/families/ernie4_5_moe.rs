@@ -1,9 +1,10 @@
 //! Baidu's ERNIE 4.5. Source: the ERNIE 4.5 technical report.
 
 use super::decoder::{Decoder, Defaults, MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, moe_of};
+use super::latent::read_shared;
 use super::{Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
-use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, ModelSpec, RopePairs, Scoring, SharedExpertSpec};
+use crate::spec::{AttentionSpec, FeedForwardSpec, GateSpec, ModelSpec, RopePairs, Scoring};
 
 pub(super) const FAMILY: Family = Family {
     name: "ernie4_5_moe",
@@ -27,9 +28,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let gate = GateSpec { correction: true, renormalise: true, least_sum, ..GateSpec::new(Scoring::Softmax) };
     let experts = config.size("moe_num_experts", MAX_EXPERTS)?;
     let mut moe = moe_of(config, experts, "moe_k", "moe_intermediate_size", gate)?;
-    let shared = config.whole("moe_num_shared_experts", 0, MAX_EXPERTS)?.unwrap_or(2);
-    let intermediate_size = shared * moe.intermediate_size;
-    moe.shared = (shared > 0).then_some(SharedExpertSpec { intermediate_size, gated: false });
+    moe.shared = read_shared(config, "moe_num_shared_experts", 2, moe.intermediate_size)?;
     let first = config.whole("moe_layer_start_index", 0, MAX_LAYERS)?.unwrap_or(1);
     let last = match config.value("moe_layer_end_index").and_then(serde_json::Value::as_i64) {
         Some(-1) => None,

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::decoder::{Decoder, Defaults, MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS, MAX_SIZE, N_ROUTED_EXPERTS, read_moe};
+use super::decoder::{Decoder, Defaults, MAX_HEAD_DIM, MAX_LAYERS, MAX_SIZE, N_ROUTED_EXPERTS, read_moe};
 use super::rope::Rotated;
 use crate::checkpoint::config::{Config, ConfigError};
 use crate::spec::{FeedForwardSpec, GateSpec, GroupSpec, LatentSpec, MoeSpec, RopePairs, Scoring, SharedExpertSpec};
@@ -65,7 +65,7 @@ pub(super) fn read_corrected_moe(config: &Config<'_>, renormalise: bool) -> Resu
     };
     let mut moe = read_moe(config, N_ROUTED_EXPERTS, "moe_intermediate_size", gate)?;
     moe.gate.groups = read_groups(config, moe.experts, moe.top_k, 2)?;
-    moe.shared = read_shared(config, moe.intermediate_size)?;
+    moe.shared = read_shared(config, "n_shared_experts", 0, moe.intermediate_size)?;
     Ok(moe)
 }
 
@@ -99,9 +99,14 @@ pub(super) fn read_groups(
     Ok(Some(GroupSpec { groups, chosen, best }))
 }
 
-/// The shared experts, which are one of their widths together.
-pub(super) fn read_shared(config: &Config<'_>, width: usize) -> Result<Option<SharedExpertSpec>, ConfigError> {
-    let count = config.whole("n_shared_experts", 0, MAX_EXPERTS)?.unwrap_or(0);
+/// The shared experts, each as wide as a routed one, which are one of their widths together; `by_default` as many.
+pub(super) fn read_shared(
+    config: &Config<'_>,
+    key: &str,
+    by_default: usize,
+    width: usize,
+) -> Result<Option<SharedExpertSpec>, ConfigError> {
+    let count = config.whole(key, 0, MAX_SIZE / width)?.unwrap_or(by_default);
     let intermediate_size = count * width;
     Ok((count > 0).then_some(SharedExpertSpec { intermediate_size, gated: false }))
 }

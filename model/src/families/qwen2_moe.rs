@@ -1,8 +1,7 @@
 //! Qwen1.5-MoE and Qwen2-MoE. Source: arXiv:2407.10671.
 
 use super::decoder::{
-    Decoder, Defaults, MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, NUM_EXPERTS, read_moe, read_used_window, read_windows,
-    windowed,
+    Decoder, Defaults, MAX_LAYERS, MAX_SIZE, NUM_EXPERTS, read_moe, read_used_window, read_windows, windowed,
 };
 use super::{Family, SharedNames, TensorNames};
 use crate::checkpoint::config::{Config, ConfigError};
@@ -23,7 +22,7 @@ fn spec(config: &Config<'_>) -> Result<ModelSpec, ConfigError> {
     let decoder = Decoder::read(config, &DEFAULTS)?;
     let attention = GroupedQuerySpec { qkv_bias: config.flag("qkv_bias", true)?, ..decoder.attention() };
     // The layers of even number below `max_window_layers` have it.
-    let below = config.whole("max_window_layers", 0, MAX_POSITIONS)?.unwrap_or(28);
+    let below = config.whole("max_window_layers", 0, MAX_LAYERS)?.unwrap_or(28);
     let has_window = |layer| layer % 2 == 0 && layer < below;
     let windows = read_windows(config, decoder.layers, read_used_window(config)?, has_window)?;
     let intermediate_size = config.size("shared_expert_intermediate_size", MAX_SIZE)?;

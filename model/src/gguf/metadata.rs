@@ -66,7 +66,12 @@ impl<'a> Metadata<'a> {
         GgufError::Key { key: key.to_owned(), value, reason: reason.into() }
     }
 
-    fn read<T>(&self, key: &str, what: &str, read: impl Fn(&Value<'a>) -> Option<T>) -> Result<Option<T>, GgufError> {
+    fn read<'s, T>(
+        &'s self,
+        key: &str,
+        what: &str,
+        read: impl Fn(&'s Value<'a>) -> Option<T>,
+    ) -> Result<Option<T>, GgufError> {
         let Some(value) = self.value(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| self.invalid(key, format!("it must be {what}")))
     }
@@ -110,29 +115,23 @@ impl<'a> Metadata<'a> {
     }
 
     pub(super) fn texts(&self, key: &str) -> Result<Option<&[&'a str]>, GgufError> {
-        self.value(key);
-        match self.values.get(key) {
-            None => Ok(None),
-            Some(Value::Texts(texts)) => Ok(Some(texts)),
-            Some(_) => Err(self.invalid(key, "it must be an array of texts")),
-        }
+        self.read(key, "an array of texts", |value| match value {
+            Value::Texts(texts) => Some(texts.as_slice()),
+            _ => None,
+        })
     }
 
     pub(super) fn numbers(&self, key: &str) -> Result<Option<&[i64]>, GgufError> {
-        self.value(key);
-        match self.values.get(key) {
-            None => Ok(None),
-            Some(Value::Numbers(numbers)) => Ok(Some(numbers)),
-            Some(_) => Err(self.invalid(key, "it must be an array of whole numbers")),
-        }
+        self.read(key, "an array of whole numbers", |value| match value {
+            Value::Numbers(numbers) => Some(numbers.as_slice()),
+            _ => None,
+        })
     }
 
     pub(super) fn floats(&self, key: &str) -> Result<Option<&[f32]>, GgufError> {
-        self.value(key);
-        match self.values.get(key) {
-            None => Ok(None),
-            Some(Value::Floats(numbers)) => Ok(Some(numbers)),
-            Some(_) => Err(self.invalid(key, "it must be an array of numbers")),
-        }
+        self.read(key, "an array of numbers", |value| match value {
+            Value::Floats(numbers) => Some(numbers.as_slice()),
+            _ => None,
+        })
     }
 }

@@ -100,7 +100,7 @@ impl<'g> Planner<'g, '_> {
         let first = expert.map_or(0, |expert| expert * rows);
         let piece = Piece { turns: vec![entry], first, rows, columns, order };
         let kept = entry.kind.kept().filter(|_| self.to.is_none() && shape.len() == 2);
-        match kept.and_then(|kept| Some((kept, NewTensor::stored(name.clone(), kept, shape.clone())?))) {
+        match kept.and_then(|kept| Some((kept, NewTensor::stored(&name, kept, shape.clone())?))) {
             Some((kept, tensor)) => self.push(tensor, Source { name, pieces: vec![piece], form: Form::Kept(kept) }),
             None => self.values(name, shape, vec![piece]),
         }

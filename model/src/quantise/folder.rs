@@ -6,12 +6,13 @@ use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{QuantiseError, quantise};
 use crate::checkpoint::{
     Checkpoint, CheckpointError, LoadError, StoredDtype, StoredTensor, WrittenMatrix, WrittenTensor, quantization,
 };
+use crate::folder::{NewTensor, shards};
 use crate::linear::Matrix;
 
 /// What a folder is written as.
@@ -88,12 +89,24 @@ const ROWS: usize = 256;
 
 /// One tensor of a shard.
 struct Planned<'a> {
-    /// As the file has it.
+    /// Without what says how it is stored.
     name: String,
-    content: Content<'a>,
-    dtype: StoredDtype,
     /// In values.
     shape: Vec<usize>,
+    content: Content<'a>,
+    dtype: StoredDtype,
+    file: NewTensor,
+}
+
+impl<'a> Planned<'a> {
+    fn new(name: String, shape: Vec<usize>, content: Content<'a>, dtype: StoredDtype) -> Result<Self, FolderError> {
+        let Some(file) = NewTensor::stored(&name, dtype, shape.clone()) else {
+            let values = shape.last().copied().unwrap_or(0);
+            let source = QuantiseError::Blocks { values, block: dtype.block().0, dtype };
+            return Err(FolderError::Tensor { tensor: name, source });
+        };
+        Ok(Self { name, shape, content, dtype, file })
+    }
 }
 
 enum Content<'a> {
@@ -126,7 +139,7 @@ pub fn quantise_folder(
     let checkpoint = with_head.as_ref().map_or(checkpoint, |(with_head, _)| with_head);
     let spec = checkpoint.spec();
     let mut written = Written::default();
-    let mut shards = vec![trunk(checkpoint, precision)];
+    let mut shards = vec![trunk(checkpoint, precision)?];
     let layers: Vec<(usize, Vec<WrittenTensor>)> = spec
         .moe_layers()
         .map(|(layer, _)| Some((layer, checkpoint.written_experts(layer)?)))
@@ -137,14 +150,15 @@ pub fn quantise_folder(
     }
     let config = config_text(checkpoint, precision, of);
     begin(checkpoint, &config, to)?;
-    let bytes = |tensor: &Planned<'_>| tensor.bytes() as u64;
-    let total: u64 = shards.iter().flatten().map(bytes).sum();
-    let mut index = Map::new();
+    let bytes = |shard: &Vec<Planned<'_>>| shard.iter().map(|tensor| tensor.file.bytes()).sum::<u64>();
+    let total: u64 = shards.iter().map(bytes).sum();
+    let mut index = Vec::new();
     written.shards = shards.len();
     for (number, shard) in shards.iter().enumerate() {
-        let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
-        index.extend(shard.iter().map(|tensor| (tensor.name.clone(), Value::from(name.as_str()))));
-        let (path, header, size) = (to.join(&name), header(shard), shard.iter().map(bytes).sum::<u64>());
+        let name = shards::name(number, shards.len());
+        let header = shards::header(shard.iter().map(|tensor| &tensor.file));
+        let (path, size) = (to.join(&name), bytes(shard));
+        index.extend(shard.iter().map(|tensor| (&tensor.file, name.clone())));
         if is_written(&path, &header, size) {
             written.kept += 1;
         } else {
@@ -160,15 +174,14 @@ pub fn quantise_folder(
             std::fs::copy(&from, &path).map_err(|source| FolderError::Io { path, source })?;
         }
     }
-    let index = json!({ "metadata": { "total_size": total }, "weight_map": index });
-    put(&to.join("model.safetensors.index.json"), index.to_string().as_bytes())?;
+    put(&to.join(shards::INDEX), shards::index(index).as_bytes())?;
     put(&to.join("config.json"), config.as_bytes())?;
     let path = to.join(UNFINISHED);
     std::fs::remove_file(&path).map_err(|source| FolderError::Io { path, source })?;
     Ok(written)
 }
 
-fn trunk(checkpoint: &Checkpoint, precision: Precision) -> Vec<Planned<'static>> {
+fn trunk(checkpoint: &Checkpoint, precision: Precision) -> Result<Vec<Planned<'static>>, FolderError> {
     let tensors = checkpoint.trunk_parts();
     let scales_of = |tensor: &StoredTensor| format!("{}_scale_inv", tensor.name);
     let scales: BTreeSet<String> = tensors.iter().map(scales_of).collect();
@@ -185,7 +198,7 @@ fn trunk(checkpoint: &Checkpoint, precision: Precision) -> Vec<Planned<'static>>
             Some(dtype) => (Content::Trunk, dtype),
             None => (Content::Copied, tensor.dtype),
         };
-        Planned { name: file_name(&tensor.name, dtype), content, dtype, shape: tensor.shape.clone() }
+        Planned::new(tensor.name.clone(), tensor.shape.clone(), content, dtype)
     });
     planned.collect()
 }
@@ -200,17 +213,12 @@ fn experts<'a>(
     for WrittenTensor { name, shape, matrices } in tensors {
         let inputs = shape.last().copied().unwrap_or(0);
         let dtype = fallback(precision.experts, inputs);
-        let (block, _) = dtype.block();
-        if !inputs.is_multiple_of(block) {
-            let source = QuantiseError::Blocks { values: inputs, block, dtype };
-            return Err(FolderError::Tensor { tensor: name.clone(), source });
-        }
         written.matrices += matrices.len();
         if dtype != precision.experts {
             written.fell_back += matrices.len();
         }
         let content = Content::Experts { layer, matrices };
-        planned.push(Planned { name: file_name(name, dtype), content, dtype, shape: shape.clone() });
+        planned.push(Planned::new(name.clone(), shape.clone(), content, dtype)?);
     }
     Ok(planned)
 }
@@ -221,10 +229,6 @@ fn fallback(dtype: StoredDtype, inputs: usize) -> StoredDtype {
         StoredDtype::Q4K if !inputs.is_multiple_of(dtype.block().0) => StoredDtype::Q8_0,
         other => other,
     }
-}
-
-fn file_name(name: &str, dtype: StoredDtype) -> String {
-    format!("{name}{}", dtype.suffix().unwrap_or_default())
 }
 
 /// What the model is, and how it is stored.
@@ -275,22 +279,6 @@ fn put(path: &Path, content: &[u8]) -> Result<(), FolderError> {
     std::fs::write(&temporary, content).and_then(|()| std::fs::rename(&temporary, path)).map_err(failed)
 }
 
-fn header(shard: &[Planned<'_>]) -> Vec<u8> {
-    let mut header = Map::new();
-    header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
-    let mut end = 0;
-    for tensor in shard {
-        let start = end;
-        end += tensor.bytes();
-        let (dtype, shape) = tensor.in_file();
-        header.insert(tensor.name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
-    }
-    let mut text = Value::from(header).to_string();
-    // So that data begins at a multiple of eight bytes.
-    text.push_str(&" ".repeat((8 - text.len() % 8) % 8));
-    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-}
-
 fn is_written(path: &Path, header: &[u8], size: u64) -> bool {
     let Ok(mut file) = File::open(path) else { return false };
     let mut found = vec![0; header.len()];
@@ -319,11 +307,11 @@ fn write_shard(
     for tensor in shard {
         match tensor.content {
             Content::Copied => {
-                let (map, range) = checkpoint.content(tensor.own_name(), &tensor.shape)?;
+                let (map, range) = checkpoint.content(&tensor.name, &tensor.shape)?;
                 map[range].chunks(1 << 20).try_for_each(&mut write)?;
             }
             Content::Trunk => {
-                let matrix = checkpoint.matrix(tensor.own_name(), tensor.shape[0], tensor.shape[1])?;
+                let matrix = checkpoint.matrix(&tensor.name, tensor.shape[0], tensor.shape[1])?;
                 write_matrix(&matrix, tensor, &mut write)?;
             }
             Content::Experts { layer, matrices } => {
@@ -354,31 +342,8 @@ fn write_matrix(
                 Ok(bytes)
             })
             .collect::<Result<_, QuantiseError>>()
-            .map_err(|source| FolderError::Tensor { tensor: tensor.name.clone(), source })?;
+            .map_err(|source| FolderError::Tensor { tensor: tensor.file.name.clone(), source })?;
         quantised.iter().try_for_each(|bytes| write(bytes))?;
     }
     Ok(())
-}
-
-impl Planned<'_> {
-    /// Without what says how it is stored.
-    fn own_name(&self) -> &str {
-        self.dtype.suffix().and_then(|suffix| self.name.strip_suffix(suffix)).unwrap_or(&self.name)
-    }
-
-    fn bytes(&self) -> usize {
-        self.dtype.bytes(self.shape.iter().product()).unwrap_or(0)
-    }
-
-    /// dtype and shape as safetensors files have them.
-    fn in_file(&self) -> (&'static str, Vec<usize>) {
-        let mut shape = self.shape.clone();
-        if self.dtype.suffix().is_none() {
-            return (self.dtype.name(), shape);
-        }
-        if let Some(row) = shape.last_mut() {
-            *row = self.dtype.bytes(*row).unwrap_or(0);
-        }
-        ("U8", shape)
-    }
 }

@@ -161,6 +161,31 @@ fn a_nonsense_value_is_refused_naming_key_and_value() {
 }
 
 #[test]
+fn numbers_of_heads_layers_and_positions_have_limits_of_their_own() {
+    let cases = [
+        ("extra/deepseek_v32", "index_n_heads", 1 << 14),
+        // Positions.
+        ("extra/deepseek_v32", "index_topk", 1 << 30),
+        // The widest that a layer may be, in experts of 12.
+        ("deepseek_v3", "n_shared_experts", (1 << 20) / 12),
+        ("extra/ernie4_5_moe", "moe_num_shared_experts", (1 << 20) / 12),
+        ("extra/dots1", "max_window_layers", 1024),
+        ("extra/qwen3_window", "max_window_layers", 1024),
+        ("qwen2_moe", "max_window_layers", 1024),
+    ];
+    for (family, key, most) in cases {
+        let mut config = common::json(&fixture(family).join("config.json"));
+        config[key] = json!(most);
+        tensor_shapes(&config.to_string()).unwrap_or_else(|error| panic!("{family} {key}: {error}"));
+        config[key] = json!(most + 1);
+        let error = tensor_shapes(&config.to_string()).unwrap_err();
+        let ConfigError::Invalid { key: named, .. } = &error else { panic!("{family} {key}: {error}") };
+        assert_eq!(named, key);
+        assert!(error.to_string().contains(&format!(" to {most}")), "{error}");
+    }
+}
+
+#[test]
 fn a_config_that_mixes_families_is_refused_naming_the_key_and_its_owners() {
     let cases = [
         ("mixtral", "kv_lora_rank", json!(16), "deepseek_v3"),

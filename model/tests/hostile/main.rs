@@ -3,13 +3,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod configs;
+mod files;
+mod values;
 
 use std::path::Path;
 
 use common::{Golden, Local, bits, fixture};
 use hanse_model::{
     Checkpoint, CheckpointError, ConfigError, Expert, LoadError, PartHashes, Piece, Tokenizer, Trunk, compute_pool,
-    known_families, weight_map_of_headers,
+    known_families, tensor_shapes, weight_map_of_headers,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -133,188 +135,6 @@ fn sharded_logits_equal_unsharded_ones() {
         let mut single = Local::open(dir.path());
         assert_eq!(bits(&single.prefill(&prompt)), expected);
     }
-}
-
-#[test]
-fn weights_that_are_no_numbers_are_refused_naming_the_tensor() {
-    let cases = [
-        ("deepseek_v3", "model.layers.0.self_attn.kv_a_layernorm.weight"),
-        ("deepseek_v3", "model.layers.1.mlp.gate.weight"),
-        ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias"),
-        ("gpt_oss", "model.layers.0.input_layernorm.weight"),
-        ("gpt_oss", "model.layers.1.mlp.router.bias"),
-        ("gpt_oss", "model.layers.2.self_attn.sinks"),
-        ("gpt_oss", "model.layers.3.self_attn.q_proj.bias"),
-        ("gpt_oss", "model.norm.weight"),
-    ];
-    let spoilt = |family: &str, name: &str, place: usize, value: f32| {
-        let dir = copy(family);
-        let mut tensors = tensors(dir.path());
-        let tensor = tensors.iter_mut().find(|tensor| tensor.name == name).unwrap();
-        tensor.bytes[4 * place..4 * place + 4].copy_from_slice(&value.to_le_bytes());
-        write_single(dir.path(), &tensors, aligned);
-        (Checkpoint::open(dir.path()).unwrap(), dir)
-    };
-    let pool = std::sync::Arc::new(compute_pool(1).unwrap());
-    for (family, name) in cases {
-        for value in [f32::NAN, f32::INFINITY] {
-            let (checkpoint, _dir) = spoilt(family, name, 2, value);
-            let error = Trunk::load(&checkpoint, pool.clone()).unwrap_err().to_string();
-            assert!(error.contains(name) && error.contains("place 2") && error.contains(&value.to_string()), "{error}");
-        }
-    }
-    let (checkpoint, _dir) = spoilt("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_bias", 48 * 3 + 5, f32::NAN);
-    Expert::load(&checkpoint, 1, 2).unwrap();
-    let error = Expert::load(&checkpoint, 1, 3).unwrap_err().to_string();
-    assert!(error.contains("bias of up_proj of expert 3 of layer 1") && error.contains("place 2"), "{error}");
-}
-
-/// The hashes of a folder's parts as they are.
-fn hashes(dir: &Path) -> PartHashes {
-    let map = Checkpoint::open(dir).unwrap().weight_map().unwrap();
-    let files: Vec<Vec<u8>> = map.files.iter().map(|name| std::fs::read(dir.join(name)).unwrap()).collect();
-    let hash = |pieces: &[Piece]| {
-        let mut hasher = blake3::Hasher::new();
-        for piece in pieces {
-            hasher.update(&files[piece.file][piece.offset as usize..(piece.offset + piece.bytes) as usize]);
-        }
-        *hasher.finalize().as_bytes()
-    };
-    let trunk = map.parts.trunk.iter().zip(&map.trunk).map(|(part, piece)| (part.name.clone(), hash(&[*piece])));
-    let experts = map.parts.experts.iter().zip(&map.experts);
-    PartHashes {
-        trunk: trunk.collect(),
-        experts: experts.map(|(part, all)| (part.layer, all.iter().map(|pieces| hash(pieces)).collect())).collect(),
-    }
-}
-
-#[test]
-fn what_is_compared_with_its_hash_is_searched_for_weights_that_are_no_numbers() {
-    for (spoilt, named) in [
-        ("model.layers.1.mlp.experts.7.up_proj.weight", "expert 7 of layer 1 has NaN at place 385"),
-        (
-            "model.layers.0.self_attn.kv_b_proj.weight",
-            "tensor `model.layers.0.self_attn.kv_b_proj.weight` has NaN at place 1",
-        ),
-    ] {
-        let dir = copy("deepseek_v3");
-        let mut tensors = tensors(dir.path());
-        let tensor = tensors.iter_mut().find(|tensor| tensor.name == spoilt).unwrap();
-        tensor.bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
-        write_single(dir.path(), &tensors, aligned);
-        let load = |checkpoint: &Checkpoint| {
-            let pool = std::sync::Arc::new(compute_pool(1).unwrap());
-            Trunk::load(checkpoint, pool).map(|_| ()).and(Expert::load(checkpoint, 1, 7).map(|_| ()))
-        };
-        load(&Checkpoint::open(dir.path()).unwrap()).unwrap();
-        let checkpoint = Checkpoint::open_verified(dir.path(), hashes(dir.path())).unwrap();
-        let error = load(&checkpoint).unwrap_err().to_string();
-        assert!(error.contains(named), "{error}");
-        Expert::load(&checkpoint, 1, 6).unwrap();
-    }
-}
-
-#[test]
-fn files_that_are_absent_or_no_json_are_named() {
-    let empty = tempfile::tempdir().unwrap();
-    let error = open_error(empty.path());
-    assert!(matches!(&error, CheckpointError::Read { path, .. } if path.ends_with("config.json")), "{error}");
-    std::fs::write(empty.path().join("config.json"), "[1").unwrap();
-    assert!(matches!(open_error(empty.path()), CheckpointError::Config(ConfigError::NotJson(_))));
-    std::fs::write(empty.path().join("config.json"), [0xff, 0xfe]).unwrap();
-    assert!(matches!(open_error(empty.path()), CheckpointError::NotText { .. }));
-    std::fs::write(empty.path().join("config.json"), vec![b' '; (16 << 20) + 1]).unwrap();
-    assert!(matches!(open_error(empty.path()), CheckpointError::TooLarge { .. }));
-    std::fs::copy(fixture("olmoe").join("config.json"), empty.path().join("config.json")).unwrap();
-    assert!(matches!(open_error(empty.path()), CheckpointError::NoWeights { .. }));
-}
-
-#[test]
-fn a_truncated_or_prolonged_file_is_refused_with_the_bytes_it_should_have() {
-    let dir = copy("olmoe");
-    let path = dir.path().join("model.safetensors");
-    let bytes = std::fs::read(&path).unwrap();
-    for len in [bytes.len() - 1, bytes.len() / 2, 100, 8] {
-        std::fs::write(&path, &bytes[..len]).unwrap();
-        let error = open_error(dir.path());
-        let CheckpointError::Truncated { path: named, expected, found } = &error else { panic!("{len}: {error}") };
-        assert!(named == &path && *found == len as u64 && *expected > *found, "{error}");
-        assert!(len < bytes.len() / 2 || *expected == bytes.len() as u64);
-    }
-    for len in [0, 7] {
-        std::fs::write(&path, &bytes[..len]).unwrap();
-        assert!(matches!(open_error(dir.path()), CheckpointError::Truncated { expected: 8, .. }));
-    }
-    std::fs::write(&path, [bytes.as_slice(), &[0; 5]].concat()).unwrap();
-    assert!(matches!(open_error(dir.path()), CheckpointError::TrailingBytes { extra: 5, .. }));
-    std::fs::write(&path, [&u64::MAX.to_le_bytes(), bytes.as_slice()].concat()).unwrap();
-    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
-    std::fs::write(&path, raw_file("{".into(), &[], aligned)).unwrap();
-    assert!(matches!(open_error(dir.path()), CheckpointError::Header { .. }));
-}
-
-#[test]
-fn overlapping_and_repeated_tensors_are_named() {
-    let dir = copy("olmoe");
-    let path = dir.path().join("model.safetensors");
-    let info = |start: u64, end: u64| json!({"dtype": "F32", "shape": [1], "data_offsets": [start, end]}).to_string();
-    let write = |header: String| std::fs::write(&path, raw_file(header, &[0; 8], aligned)).unwrap();
-    for (start, end) in [(0, 4), (2, 6), (u64::MAX - 3, u64::MAX), (6, 10)] {
-        write(format!(r#"{{"a": {}, "b": {}}}"#, info(0, 4), info(start, end)));
-        let error = open_error(dir.path());
-        assert!(matches!(error, CheckpointError::Overlapping { .. }), "{start}: {error}");
-    }
-    write(format!(r#"{{"a": {}, "b": {}, "a": {}}}"#, info(0, 4), info(4, 8), info(0, 4)));
-    let error = open_error(dir.path());
-    assert!(
-        matches!(&error, CheckpointError::Duplicate { tensor, .. } if tensor == "a")
-            || matches!(&error, CheckpointError::Header { .. }),
-        "{error}"
-    );
-    for shape in [json!([u64::MAX, 16]), json!([1u64 << 40]), json!([3])] {
-        let b = json!({"dtype": "F32", "shape": shape, "data_offsets": [4, 8]});
-        write(format!(r#"{{"a": {}, "b": {b}}}"#, info(0, 4)));
-        let error = open_error(dir.path());
-        assert!(matches!(&error, CheckpointError::WrongSize { tensor, .. } if tensor == "b"), "{shape}: {error}");
-    }
-}
-
-#[test]
-fn a_tensor_of_a_wrong_size_is_named_when_only_headers_are_at_hand() {
-    let config = std::fs::read_to_string(fixture("olmoe").join("config.json")).unwrap();
-    let header = json!({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).to_string();
-    let error = weight_map_of_headers(&config, vec![("m".into(), raw_file(header, &[], aligned))]).unwrap_err();
-    assert!(matches!(&error, CheckpointError::WrongSize { tensor, .. } if tensor == "a"), "{error}");
-}
-
-#[cfg(unix)]
-#[test]
-fn what_is_no_regular_file_is_refused_unopened_and_named() {
-    let names = ["config.json", "model.safetensors.index.json", "model-00002-of-00003.safetensors", "tokenizer.json"];
-    for name in names {
-        let dir = copy("mixtral");
-        let path = dir.path().join(name);
-        let open = || match name {
-            "tokenizer.json" => Tokenizer::load(dir.path()).expect_err(name).to_string(),
-            _ => open_error(dir.path()).to_string(),
-        };
-        let _ = std::fs::remove_file(&path);
-        std::fs::create_dir(&path).unwrap();
-        assert_eq!(open(), format!("{} is a directory, not a regular file", path.display()));
-        std::fs::remove_dir(&path).unwrap();
-        let expected = format!("{} is a pipe, a socket or a device, not a regular file", path.display());
-        // Nobody writes to it: opening it would wait for ever.
-        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
-        assert_eq!(open(), expected);
-        std::fs::remove_file(&path).unwrap();
-        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
-        assert_eq!(open(), expected);
-    }
-    let dir = copy("olmoe");
-    let path = dir.path().join("model.safetensors");
-    std::fs::remove_file(&path).unwrap();
-    std::fs::create_dir(&path).unwrap();
-    assert!(matches!(open_error(dir.path()), CheckpointError::NotAFile { found: "a directory", .. }));
 }
 
 #[test]

@@ -4,7 +4,9 @@
 //! volunteers are killed, hang, start again, crawl, or are heard no more. Every generation must end with exactly the tokens of
 //! the undisturbed computation in one process. Trouble never takes an expert's last replica.
 
+mod breaker;
 mod load;
+mod report;
 mod stalls;
 mod trouble;
 
@@ -14,27 +16,20 @@ use std::time::{Duration, Instant};
 use hanse_model::{Checkpoint, CheckpointError};
 use hanse_protocol::{Identity, ModelId};
 use hanse_router::client::layout_of;
-use hanse_router::{Client, ClientError, GenerateError, ModelConfig, NetworkConfig, PeerReport};
-use rand::SeedableRng;
-use rand::rngs::StdRng;
-use serde::Serialize;
+use hanse_router::{Client, ClientError, GenerateError, ModelConfig, NetworkConfig};
 
 use super::{Shape, Testnet, TestnetConfig, TestnetError, split_unequally, weights};
+use breaker::Breaker;
 use load::Load;
+pub use report::{ChaosReport, Event};
 pub use stalls::Quantiles;
 pub use trouble::Tally;
-use trouble::{Hosts, Kind, Schedule, Trouble};
+use trouble::{Hosts, Kind};
 
-/// How often the state of things is looked at.
-const TICK: Duration = Duration::from_millis(50);
 /// How long the client may take to find every volunteer at first.
 const FIND_TIMEOUT: Duration = Duration::from_secs(30);
-/// A volunteer that has been connected for so long after its return is well even if nobody called it.
-const SETTLED: Duration = Duration::from_secs(3);
 /// Stalls this soon after a disturbance are put down to it.
 const AFTERMATH: Duration = Duration::from_secs(1);
-/// A slowed volunteer gets one part in so many of the time.
-const SLOWER: u32 = 10;
 
 /// What to do to how large a network for how long.
 #[derive(Debug, Clone)]
@@ -108,75 +103,6 @@ pub enum ChaosError {
     /// A task of this program died; this is a defect.
     #[error("an internal task ended unexpectedly: {0}")]
     Task(String),
-}
-
-/// What happened.
-#[derive(Debug, Clone, Serialize)]
-pub struct ChaosReport {
-    /// Runs the same again.
-    pub seed: u64,
-    /// Experts that each volunteer hosts.
-    pub experts: Vec<usize>,
-    /// Generations that ended, in peace and in chaos.
-    pub generations: usize,
-    /// Of which failed.
-    pub failed: usize,
-    /// Of which gave other tokens than one process.
-    pub different: usize,
-    /// What the first few that failed said.
-    pub failures: Vec<String>,
-    /// Time from one token to the next of the same generation, undisturbed.
-    pub peace: Quantiles,
-    /// The same while things break.
-    pub chaos: Quantiles,
-    /// Time beyond the usual that the tokens in progress took when a volunteer was killed, up to a second later.
-    pub killed: Quantiles,
-    /// The same when one hung.
-    pub hung: Quantiles,
-    /// The same when one left politely or was paused by its owner.
-    pub left: Quantiles,
-    /// How often what was done.
-    pub disturbances: Tally,
-    /// What was done, one after the other.
-    pub events: Vec<Event>,
-    /// Latest time after its death or hang that a volunteer was still sent a call.
-    pub longest_in_routes_ms: f64,
-    /// Time from a volunteer's return until it answered a call.
-    pub return_ms: Quantiles,
-    /// Calls sent, in peace and in chaos.
-    pub frames: [u64; 2],
-    /// Of which because another one was late.
-    pub hedged: [u64; 2],
-    /// Of which because another one failed.
-    pub retries: [u64; 2],
-}
-
-/// Something that was done to a volunteer.
-#[derive(Debug, Clone, Serialize)]
-pub struct Event {
-    /// Seconds after the peace ended.
-    pub after_s: f64,
-    /// Which volunteer.
-    pub node: usize,
-    /// What.
-    pub what: String,
-    /// The longest time from token to token within a second of it.
-    pub longest_ms: f64,
-}
-
-impl ChaosReport {
-    /// Whether every generation ended with the right tokens.
-    #[must_use]
-    pub fn is_exact(&self) -> bool {
-        self.failed == 0 && self.different == 0 && self.generations > 0
-    }
-
-    /// Share of the calls in peace that were sent a second time because the first was late.
-    #[must_use]
-    pub fn hedged_in_peace(&self) -> f64 {
-        let [hedged, frames] = [self.hedged[0] as f64, self.frames[0] as f64];
-        if frames == 0.0 { 0.0 } else { hedged / (frames - hedged).max(1.0) }
-    }
 }
 
 /// Starts a network and a client, breaks the one and listens to the other. `say` is told what is done.
@@ -266,168 +192,4 @@ pub async fn run(config: ChaosConfig, say: impl Fn(&str)) -> Result<ChaosReport,
         hedged: both(before.hedged, results.network.hedged),
         retries: both(before.retries, results.network.retries),
     })
-}
-
-/// What was done and seen.
-#[derive(Debug, Default)]
-struct Noted {
-    tally: Tally,
-    begun: Vec<(Instant, usize, Kind)>,
-    longest_in_routes: Duration,
-    returns: Vec<Duration>,
-}
-
-/// How a volunteer is, as far as the one who breaks things knows.
-#[derive(Debug, Clone, Copy)]
-enum Health {
-    Well,
-    Ill(Trouble),
-    /// Its trouble is over, but the client has not had an answer since.
-    Returning {
-        since: Instant,
-        calls: u64,
-    },
-}
-
-struct Breaker {
-    net: Testnet,
-    client: Client,
-    hosts: Hosts,
-    schedule: Schedule,
-    health: Vec<Health>,
-    /// The one that crawls.
-    slowed: Option<usize>,
-    noted: Noted,
-    experts: Vec<usize>,
-}
-
-impl Breaker {
-    fn new(net: Testnet, client: Client, hosts: Hosts, config: &ChaosConfig) -> Self {
-        let schedule = Schedule::new(StdRng::seed_from_u64(config.seed), config.pause);
-        let experts = net.nodes().iter().map(super::Node::experts).collect();
-        let health = vec![Health::Well; config.nodes];
-        let (slowed, noted) = (None, Noted::default());
-        Self { net, client, hosts, schedule, health, slowed, noted, experts }
-    }
-
-    async fn break_things(&mut self, duration: Duration, say: &impl Fn(&str)) -> Result<(), TestnetError> {
-        let began = Instant::now();
-        let mut next = began;
-        while began.elapsed() < duration {
-            for index in 0..self.health.len() {
-                self.look_after(index, say).await?;
-            }
-            let slow_is_due = self.slowed.is_none() && began.elapsed() > duration / 2;
-            if slow_is_due {
-                // From the middle on one volunteer crawls; nobody else is disturbed until one may.
-                self.slow_one(say).await?;
-            } else if Instant::now() >= next {
-                // If nobody may be disturbed now, somebody may be a moment later.
-                let disturbed = self.disturb(say).await?;
-                next = Instant::now() + if disturbed { self.schedule.pause() } else { TICK };
-            }
-            tokio::time::sleep(TICK).await;
-        }
-        for index in 0..self.health.len() {
-            if let Health::Ill(trouble) = self.health[index] {
-                self.end(index, trouble, say).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What the client knows of a volunteer; nothing if it has forgotten it.
-    fn report(&self, index: usize) -> Option<PeerReport> {
-        let peer = self.net.nodes().get(index)?.peer_id();
-        self.client.peers().into_iter().find(|report| report.peer == peer)
-    }
-
-    /// Calls that a volunteer has answered so far.
-    fn calls(&self, index: usize) -> u64 {
-        self.report(index).map_or(0, |report| report.stats.calls)
-    }
-
-    async fn look_after(&mut self, index: usize, say: &impl Fn(&str)) -> Result<(), TestnetError> {
-        match self.health[index] {
-            Health::Well => {}
-            Health::Ill(trouble) => {
-                if trouble.kind.is_silent()
-                    && let Some(sent) = self.report(index).and_then(|report| report.stats.last_sent)
-                {
-                    let after = sent.saturating_duration_since(trouble.since);
-                    self.noted.longest_in_routes = self.noted.longest_in_routes.max(after);
-                }
-                if Instant::now() >= trouble.until {
-                    self.end(index, trouble, say).await?;
-                }
-            }
-            Health::Returning { since, calls } => {
-                let Some(report) = self.report(index) else { return Ok(()) };
-                // A client that had forgotten it counts from nothing again.
-                let called = report.stats.calls > 0
-                    && report.stats.calls != calls
-                    && report.stats.last_sent.is_some_and(|sent| sent > since);
-                if called {
-                    self.noted.returns.push(since.elapsed());
-                }
-                // One that is not needed may be connected and not be called.
-                if called || (report.address.is_some() && since.elapsed() > SETTLED) {
-                    self.health[index] = Health::Well;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a volunteer may be taken away now: whatever it hosts must have another host that is well and quick.
-    fn is_dispensable(&self, index: usize) -> bool {
-        let usable = |other: usize| {
-            other != index && Some(other) != self.slowed && matches!(self.health.get(other), Some(Health::Well))
-        };
-        matches!(self.health.get(index), Some(Health::Well)) && self.hosts.covered_by(usable)
-    }
-
-    async fn disturb(&mut self, say: &impl Fn(&str)) -> Result<bool, TestnetError> {
-        let able: Vec<usize> =
-            (0..self.health.len()).filter(|&i| Some(i) != self.slowed && self.is_dispensable(i)).collect();
-        let Some(index) = self.schedule.pick(&able) else { return Ok(false) };
-        let (kind, lasts) = self.schedule.trouble();
-        say(&format!("volunteer {index}: {kind}"));
-        let since = Instant::now();
-        match kind {
-            Kind::Kill | Kind::Restart => self.net.kill(index).await?,
-            Kind::Hang => self.net.pause(index).await?,
-            Kind::Deaf => self.net.cut(index, true, false)?,
-            Kind::Mute => self.net.cut(index, false, true)?,
-            Kind::Leave => self.net.leave(index).await?,
-            Kind::Rest => self.net.rest(index).await?,
-        }
-        self.noted.tally.count(kind);
-        self.noted.begun.push((since, index, kind));
-        self.health[index] = Health::Ill(Trouble { kind, since, until: since + lasts });
-        Ok(true)
-    }
-
-    async fn end(&mut self, index: usize, trouble: Trouble, say: &impl Fn(&str)) -> Result<(), TestnetError> {
-        let calls = self.calls(index);
-        match trouble.kind {
-            Kind::Kill | Kind::Restart | Kind::Leave => self.net.restart(index).await?,
-            Kind::Rest => self.net.wake(index).await?,
-            Kind::Hang => self.net.resume(index).await?,
-            Kind::Deaf | Kind::Mute => self.net.cut(index, false, false)?,
-        }
-        say(&format!("volunteer {index}: back"));
-        self.health[index] = Health::Returning { since: Instant::now(), calls };
-        Ok(())
-    }
-
-    async fn slow_one(&mut self, say: &impl Fn(&str)) -> Result<(), TestnetError> {
-        let able: Vec<usize> = (0..self.health.len()).filter(|&i| self.is_dispensable(i)).collect();
-        let Some(index) = self.schedule.pick(&able) else { return Ok(()) };
-        say(&format!("volunteer {index}: {SLOWER} times slower from now on"));
-        self.net.slow(index, SLOWER).await?;
-        self.noted.tally.slowed += 1;
-        self.slowed = Some(index);
-        Ok(())
-    }
 }

@@ -15,8 +15,9 @@ use hanse_router::ExpertLayout;
 use hanse_router::client::layout_of;
 use tokio_util::sync::CancellationToken;
 
+use super::VolunteerError;
+use super::config::ip_of;
 use super::shard::Shard;
-use super::{VolunteerError, ip_of};
 use crate::server::Server;
 
 /// An advert is believed this long after it was made.

@@ -70,6 +70,22 @@ fn an_unknown_family_is_named_with_those_that_are_known() {
 }
 
 #[test]
+fn instructions_that_this_machine_has_not_are_refused_by_every_command() {
+    let model = tiny_moe();
+    let model = model.to_str().unwrap();
+    let home = home();
+    for args in [&["inspect", "--model", model][..], &["completions", "bash"], &["node", "--model", model]] {
+        let output = hanse(&home).env("HANSE_ISA", "avx-512").args(args).output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{stderr}");
+        contains(&stderr, &["error: HANSE_ISA", "avx-512", "portable"]);
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+    let output = hanse(&home).env("HANSE_ISA", "portable").args(["inspect", "--model", model]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
 fn a_key_that_is_missing_or_nonsense_is_named() {
     contains(&folder_error(with_key("hidden_size", Value::Null).path()), &["has no `hidden_size`"]);
     contains(&folder_error(with_key("num_attention_heads", json!("six")).path()), &["num_attention_heads", "six"]);

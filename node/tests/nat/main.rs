@@ -15,11 +15,13 @@
 
 #![cfg(target_os = "linux")]
 
+mod programs;
 mod world;
 
 use std::time::Duration;
 
-use world::{MANY_TOKENS, Nat, Node, ROUTER_A, TOKENS, World, local_tokens, waits_for};
+use programs::{Node, local_tokens};
+use world::{MANY_TOKENS, Nat, ROUTER_A, TOKENS, World, waits_for};
 
 /// Two volunteers behind two routers, each with half of the experts.
 fn halves(world: &World, bootstrap: &str) -> [Node; 2] {

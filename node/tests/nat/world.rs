@@ -1,7 +1,6 @@
 //! Namespaces, routers, and the processes in them.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::programs::{Generated, Generation, Node};
 
 /// What is waited for comes within this, or the test fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -19,7 +20,7 @@ pub(crate) const TOKENS: &str = "48";
 /// So many take a while.
 pub(crate) const MANY_TOKENS: &str = "400";
 
-fn tiny_moe() -> PathBuf {
+pub(crate) fn tiny_moe() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("examples/models/tiny-moe")
 }
 
@@ -98,7 +99,7 @@ fn skipped(reason: &str) {
 }
 
 /// Runs a program to its end; its output if it fails.
-fn tool(line: &str) -> Result<(), String> {
+pub(crate) fn tool(line: &str) -> Result<(), String> {
     let mut words = line.split_whitespace();
     let output = Command::new(words.next().unwrap_or_default())
         .args(words)
@@ -331,87 +332,6 @@ impl World {
     }
 }
 
-/// A volunteer process; killed when dropped.
-pub(crate) struct Node {
-    pub(crate) child: Child,
-    pub(crate) ready: Value,
-    log: PathBuf,
-    _home: TempDir,
-}
-
-impl Node {
-    pub(crate) fn addresses(&self) -> Vec<String> {
-        let addresses = self.ready["addresses"].as_array().unwrap();
-        addresses.iter().map(|address| address.as_str().unwrap().to_owned()).collect()
-    }
-
-    pub(crate) fn address(&self) -> String {
-        self.addresses().remove(0)
-    }
-
-    pub(crate) fn peer_id(&self) -> &str {
-        self.ready["peer_id"].as_str().unwrap()
-    }
-
-    /// Where the data plane listens.
-    pub(crate) fn data_port(&self) -> u16 {
-        self.ready["data_listen"].as_str().unwrap().parse::<SocketAddr>().unwrap().port()
-    }
-
-    pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    /// Ends it as its owner would, and waits until it has ended.
-    pub(crate) fn leave(&mut self) {
-        tool(&format!("kill -TERM {}", self.child.id())).unwrap();
-        assert!(self.child.wait().unwrap().success(), "{}", self.log());
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("log of {}:\n{}", self.ready, self.log());
-        }
-        // It may have been ended by the test.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A client that generates; killed when dropped.
-pub(crate) struct Generation {
-    child: Child,
-    document: PathBuf,
-    log: PathBuf,
-    _home: TempDir,
-}
-
-impl Generation {
-    pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    pub(crate) fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
-    pub(crate) fn end(mut self) -> Generated {
-        let status = self.child.wait().unwrap();
-        let stdout = std::fs::read(&self.document).unwrap();
-        Generated::of(&Output { status, stdout, stderr: self.log().into_bytes() })
-    }
-}
-
-impl Drop for Generation {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// Polls until `condition` holds.
 pub(crate) fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -419,29 +339,4 @@ pub(crate) fn waits_for(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
-}
-
-pub(crate) struct Generated {
-    pub(crate) tokens: Value,
-    pub(crate) network: Value,
-    pub(crate) log: String,
-}
-
-impl Generated {
-    fn of(output: &Output) -> Self {
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{log}");
-        let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-        Self { tokens: document["tokens"].clone(), network: document["network"].clone(), log }
-    }
-}
-
-/// The tokens of one process that holds the whole model.
-pub(crate) fn local_tokens(tokens: &str) -> Value {
-    let home = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_hanse"));
-    command.env("HOME", home.path()).env("XDG_CACHE_HOME", home.path()).env("XDG_DATA_HOME", home.path());
-    command.args(["generate", "--json", "--local", "--threads", "1", "--prompt", PROMPT, "--max-tokens", tokens]);
-    command.arg("--model").arg(tiny_moe());
-    Generated::of(&command.output().unwrap()).tokens
 }

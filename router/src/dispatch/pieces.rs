@@ -5,27 +5,28 @@
 //! its own answer or by all of its children, whichever comes first; calls that are no longer needed are dropped, which
 //! resets their streams. Work that has had no replica for long is computed by the fallback, if there is one.
 
+mod events;
+mod tree;
+
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::future::{AbortHandle, Abortable};
 use futures::stream::FuturesUnordered;
-use hanse_protocol::{Combine, ExpertRows, PeerId, Precision};
+use hanse_protocol::{Combine, ExpertRows, PeerId};
 use tokio::task::JoinHandle;
 
-use super::combine::{add_answers, as_answer};
+use super::combine::add_answers;
 use super::trace::Reason;
-use super::{CallFailure, DispatchError, Outgoing, Usage, call, outgoing};
-use crate::fallback::Fallback;
+use super::{DispatchError, Usage, call, outgoing};
 use crate::network::ExpertNetwork;
 use crate::plan::{Share, plan};
+use events::Event;
+use tree::{ROOT, Tree};
 
 /// How often experts without a replica are looked for again.
 const STUCK_RETRY: Duration = Duration::from_millis(50);
-
-const ROOT: usize = 0;
 
 enum Why {
     First,
@@ -46,58 +47,6 @@ impl Why {
     }
 }
 
-struct Piece {
-    parent: usize,
-    children: Vec<usize>,
-    open_children: usize,
-    assignments: Vec<ExpertRows>,
-    /// Peers that were asked for this work, this piece's own included.
-    tried: Vec<PeerId>,
-    resolved: bool,
-    failed: bool,
-    answer: Option<(Vec<u32>, Vec<f32>)>,
-    abort: Option<AbortHandle>,
-}
-
-impl Piece {
-    fn new(parent: usize, assignments: Vec<ExpertRows>, tried: Vec<PeerId>, abort: Option<AbortHandle>) -> Self {
-        Self {
-            parent,
-            children: Vec::new(),
-            open_children: 0,
-            assignments,
-            tried,
-            resolved: false,
-            failed: false,
-            answer: None,
-            abort,
-        }
-    }
-}
-
-enum Event {
-    Answered {
-        piece: usize,
-        outgoing: Outgoing,
-        /// How its peer stores experts, where that matters.
-        precision: Option<Precision>,
-        result: Result<(Vec<f32>, Duration), CallFailure>,
-    },
-    /// Slower than nineteen of twenty calls; late after the given time more.
-    Slow {
-        piece: usize,
-        late_in: Duration,
-    },
-    Late(usize),
-    /// Slow, and its peer was set aside meanwhile.
-    Hopeless(usize),
-    FellBack {
-        piece: usize,
-        result: Result<(Vec<u32>, Vec<f32>), String>,
-    },
-    Dropped,
-}
-
 type EventFuture<'a> = Pin<Box<dyn Future<Output = Event> + Send + 'a>>;
 
 pub(super) struct Layer<'a> {
@@ -107,7 +56,7 @@ pub(super) struct Layer<'a> {
     usage: &'a mut Usage,
     /// How long experts that nobody hosts are waited for.
     patience: Duration,
-    pieces: Vec<Piece>,
+    pieces: Tree,
     events: FuturesUnordered<EventFuture<'a>>,
     /// Pieces whose work has no replica at present.
     stuck: Vec<usize>,
@@ -128,7 +77,7 @@ impl<'a> Layer<'a> {
             hidden,
             usage,
             patience,
-            pieces: Vec::new(),
+            pieces: Tree::default(),
             events: FuturesUnordered::new(),
             stuck: Vec::new(),
             last_failure: None,
@@ -144,6 +93,7 @@ impl<'a> Layer<'a> {
         if !wanted.is_empty() {
             self.call_peers(wanted).await?;
         }
+        self.note_forms();
         let resident = match computing {
             Some(computing) => Some(computing.await.map_err(|e| DispatchError::Resident(e.to_string()))?),
             None => None,
@@ -172,7 +122,7 @@ impl<'a> Layer<'a> {
     /// Has peers compute `wanted`, which is not empty.
     async fn call_peers(&mut self, wanted: Vec<ExpertRows>) -> Result<(), DispatchError> {
         self.usage.counts.round_trips += 1;
-        self.pieces.push(Piece::new(ROOT, wanted, Vec::new(), None));
+        self.pieces.plant(wanted);
         self.split(ROOT, &Why::First)?;
         let mut stuck_since: Option<Instant> = None;
         while !self.pieces[ROOT].resolved {
@@ -246,7 +196,7 @@ impl<'a> Layer<'a> {
         if strand_all {
             self.strand(parent);
         } else if !without.is_empty() {
-            let piece = self.add(parent, without, tried, None);
+            let piece = self.pieces.add(parent, without, tried, None);
             self.strand(piece);
         }
         Ok(())
@@ -262,21 +212,6 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// Adds a piece below `parent`.
-    fn add(
-        &mut self,
-        parent: usize,
-        assignments: Vec<ExpertRows>,
-        tried: Vec<PeerId>,
-        abort: Option<AbortHandle>,
-    ) -> usize {
-        let piece = self.pieces.len();
-        self.pieces.push(Piece::new(parent, assignments, tried, abort));
-        self.pieces[parent].children.push(piece);
-        self.pieces[parent].open_children += 1;
-        piece
-    }
-
     fn start(
         &mut self,
         parent: usize,
@@ -285,7 +220,7 @@ impl<'a> Layer<'a> {
         tried: Vec<PeerId>,
         why: &Why,
     ) -> Result<(), DispatchError> {
-        let piece = self.pieces.len();
+        let piece = self.pieces.next();
         let request_id = self.network.next_request_id();
         let form = self.network.directory.form_of(&peer);
         let model = form.map_or(self.network.model, |(model, _)| model);
@@ -313,210 +248,23 @@ impl<'a> Layer<'a> {
             tokio::time::sleep(slow).await;
             Event::Slow { piece, late_in: late - slow }
         }));
-        self.add(parent, assignments, tried, Some(abort));
+        self.pieces.add(parent, assignments, tried, Some(abort));
         Ok(())
     }
 
-    fn on_event(&mut self, event: Event) -> Result<(), DispatchError> {
-        match event {
-            Event::Dropped => Ok(()),
-            Event::Slow { piece, late_in } => {
-                if !self.is_waiting(piece) {
-                    return Ok(());
-                }
-                let Some(&peer) = self.pieces[piece].tried.last() else { return Ok(()) };
-                let directory = self.network.directory.clone();
-                self.events.push(Box::pin(async move {
-                    let late = tokio::time::sleep(late_in);
-                    tokio::select! {
-                        () = late => Event::Late(piece),
-                        // Another request has found out what is wrong.
-                        () = directory.set_aside(&peer) => Event::Hopeless(piece),
-                    }
-                }));
-                if self.pieces[piece].children.is_empty() && self.network.hedges.spend() {
-                    // No other replica is no error: the answer may still come.
-                    self.split(piece, &Why::Hedge)?;
-                }
-                Ok(())
-            }
-            Event::Late(piece) => {
-                if !self.is_waiting(piece) {
-                    return Ok(());
-                }
-                if let Some(peer) = self.pieces[piece].tried.last() {
-                    tracing::debug!(layer = self.layer, %peer, "call is late");
-                    // Out of every route at once, until it shows that it still answers.
-                    self.network.directory.failed(peer, Instant::now());
-                }
-                self.rescue(piece)
-            }
-            Event::Hopeless(piece) if self.is_waiting(piece) => self.rescue(piece),
-            Event::Hopeless(_) => Ok(()),
-            Event::FellBack { piece, result } => match result {
-                Ok(answer) => {
-                    if !self.pieces[piece].resolved {
-                        self.pieces[piece].answer = Some(answer);
-                        self.resolve(piece);
-                    }
-                    Ok(())
-                }
-                Err(reason) => {
-                    self.last_failure = Some(reason);
-                    self.stuck.push(piece);
-                    Err(self.no_replica())
-                }
-            },
-            Event::Answered { piece, outgoing, precision, result: Ok((values, compute)) } => {
-                if let Some(recording) = &mut self.usage.recording {
-                    recording.ended(piece, Some(compute));
-                }
-                if let Some(peer) = self.pieces[piece].tried.last() {
-                    self.usage.answered_by.insert(*peer);
-                }
-                let width = self.network.directory.layout().hidden_size as usize;
-                let rows = values.len() / width.max(1);
-                self.usage.counts.bytes_received += (rows * self.network.config.wire.row_bytes(width)) as u64;
-                if !self.pieces[piece].resolved {
-                    if let Some(precision) = precision {
-                        for assignment in &self.pieces[piece].assignments {
-                            self.usage.note_form(self.layer, assignment.expert, precision);
-                        }
-                    }
-                    self.pieces[piece].answer = Some((outgoing.rows, values));
-                    self.resolve(piece);
-                }
-                Ok(())
-            }
-            Event::Answered { piece, result: Err(failure), .. } => self.on_failure(piece, failure),
-        }
-    }
-
-    /// Whether the piece's own call is still wanted and in flight.
-    fn is_waiting(&self, piece: usize) -> bool {
-        !self.pieces[piece].resolved && !self.pieces[piece].failed
-    }
-
-    /// Asks others for the work of a call that is not to be waited for, if that was not done yet.
-    fn rescue(&mut self, piece: usize) -> Result<(), DispatchError> {
-        if self.pieces[piece].children.is_empty() { self.split(piece, &Why::Rescue) } else { Ok(()) }
-    }
-
-    /// Has the fallback compute a piece.
-    fn fall_back(&mut self, piece: usize, fallback: Arc<dyn Fallback>) {
-        let width = self.network.directory.layout().hidden_size as usize;
-        let assignments = self.pieces[piece].assignments.clone();
-        let row = |row: &u32| &self.hidden[*row as usize * width..(*row as usize + 1) * width];
-        let inputs: Vec<Vec<f32>> =
-            assignments.iter().map(|a| a.rows.iter().flat_map(row).copied().collect()).collect();
-        let (layer, combine) = (self.layer, self.network.combine());
-        self.usage.counts.fallbacks += assignments.len() as u64;
-        let computing = tokio::task::spawn_blocking(move || {
-            let outputs = assignments.iter().zip(&inputs).map(|(a, input)| fallback.compute(layer, a.expert, input));
-            let outputs = outputs.collect::<Result<Vec<Vec<f32>>, String>>()?;
-            Ok(as_answer(combine, width, &assignments, &outputs))
-        });
-        self.events.push(Box::pin(async move {
-            let result = computing.await.unwrap_or_else(|e| Err(format!("the fallback failed: {e}")));
-            Event::FellBack { piece, result }
-        }));
-    }
-
-    fn on_failure(&mut self, piece: usize, failure: CallFailure) -> Result<(), DispatchError> {
-        let now = Instant::now();
-        if let Some(recording) = &mut self.usage.recording {
-            recording.ended(piece, None);
-        }
-        let peer = self.pieces[piece].tried.last().copied();
-        let text = match failure {
-            CallFailure::Busy { retry_after, text } => {
-                if let Some(peer) = peer {
-                    self.network.directory.busy(&peer, now + retry_after);
-                }
-                text
-            }
-            CallFailure::Failed(text) => {
-                if let Some(peer) = peer {
-                    self.network.directory.failed(&peer, now);
-                }
-                text
-            }
-        };
-        tracing::debug!(layer = self.layer, reason = %text, "call failed");
-        self.last_failure = Some(text);
-        self.pieces[piece].failed = true;
-        if self.pieces[piece].resolved || !self.pieces[piece].children.is_empty() {
-            return Ok(());
-        }
-        self.split(piece, &Why::Retry)
-    }
-
-    /// Looks again for peers for the work that has none: any peer will do now, also one that failed before.
-    fn retry_stuck(&mut self) -> Result<(), DispatchError> {
-        for piece in std::mem::take(&mut self.stuck) {
-            if self.pieces[piece].resolved {
-                continue;
-            }
-            self.pieces[piece].tried.clear();
-            // Peers that asked for time or failed a moment ago are left alone until their time is over.
-            if self.plan(&self.pieces[piece].assignments, &[], false).is_ok() {
-                self.split(piece, &Why::Retry)?;
-            } else {
-                self.stuck.push(piece);
-            }
-        }
-        Ok(())
-    }
-
-    fn resolve(&mut self, piece: usize) {
-        self.drop_calls(piece);
-        self.pieces[piece].resolved = true;
-        if piece == ROOT {
-            return;
-        }
-        let parent = self.pieces[piece].parent;
-        self.pieces[parent].open_children -= 1;
-        if self.pieces[parent].open_children == 0 && !self.pieces[parent].resolved {
-            self.resolve(parent);
-        }
-    }
-
-    /// Drops the calls of a piece and of everything below it.
-    fn drop_calls(&mut self, piece: usize) {
-        if let Some(abort) = self.pieces[piece].abort.take() {
-            abort.abort();
-        }
-        for child in self.pieces[piece].children.clone() {
-            if !self.pieces[child].resolved {
-                self.pieces[child].resolved = true;
-                self.drop_calls(child);
-            }
-        }
-    }
-
-    /// The answers that count, in the order of the plan.
-    fn answers(&self, piece: usize, into: &mut Vec<usize>) {
-        if self.pieces[piece].answer.is_some() {
-            into.push(piece);
-        } else {
-            self.pieces[piece].children.iter().for_each(|&child| self.answers(child, into));
+    /// Notes how the experts were stored whose answers count: of two that came for the same work only one does.
+    fn note_forms(&mut self) {
+        for (assigned, answer) in self.pieces.answers() {
+            let Some(precision) = answer.precision else { continue };
+            assigned.iter().for_each(|assigned| self.usage.note_form(self.layer, assigned.expert, precision));
         }
     }
 
     fn add_up(&self, resident: Option<(Vec<ExpertRows>, Vec<f32>)>) -> Vec<f32> {
         let width = self.network.directory.layout().hidden_size as usize;
         let mut output = vec![0.0; self.hidden.len()];
-        let mut answers = Vec::new();
-        if !self.pieces.is_empty() {
-            self.answers(ROOT, &mut answers);
-        }
-        let answers = answers.into_iter().filter_map(|piece| {
-            let piece = &self.pieces[piece];
-            piece
-                .answer
-                .as_ref()
-                .map(|(rows, values)| (piece.assignments.as_slice(), rows.as_slice(), values.as_slice()))
-        });
+        let answers = self.pieces.answers().into_iter();
+        let answers = answers.map(|(assigned, answer)| (assigned, answer.rows.as_slice(), answer.values.as_slice()));
         let resident = resident.as_ref().map(|(assigned, values)| (assigned.as_slice(), &[][..], values.as_slice()));
         add_answers(self.network.combine(), width, answers.chain(resident), &mut output);
         output

@@ -9,8 +9,9 @@ use futures::stream::FuturesUnordered;
 use hanse_protocol::{GROUP_BYTES, GroupTree};
 use tokio::sync::Notify;
 
-use super::{FetchError, Fetcher, PartFile, blocking, timed};
-use crate::weights::cache::CacheError;
+use super::blob::timed;
+use super::{FetchError, Fetcher, blocking};
+use crate::weights::cache::{CacheError, PartFile};
 use crate::weights::source::{Item, Source, SourceError};
 
 /// A group is asked of a second source no sooner than this.
