@@ -17,7 +17,7 @@ const HALF: usize = LANES / 2;
 pub(super) const TILE_ROWS: usize = 4;
 const TILE_COLUMNS: usize = 3;
 /// What is multiplied together stays in the first cache: one half of so many inputs of so many columns, and of a tile's rows.
-const NEAR_INPUTS: usize = 1024;
+const NEAR_INPUTS: usize = 768;
 const NEAR_COLUMNS: usize = 12;
 /// Columns whose weights are put in order at a time: for all of them but the first [`NEAR_COLUMNS`], rows come from the second cache.
 const COLUMNS: usize = 24;
