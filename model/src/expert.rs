@@ -5,7 +5,7 @@ use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use crate::activation::{add_bias, clamped_swiglu};
 use crate::checkpoint::{Checkpoint, LoadError, Swiglu};
 use crate::lanes::{Isa, IsaError, check_isa};
-use crate::linear::{SharedMut, column_ranges, kernel, run_tasks};
+use crate::linear::{Inputs, SharedMut, column_ranges, kernel, run_tasks};
 use crate::share::Pending;
 use crate::spec::Activation;
 
@@ -74,7 +74,9 @@ pub(crate) struct SwigluJob<'a> {
 /// Pointers of one job, good for as long as `run_swiglus` runs.
 struct Pointers<'a> {
     swiglu: &'a Swiglu,
-    hidden: &'a [f32],
+    hidden: Inputs,
+    /// What `gate` is in the end.
+    middle: Inputs,
     rows: usize,
     gate: SharedMut,
     up: SharedMut,
@@ -109,6 +111,7 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
         let (gate, up);
         (gate, rest) = rest.split_at_mut(rows * gate_proj.outputs());
         (up, rest) = rest.split_at_mut(rows * gate_proj.outputs());
+        let (gate, up) = (SharedMut(gate.as_mut_ptr()), SharedMut(up.as_mut_ptr()));
         let before = first.len();
         let ranges = column_ranges(gate_proj.outputs(), 2 * rows * gate_proj.inputs(), threads);
         first.extend(ranges.map(|columns| (number, columns)));
@@ -117,10 +120,11 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
         work += 3 * rows * down_proj.outputs() * down_proj.inputs();
         pointers.push(Pointers {
             swiglu: job.swiglu,
-            hidden: job.hidden,
+            hidden: Inputs::new(isa, job.hidden.as_ptr(), rows, gate_proj.inputs()),
+            middle: Inputs::new(isa, gate.pointer(), rows, gate_proj.outputs()),
             rows,
-            gate: SharedMut(gate.as_mut_ptr()),
-            up: SharedMut(up.as_mut_ptr()),
+            gate,
+            up,
             output: SharedMut(job.output.as_mut_ptr()),
             pending: Pending::new(first.len() - before),
         });
@@ -135,7 +139,7 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
             let (job, columns) = second[number - first.len()];
             let job = &pointers[job];
             job.pending.wait();
-            down(job, isa, columns);
+            down(job, columns);
         }
     });
 }
@@ -145,12 +149,12 @@ pub(crate) fn run_swiglus(jobs: &mut [SwigluJob<'_>], pool: &ThreadPool) {
 /// # Safety
 /// As for [`Matrix::multiply`](crate::linear::Matrix::multiply).
 unsafe fn gate_and_up(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
-    let (x, gate, up) = (job.hidden.as_ptr(), job.gate.pointer(), job.up.pointer());
+    let (x, gate, up) = (&job.hidden, job.gate.pointer(), job.up.pointer());
     let swiglu = job.swiglu;
     let (width, len) = (swiglu.gate_proj.outputs(), columns.1 - columns.0);
     unsafe {
-        swiglu.gate_proj.multiply(isa, x, gate, job.rows, columns);
-        swiglu.up_proj.multiply(isa, x, up, job.rows, columns);
+        swiglu.gate_proj.multiply(x, gate, columns);
+        swiglu.up_proj.multiply(x, up, columns);
         if let Some(biases) = &swiglu.biases {
             add_to_columns(gate, width, job.rows, columns, &biases.gate_proj);
             add_to_columns(up, width, job.rows, columns, &biases.up_proj);
@@ -171,10 +175,10 @@ unsafe fn gate_and_up(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
 ///
 /// # Safety
 /// As for [`Matrix::multiply`](crate::linear::Matrix::multiply).
-unsafe fn down(job: &Pointers<'_>, isa: Isa, columns: (usize, usize)) {
+unsafe fn down(job: &Pointers<'_>, columns: (usize, usize)) {
     let (output, down_proj) = (job.output.pointer(), &job.swiglu.down_proj);
     unsafe {
-        down_proj.multiply(isa, job.gate.pointer(), output, job.rows, columns);
+        down_proj.multiply(&job.middle, output, columns);
         if let Some(biases) = &job.swiglu.biases {
             add_to_columns(output, down_proj.outputs(), job.rows, columns, &biases.down_proj);
         }

@@ -40,7 +40,13 @@ pub(crate) trait Lanes {
     unsafe fn store(v: Self::V, to: *mut f32);
     /// `a * b + c`, rounded once.
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The first eight lanes and the last.
+    unsafe fn halves(v: Self::V) -> [Self::Half; 2];
+    /// The other way round.
+    unsafe fn join(halves: [Self::Half; 2]) -> Self::V;
     unsafe fn load_half(from: *const f32) -> Self::Half;
+    unsafe fn load_half_f16(from: *const f16) -> Self::Half;
+    unsafe fn load_half_bf16(from: *const bf16) -> Self::Half;
     unsafe fn store_half(v: Self::Half, to: *mut f32);
     /// [`Lanes::mul_add`] of eight lanes.
     unsafe fn mul_add_half(a: Self::Half, b: Self::Half, c: Self::Half) -> Self::Half;
@@ -80,6 +86,9 @@ pub(crate) trait Lanes {
     /// Has the cache line of `at` brought to the second cache. Any address will do: nothing is read.
     #[inline(always)]
     unsafe fn prefetch<T>(_at: *const T) {}
+    /// [`Lanes::prefetch`], to the first cache.
+    #[inline(always)]
+    unsafe fn prefetch_near<T>(_at: *const T) {}
 }
 
 /// A dtype in which weights are stored.
@@ -88,6 +97,9 @@ pub(crate) trait Stored: Copy + Send + Sync + 'static {
     /// # Safety
     /// As for [`Lanes`].
     unsafe fn load<L: Lanes>(from: *const Self) -> L::V;
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn load_half<L: Lanes>(from: *const Self) -> L::Half;
 }
 
 impl Stored for f32 {
@@ -95,6 +107,10 @@ impl Stored for f32 {
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
         unsafe { L::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_half<L: Lanes>(from: *const Self) -> L::Half {
+        unsafe { L::load_half(from) }
     }
 }
 
@@ -104,6 +120,10 @@ impl Stored for f16 {
     unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
         unsafe { L::load_f16(from) }
     }
+    #[inline(always)]
+    unsafe fn load_half<L: Lanes>(from: *const Self) -> L::Half {
+        unsafe { L::load_half_f16(from) }
+    }
 }
 
 impl Stored for bf16 {
@@ -111,6 +131,10 @@ impl Stored for bf16 {
     #[inline(always)]
     unsafe fn load<L: Lanes>(from: *const Self) -> L::V {
         unsafe { L::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_half<L: Lanes>(from: *const Self) -> L::Half {
+        unsafe { L::load_half_bf16(from) }
     }
 }
 
@@ -198,6 +222,17 @@ impl Isa {
         let names = || available.iter().map(|isa| format!("{isa:?}").to_lowercase());
         let found = names().zip(&available).find(|(known, _)| known.eq_ignore_ascii_case(name));
         found.map(|(_, isa)| *isa).ok_or_else(|| IsaError { named: name.to_owned(), available: names().collect() })
+    }
+
+    /// See [`Lanes::WIDE`].
+    pub(crate) fn is_wide(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Avx512::WIDE,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Avx2::WIDE,
+            Self::Portable => Portable::WIDE,
+        }
     }
 
     /// All that this machine has, best first.

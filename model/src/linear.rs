@@ -3,6 +3,7 @@
 mod combine;
 mod formats;
 mod halves;
+mod inputs;
 pub(crate) mod kernel;
 mod packed;
 mod quantised;
@@ -18,6 +19,7 @@ use rayon::ThreadPool;
 
 pub(crate) use self::combine::Combination;
 pub(crate) use self::formats::{FP8_TILE, Mxfp4, Q4K, Q8_0};
+pub(crate) use self::inputs::Inputs;
 pub(crate) use self::packed::{GROUP, Packed};
 use self::quantised::Quantised;
 use crate::checkpoint::{CheckpointError, Mapping, StoredDtype, finite};
@@ -218,10 +220,10 @@ impl Matrix {
     /// Computes some columns of `y = x W^T` in this thread.
     ///
     /// # Safety
-    /// `x` must be valid for `rows * inputs` values, `y` for `rows * outputs`, `columns` lie within `outputs`, and
-    /// nobody else may touch those columns of `y` meanwhile.
-    pub(crate) unsafe fn multiply(&self, isa: Isa, x: *const f32, y: *mut f32, rows: usize, columns: (usize, usize)) {
-        unsafe { self.multiply_to(isa, x, y, self.outputs, rows, columns) };
+    /// The values of `x` are there, whose rows are as long as those of the matrix; `y` must be valid for `rows * outputs`, `columns` lie within
+    /// `outputs`, and nobody else may touch those columns of `y` meanwhile.
+    pub(crate) unsafe fn multiply(&self, x: &Inputs, y: *mut f32, columns: (usize, usize)) {
+        unsafe { self.multiply_to(x, y, self.outputs, columns) };
     }
 
     /// [`Matrix::multiply`] where rows of `y` are `y_stride` apart. Column *c* of row *r* is at `y + r * y_stride + c`, so that `y` itself
@@ -229,22 +231,15 @@ impl Matrix {
     ///
     /// # Safety
     /// As there, for what is written of `y`.
-    pub(crate) unsafe fn multiply_to(
-        &self,
-        isa: Isa,
-        x: *const f32,
-        y: *mut f32,
-        y_stride: usize,
-        rows: usize,
-        columns: (usize, usize),
-    ) {
-        let shape = kernel::Shape { rows, inputs: self.inputs, outputs: y_stride, columns };
+    pub(crate) unsafe fn multiply_to(&self, x: &Inputs, y: *mut f32, y_stride: usize, columns: (usize, usize)) {
+        debug_assert_eq!(x.inputs, self.inputs, "rows as long as those of the matrix");
+        let (isa, shape) = (x.isa, kernel::Shape { rows: x.rows, inputs: self.inputs, outputs: y_stride, columns });
         unsafe {
             match &self.values {
                 Values::F32(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
                 Values::F16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
                 Values::Bf16(slab) => kernel::multiply(isa, x, slab.values().as_ptr(), y, shape),
-                Values::Quantised(quantised) => quantised.multiply(isa, x, y, shape),
+                Values::Quantised(quantised) => quantised.multiply(x, y, shape),
             }
         }
     }
@@ -344,10 +339,11 @@ pub(crate) fn linears<const N: usize>(x: &[f32], matrices: [&Matrix; N], pool: &
         let y = SharedMut(y.as_mut_ptr());
         tasks.extend(column_ranges(matrix.outputs(), rows * inputs, threads).map(|columns| (matrix, y, columns)));
     }
+    let x = Inputs::new(isa, x.as_ptr(), rows, inputs);
     // SAFETY: the lengths asserted and allocated above, and ranges that do not overlap.
     run_tasks(tasks.len(), work, pool, |number| unsafe {
         let (matrix, y, columns) = tasks[number];
-        matrix.multiply(isa, x.as_ptr(), y.pointer(), rows, columns);
+        matrix.multiply(&x, y.pointer(), columns);
     });
     results
 }

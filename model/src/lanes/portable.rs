@@ -62,8 +62,24 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
+    unsafe fn halves(v: Array) -> [Half; 2] {
+        [std::array::from_fn(|i| v[i]), std::array::from_fn(|i| v[i + LANES / 2])]
+    }
+    #[inline(always)]
+    unsafe fn join([lower, upper]: [Half; 2]) -> Array {
+        std::array::from_fn(|i| if i < LANES / 2 { lower[i] } else { upper[i - LANES / 2] })
+    }
+    #[inline(always)]
     unsafe fn load_half(from: *const f32) -> Half {
         unsafe { from.cast::<Half>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_half_f16(from: *const f16) -> Half {
+        unsafe { from.cast::<[f16; LANES / 2]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_half_bf16(from: *const bf16) -> Half {
+        unsafe { from.cast::<[u16; LANES / 2]>().read_unaligned() }.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
     unsafe fn store_half(v: Half, to: *mut f32) {

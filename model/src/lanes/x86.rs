@@ -65,8 +65,27 @@ impl Lanes for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
+    unsafe fn halves(v: __m512) -> [__m256; 2] {
+        unsafe { [_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)))] }
+    }
+    #[inline(always)]
+    unsafe fn join([lower, upper]: [__m256; 2]) -> __m512 {
+        unsafe {
+            let lower = _mm512_castps_pd(_mm512_castps256_ps512(lower));
+            _mm512_castpd_ps(_mm512_insertf64x4::<1>(lower, _mm256_castps_pd(upper)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_half(from: *const f32) -> __m256 {
         unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_half_f16(from: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_half_bf16(from: *const bf16) -> __m256 {
+        unsafe { Avx2::load_half_bf16(from) }
     }
     #[inline(always)]
     unsafe fn store_half(v: __m256, to: *mut f32) {
@@ -142,8 +161,8 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn sum(a: __m512) -> f32 {
         unsafe {
-            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(a)));
-            sum8(_mm256_add_ps(_mm512_castps512_ps256(a), high))
+            let [low, high] = Self::halves(a);
+            sum8(_mm256_add_ps(low, high))
         }
     }
     #[inline(always)]
@@ -191,19 +210,11 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::V {
-        unsafe {
-            let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
-            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
-        }
+        unsafe { (Self::load_half_f16(from), Self::load_half_f16(from.add(8))) }
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self::V {
-        unsafe {
-            let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
-            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(low));
-            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(high));
-            (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
-        }
+        unsafe { (Self::load_half_bf16(from), Self::load_half_bf16(from.add(8))) }
     }
     #[inline(always)]
     unsafe fn store(v: Self::V, to: *mut f32) {
@@ -217,8 +228,27 @@ impl Lanes for Avx2 {
         unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
     }
     #[inline(always)]
+    unsafe fn halves(v: Self::V) -> [__m256; 2] {
+        [v.0, v.1]
+    }
+    #[inline(always)]
+    unsafe fn join([lower, upper]: [__m256; 2]) -> Self::V {
+        (lower, upper)
+    }
+    #[inline(always)]
     unsafe fn load_half(from: *const f32) -> __m256 {
         unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_half_f16(from: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_half_bf16(from: *const bf16) -> __m256 {
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
     }
     #[inline(always)]
     unsafe fn store_half(v: __m256, to: *mut f32) {
@@ -334,5 +364,9 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn prefetch<T>(at: *const T) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_near<T>(at: *const T) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

@@ -7,7 +7,8 @@
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
-use super::halves::by_halves;
+use super::halves::{Plain, by_halves};
+use super::inputs::Inputs;
 use crate::lanes::{LANES, Lanes, Stored, instantiate, padded};
 
 /// What to compute: `y[row][column]` for all rows and a range of columns.
@@ -20,25 +21,28 @@ pub(crate) struct Shape {
     pub(crate) columns: (usize, usize),
 }
 
-/// From so many rows on, machines with few registers take eight lanes at a time.
-const HALVES_FROM: usize = 8;
-
 instantiate! {
     /// Computes columns of `y = x W^T`.
     ///
     /// # Safety
-    /// The machine must have `isa`; `x` is `[rows, inputs]`, `w` `[outputs, inputs]`, `y` `[rows, outputs]`.
-    pub(crate) fn multiply<W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) = multiply_with
+    /// The machine must have `isa`, for which `x` is, `[rows, inputs]`; `w` is `[outputs, inputs]`, `y` `[rows, outputs]`.
+    pub(crate) fn multiply<W: Stored>(x: &Inputs, w: *const W, y: *mut f32, shape: Shape) = multiply_with
 }
 
 #[inline(always)]
-pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32, shape: Shape) {
+pub(super) unsafe fn multiply_with<L: Lanes, W: Stored>(x: &Inputs, w: *const W, y: *mut f32, shape: Shape) {
+    if !L::WIDE
+        && let Some(x) = unsafe { x.in_order::<L>() }
+    {
+        unsafe { by_halves::<L, _>(x, Plain { first: w, inputs: shape.inputs }, y, shape) };
+        return;
+    }
     let most = if L::WIDE { rows_at_a_time(shape.inputs) } else { shape.rows };
     let mut first = 0usize;
     while first < shape.rows {
         let rows = most.min(shape.rows.wrapping_sub(first));
         let (x, y) =
-            (x.wrapping_add(first.wrapping_mul(shape.inputs)), y.wrapping_add(first.wrapping_mul(shape.outputs)));
+            (x.first.wrapping_add(first.wrapping_mul(shape.inputs)), y.wrapping_add(first.wrapping_mul(shape.outputs)));
         unsafe { some_rows::<L, W>(x, w, y, Shape { rows, ..shape }) };
         first = first.wrapping_add(rows);
     }
@@ -68,11 +72,6 @@ unsafe fn some_rows<L: Lanes, W: Stored>(x: *const f32, w: *const W, y: *mut f32
         while L::WIDE && end - column >= 4 {
             rows::<L, W, 4>(x, w, y, shape, column);
             column += 4;
-        }
-        if !L::WIDE && shape.rows >= HALVES_FROM {
-            let columns = (end - column) / 3 * 3;
-            by_halves::<L, W>(x, w, y, Shape { columns: (column, column + columns), ..shape });
-            column += columns;
         }
         while !L::WIDE && end - column >= 3 {
             rows::<L, W, 3>(x, w, y, shape, column);

@@ -5,6 +5,10 @@
 
 #![expect(clippy::needless_range_loop, reason = "a tile is read best by the numbers of its rows and columns")]
 
+use std::marker::PhantomData;
+
+use super::halves::{Halves, Plain, Source, by_halves};
+use super::inputs::Inputs;
 use super::kernel::{self, Shape};
 use crate::lanes::{LANES, Lanes, instantiate, padded};
 
@@ -66,9 +70,9 @@ instantiate! {
     /// Computes columns of `y = x W^T`.
     ///
     /// # Safety
-    /// The machine must have `isa`; `x` is `[rows, inputs]`, `w` has as many rows as there are columns, of `inputs` values, `y` is
+    /// The machine must have `isa`, for which `x` is, `[rows, inputs]`; `w` has as many rows as there are columns, of `inputs` values, `y` is
     /// `[rows, outputs]`.
-    pub(crate) fn multiply<P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) = multiply_with
+    pub(crate) fn multiply<P: Packed>(x: &Inputs, w: Rows, y: *mut f32, shape: Shape) = multiply_with
 }
 
 instantiate! {
@@ -81,23 +85,26 @@ instantiate! {
 
 /// Columns that are widened together for many rows: what the kernels for f32 take at a time on machines with many registers.
 const COLUMNS: usize = 4;
-/// On others the kernels put rows in order for all columns of a call: as many of them as stay in the second cache, at least so many.
-const HALF_COLUMNS: usize = 12;
-const HALF_BYTES: usize = 512 << 10;
 
 #[inline(always)]
-unsafe fn multiply_with<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) {
+unsafe fn multiply_with<L: Lanes, P: Packed>(x: &Inputs, w: Rows, y: *mut f32, shape: Shape) {
     unsafe {
+        if !L::WIDE
+            && let Some(x) = x.in_order::<L>()
+        {
+            by_halves::<L, _>(x, PackedRows::<P>(w, PhantomData), y, shape);
+            return;
+        }
         match shape.rows {
             0 => {}
-            1 if L::WIDE => by_tiles::<L, P, 1, 4>(x, w, y, shape),
-            2 if L::WIDE => by_tiles::<L, P, 2, 4>(x, w, y, shape),
-            3 if L::WIDE => by_tiles::<L, P, 3, 4>(x, w, y, shape),
-            4 if L::WIDE => by_tiles::<L, P, 4, 4>(x, w, y, shape),
-            1 => by_tiles::<L, P, 1, 2>(x, w, y, shape),
-            2 => by_tiles::<L, P, 2, 1>(x, w, y, shape),
-            3 => by_tiles::<L, P, 3, 1>(x, w, y, shape),
-            4 => by_tiles::<L, P, 4, 1>(x, w, y, shape),
+            1 if L::WIDE => by_tiles::<L, P, 1, 4>(x.first, w, y, shape),
+            2 if L::WIDE => by_tiles::<L, P, 2, 4>(x.first, w, y, shape),
+            3 if L::WIDE => by_tiles::<L, P, 3, 4>(x.first, w, y, shape),
+            4 if L::WIDE => by_tiles::<L, P, 4, 4>(x.first, w, y, shape),
+            1 => by_tiles::<L, P, 1, 2>(x.first, w, y, shape),
+            2 => by_tiles::<L, P, 2, 1>(x.first, w, y, shape),
+            3 => by_tiles::<L, P, 3, 1>(x.first, w, y, shape),
+            4 => by_tiles::<L, P, 4, 1>(x.first, w, y, shape),
             _ => by_widening::<L, P>(x, w, y, shape),
         }
     }
@@ -126,15 +133,13 @@ unsafe fn by_tiles<L: Lanes, P: Packed, const R: usize, const C: usize>(
 
 /// See [`multiply`]: the columns one after another, a few at a time, as f32.
 #[inline(always)]
-unsafe fn by_widening<L: Lanes, P: Packed>(x: *const f32, w: Rows, y: *mut f32, shape: Shape) {
+unsafe fn by_widening<L: Lanes, P: Packed>(x: &Inputs, w: Rows, y: *mut f32, shape: Shape) {
     let inputs = shape.inputs;
     let (mut column, end) = shape.columns;
-    let fitting = HALF_BYTES / (inputs * size_of::<f32>()) / HALF_COLUMNS * HALF_COLUMNS;
-    let step = if L::WIDE { COLUMNS } else { fitting.max(HALF_COLUMNS) };
-    let mut wide = Vec::<f32>::with_capacity(step.min(end - column) * inputs);
+    let mut wide = Vec::<f32>::with_capacity(COLUMNS.min(end - column) * inputs);
     let to = wide.as_mut_ptr();
     while column < end {
-        let columns = step.min(end - column);
+        let columns = COLUMNS.min(end - column);
         unsafe {
             for c in 0..columns {
                 widen_with::<L, P>(w.row(column + c), inputs, to.wrapping_add(c.wrapping_mul(inputs)));
@@ -180,6 +185,53 @@ unsafe fn stored<L: Lanes>([first, second]: [L::V; 2]) -> [f32; GROUP] {
         L::store(second, values.as_mut_ptr().add(LANES));
     }
     values
+}
+
+/// For [`by_halves`], which widens rows as it puts them in order.
+#[derive(Clone, Copy)]
+struct PackedRows<P>(Rows, PhantomData<P>);
+
+impl<P: Packed> Source for PackedRows<P> {
+    type Value = f32;
+
+    #[inline(always)]
+    fn plain(self) -> Option<Plain<f32>> {
+        None
+    }
+
+    #[inline(always)]
+    fn place(self, row: usize) -> *const u8 {
+        self.0.row(row).values
+    }
+
+    #[inline(always)]
+    unsafe fn split<L: Lanes>(self, row: usize, inputs: usize, mut to: Halves) {
+        let row = self.0.row(row);
+        let mut at = 0usize;
+        unsafe {
+            while at < inputs {
+                let block = P::block::<L>(row, at / P::BLOCK);
+                let end = inputs.min(at.wrapping_add(P::BLOCK));
+                let mut group = 0;
+                while end.wrapping_sub(at) >= GROUP {
+                    let [first, second] = P::group::<L>(&block, group);
+                    to.put::<L>(first);
+                    to.put::<L>(second);
+                    group += 1;
+                    at = at.wrapping_add(GROUP);
+                }
+                let left = end.wrapping_sub(at);
+                if left > 0 {
+                    let values = stored::<L>(P::part::<L>(&block, group, left));
+                    for first in (0..left).step_by(LANES) {
+                        let values = padded(values.as_ptr().wrapping_add(first), LANES.min(left - first));
+                        to.put::<L>(L::load(values.as_ptr()));
+                    }
+                    at = end;
+                }
+            }
+        }
+    }
 }
 
 /// Bytes of weights that are asked for ahead of their use.

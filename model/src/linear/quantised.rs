@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::combine::{Combination, combine};
 use super::formats::{FP8_TILE, Fp8, Mxfp4, Q4K, Q8_0};
+use super::inputs::Inputs;
 use super::kernel::Shape;
 use super::packed::{GROUP, Row, Rows, multiply, widen};
 use crate::checkpoint::{Mapping, StoredDtype};
@@ -134,8 +135,8 @@ impl Quantised {
 
     /// # Safety
     /// As for [`multiply`].
-    pub(super) unsafe fn multiply(&self, isa: Isa, x: *const f32, y: *mut f32, shape: Shape) {
-        let rows = self.rows();
+    pub(super) unsafe fn multiply(&self, x: &Inputs, y: *mut f32, shape: Shape) {
+        let (isa, rows) = (x.isa, self.rows());
         unsafe {
             match self.dtype {
                 StoredDtype::Q8_0 => multiply::<Q8_0>(isa, x, rows, y, shape),

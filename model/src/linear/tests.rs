@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::combine::{Combination, combine};
+use super::inputs::Inputs;
 use super::kernel::{Shape, multiply, silu_mul};
 use crate::lanes::{Isa, Stored};
 
@@ -16,8 +17,9 @@ fn product<W: Stored>(isa: Isa, x: &[f32], w: &[W], rows: usize, inputs: usize, 
     let mut y = vec![f32::NAN; rows * outputs];
     let shape = Shape { rows, inputs, outputs, columns };
     assert!(x.len() == rows * inputs && columns.1 <= outputs);
+    let x = Inputs::new(isa, x.as_ptr(), rows, inputs);
     // SAFETY: lengths are asserted, and `isa` comes from `Isa::available`.
-    unsafe { multiply(isa, x.as_ptr(), w.as_ptr(), y.as_mut_ptr(), shape) };
+    unsafe { multiply(isa, &x, w.as_ptr(), y.as_mut_ptr(), shape) };
     y
 }
 
@@ -105,8 +107,13 @@ fn check_combined<W: Stored>(
 
 #[test]
 fn blocks_of_many_rows_inputs_and_columns_agree_with_a_row_alone() {
-    // More of each than a block has, and an incomplete one at the end.
-    let (rows, inputs, outputs) = (150, 1100, 17);
+    // More of each than a block has, and an incomplete one at the end; then whole vectors, which some kernels read as they lie.
+    for (rows, inputs, outputs) in [(150, 1100, 17), (258, 1136, 29)] {
+        many_rows_inputs_and_columns(rows, inputs, outputs);
+    }
+}
+
+fn many_rows_inputs_and_columns(rows: usize, inputs: usize, outputs: usize) {
     let x: Vec<f32> = (0..rows * inputs).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.013).collect();
     let w: Vec<f32> = (0..outputs * inputs).map(|i| ((i * 53 % 89) as f32 - 44.0) * 0.017).collect();
     check(&x, &w, |v| v, rows, inputs).unwrap();

@@ -11,7 +11,7 @@ use super::placed::{Placing, TrunkMatrix, linear};
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::DeviceError;
 use crate::lanes::Isa;
-use crate::linear::{SharedMut, kernel, run_tasks};
+use crate::linear::{Inputs, SharedMut, kernel, run_tasks};
 use crate::spec::{IndexerSpec, LatentSpec, RopePairs};
 
 /// Added to the variance in the norm of keys, whatever the config says of other norms.
@@ -137,8 +137,9 @@ impl Indexer {
             let queries = &asked.queries[row * heads * head_dim..][..heads * head_dim];
             let mut products = vec![0.0; heads * count];
             let shape = kernel::Shape { rows: heads, inputs: head_dim, outputs: count, columns: (0, count) };
+            let queries = Inputs::new(isa, queries.as_ptr(), heads, head_dim);
             // SAFETY: detected above; the lengths sliced and allocated above.
-            unsafe { kernel::multiply(isa, queries.as_ptr(), keys.as_ptr(), products.as_mut_ptr(), shape) };
+            unsafe { kernel::multiply(isa, &queries, keys.as_ptr(), products.as_mut_ptr(), shape) };
             // SAFETY: the part of one row's scores that belongs to this task alone.
             let sums =
                 unsafe { std::slice::from_raw_parts_mut(out.pointer().wrapping_add(index * width + first), count) };

@@ -18,7 +18,7 @@ use crate::attention::{Group, Query, attend};
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::DeviceError;
 use crate::lanes::Isa;
-use crate::linear::{Combination, Matrix, SharedMut, run_tasks};
+use crate::linear::{Combination, Inputs, Matrix, SharedMut, run_tasks};
 use crate::spec::LatentSpec;
 
 /// Added to the mean square in the norms of the short vectors, whatever the config says of other norms.
@@ -243,9 +243,9 @@ impl Latent {
             let first = head * (nope + dim) + nope;
             // The columns of this head come to where its values are.
             let y = out.pointer().wrapping_add(head * dim).wrapping_sub(first);
-            let x = attended[head * rows * rank..].as_ptr();
+            let x = Inputs::new(isa, attended[head * rows * rank..].as_ptr(), rows, rank);
             // SAFETY: detected above; the lengths allocated above and checked when the matrix was loaded; each head is in one task.
-            unsafe { self.kv_b_proj.multiply_to(isa, x, y, spec.heads * dim, rows, (first, first + dim)) };
+            unsafe { self.kv_b_proj.multiply_to(&x, y, spec.heads * dim, (first, first + dim)) };
         });
         values
     }

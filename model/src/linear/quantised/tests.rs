@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::linear::kernel;
 use crate::linear::reference::{dequantised, e2m1, e4m3};
+use crate::linear::{Inputs, kernel};
 
 /// A matrix, and its values as f32 `[outputs, inputs]`.
 struct Case {
@@ -100,18 +100,20 @@ fn check(case: &Case, rows: &[usize]) {
         let all = Shape { rows, inputs, outputs, columns: (0, outputs) };
         let mut expected = vec![f32::NAN; rows * outputs];
         let (from, wide) = (x.as_ptr(), case.wide.as_ptr());
+        let portable = Inputs::new(Isa::Portable, from, rows, inputs);
         // SAFETY: the lengths follow from the shape.
-        unsafe { kernel::multiply(Isa::Portable, from, wide, expected.as_mut_ptr(), all) };
+        unsafe { kernel::multiply(Isa::Portable, &portable, wide, expected.as_mut_ptr(), all) };
         for isa in Isa::available() {
             let mut found = vec![f32::NAN; rows * outputs];
+            let from = Inputs::new(isa, from, rows, inputs);
             // SAFETY: as above, and `isa` is available.
-            unsafe { case.matrix.multiply(isa, from, found.as_mut_ptr(), all) };
+            unsafe { case.matrix.multiply(&from, found.as_mut_ptr(), all) };
             assert_eq!(bits(&found), bits(&expected), "{dtype:?} {isa:?} {rows} rows [{outputs}, {inputs}]");
             // In two parts.
             let mut found = vec![f32::NAN; rows * outputs];
             for columns in [(0, outputs / 3), (outputs / 3, outputs)] {
                 // SAFETY: as above.
-                unsafe { case.matrix.multiply(isa, from, found.as_mut_ptr(), Shape { columns, ..all }) };
+                unsafe { case.matrix.multiply(&from, found.as_mut_ptr(), Shape { columns, ..all }) };
             }
             assert_eq!(bits(&found), bits(&expected), "{dtype:?} {isa:?} in parts");
         }

@@ -10,7 +10,7 @@ use crate::device::{Device, DeviceError, HeldJob, MatrixDevice, TrunkCard, Weigh
 use crate::expert::Expert;
 use crate::experts::LocalExperts;
 use crate::lanes::Isa;
-use crate::linear::{Matrix, kernel};
+use crate::linear::{Inputs, Matrix, kernel};
 use crate::spec::MoeSpec;
 use crate::{LogitsWanted, Placement, Segment, Trunk, compute_pool};
 
@@ -32,8 +32,9 @@ impl Wide {
         let (rows, outputs) = (x.len() / self.inputs, self.values.len() / self.inputs);
         let mut y = vec![f32::NAN; rows * outputs];
         let shape = kernel::Shape { rows, inputs: self.inputs, outputs, columns: (0, outputs) };
+        let x = Inputs::new(Isa::Portable, x.as_ptr(), rows, self.inputs);
         // SAFETY: as long as the shape says; every machine has what is portable.
-        unsafe { kernel::multiply(Isa::Portable, x.as_ptr(), self.values.as_ptr(), y.as_mut_ptr(), shape) };
+        unsafe { kernel::multiply(Isa::Portable, &x, self.values.as_ptr(), y.as_mut_ptr(), shape) };
         y
     }
 }
