@@ -23,7 +23,7 @@ import tempfile
 
 EXPERTS = 16
 # Hidden size, and width of Hanse's expert.
-KINDS = {"swiglu": (2048, 768), "empty": (2048, 1), "ffn": (1024, 2736)}
+KINDS = {"swiglu": (2048, 768), "empty": (2048, 16), "ffn": (1024, 2736)}
 MEMBERS = 8
 HERE = pathlib.Path(__file__).parent
 
