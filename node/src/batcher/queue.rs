@@ -101,7 +101,7 @@ struct Waiting {
     taken: usize,
 }
 
-/// What one client waits for.
+/// A client who waits, or who was served before others of whom that cannot be said yet: with equal parts it would still wait.
 #[derive(Default)]
 struct Line {
     /// Pairs that wait.
@@ -118,9 +118,8 @@ const PAIR: u64 = 1 << 10;
 pub(super) struct Queue {
     /// By when they would be done if all clients were served at the same time, then by their arrival.
     waiting: BTreeMap<(u64, u64), Waiting>,
-    /// Clients who wait.
     lines: HashMap<PeerId, Line>,
-    /// What each client who always waits would have been served at an equal rate.
+    /// What each client who always waited would have been served at an equal rate since the queue was empty.
     served: u64,
     arrived: u64,
     pairs: usize,
@@ -146,7 +145,7 @@ impl Queue {
         // An empty queue takes work of any size, or a large request could never be served.
         if !self.is_empty() && total > max_pairs {
             let own = self.lines.get(&client).map_or(0, |line| line.pairs);
-            let clients = self.lines.len() + usize::from(own == 0);
+            let clients = self.lines.values().filter(|line| line.pairs > 0).count() + usize::from(own == 0);
             if own + request.pairs > max_pairs / clients || total > 2 * max_pairs {
                 return Err(WorkError::Full);
             }
@@ -174,7 +173,6 @@ impl Queue {
             if !is_over {
                 slices.push((request.clone(), *taken..*taken + gone));
                 room -= gone;
-                self.served += gone as u64 * PAIR / self.lines.len().max(1) as u64;
             }
             *taken += gone;
             if gone == left {
@@ -183,11 +181,30 @@ impl Queue {
             self.pairs -= gone;
             if let Some(line) = self.lines.get_mut(&client) {
                 line.pairs -= gone;
-                if line.pairs == 0 {
-                    self.lines.remove(&client);
+                if is_over {
+                    line.finish = line.finish.saturating_sub(gone as u64 * PAIR);
                 }
             }
         }
+        if self.is_empty() {
+            self.lines.clear();
+            self.served = 0;
+        } else {
+            self.serve((PAIRS_PER_PASS - room) as u64 * PAIR);
+        }
         slices
+    }
+
+    /// Counts what was served as if each client had got an equal part of it, but for those who would have been done before.
+    fn serve(&mut self, mut done: u64) {
+        let mut finishes: Vec<u64> = self.lines.values().map(|line| line.finish).collect();
+        finishes.sort_unstable();
+        for (index, &finish) in finishes.iter().enumerate() {
+            let clients = (finishes.len() - index) as u64;
+            let part = finish.saturating_sub(self.served).min(done / clients);
+            self.served += part;
+            done -= part * clients;
+        }
+        self.lines.retain(|_, line| line.pairs > 0 || line.finish > self.served);
     }
 }

@@ -75,6 +75,17 @@ fn equal_requests_are_done_one_after_the_other() {
     assert_eq!(second[5..12], [176, 200, 200, 200, 200, 48, 0]);
 }
 
+#[test]
+fn one_row_is_next_also_where_most_of_those_who_came_together_are_done() {
+    for done in 1..16 {
+        let (mut queue, late) = (Queue::default(), client());
+        (0..16).for_each(|_| queue.push(Request::new(rows(client(), 1024)).0, usize::MAX / 2).unwrap());
+        (0..done).for_each(|_| assert_eq!(queue.take(Instant::now()).len(), 1));
+        queue.push(Request::new(rows(late, 1)).0, usize::MAX / 2).unwrap();
+        assert_eq!(queue.take(Instant::now())[0].0.work.client, late, "after {done} of 16");
+    }
+}
+
 /// Clients who always have so many requests of so many rows in the queue: pairs that each was served after so many passes, and the most
 /// passes that one of its requests took.
 fn served(wanted: &[(usize, u32)], passes: usize) -> Vec<(usize, usize)> {
